@@ -1,0 +1,7 @@
+"Settings that hold for every test."
+from hypothesis import settings
+
+# The first call of a fastai or torch function loads what it needs and is slow: a deadline would blame the test for it.
+# The same examples on every run: a failure can be repeated, and a change is judged by its own effect.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")

@@ -1,0 +1,168 @@
+"""README.md and the documentation site, made without a Quarto binary.
+
+    python tools/docs.py readme   nbs/index.ipynb -> README.md
+    python tools/docs.py site     the notebooks -> _docs/
+    python tools/docs.py check    README.md is fresh, the site builds, every link inside both leads somewhere
+
+Where Quarto is installed, `nbdev_docs` builds the site from the same `_quarto.yml`.
+"""
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+from functools import partial
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+import pypandoc
+from nbdev.doclinks import nbglob
+from nbdev.serve import proc_nbs
+from smalldocs import site as smalldocs
+from smalldocs.config import load
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / "nbs"
+# The path in [text](path), ![alt](path) and <img src="path">
+README_LINK = re.compile(r"""(\]\(|src=")(?![a-z]+:)([^\s)"#]+)""")
+
+
+def readme() -> str:  # The text of README.md
+    "Put the cells of index.ipynb one after another: their Markdown is GitHub's, code and its output get fences."
+    parts = ["<!-- Made from nbs/index.ipynb by tools/docs.py: edit the notebook. -->"]
+    for cell in json.loads((NBS / "index.ipynb").read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            # The site's root is nbs/, the README's is the repository.
+            parts.append(README_LINK.sub(lambda m: m[1] + ("nbs/" if (NBS / m[2]).exists() else "") + m[2], source))
+        elif cell["cell_type"] == "code":
+            parts.append("```python\n" + re.sub(r"^#\|.*\n?", "", source, flags=re.M) + "\n```")
+            parts += [output_text(out) for out in cell["outputs"]]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def output_text(out: dict) -> str:  # Its Markdown
+    "Write one output of a code cell as Markdown; a picture is refused, because Markdown can only link to one."
+    data = out.get("data", {"text/plain": out.get("text", "")})
+    if any(kind.startswith("image/") for kind in data):
+        sys.exit("nbs/index.ipynb: a code cell's output is a picture: save it under nbs/images/ and link it")
+    if "text/markdown" in data:
+        return "".join(data["text/markdown"])
+    return "```text\n" + "".join(data["text/plain"]).rstrip() + "\n```"
+
+
+def mathml(tex: list[tuple[str, bool]]) -> list[str]:  # The formula's MathML, each
+    "Convert TeX formulas, `(source, display)`, to MathML, which browsers show without a script and without a network."
+    source = "\n\n".join(f"$${t}$$" if display else f"${t}$" for t, display in tex)
+    found = re.findall(r"<math.*?</math>", pypandoc.convert_text(source, "html", "markdown", ["--mathml"]), re.S)
+    if len(found) != len(tex):
+        sys.exit("formulas that pandoc cannot read are among: " + "; ".join(t for t, _ in tex))
+    return found
+
+
+class Site(smalldocs.Site):
+    "smalldocs, for pages as nbdev leaves them and for readers without a network."
+
+    def read(self, src: PurePosixPath) -> smalldocs.Page:
+        page = super().read(src)
+        # nbdev names a page without the number of its notebook, 03_losses.ipynb -> losses.html, and links to that name.
+        page.out = page.out.with_name(page.front.get("output-file", page.out.name))
+        # nbdev also links the `names` in the comments of a signature, where the link would stand as Markdown.
+        unlink = partial(re.compile(r"\[(`[^`]+`)\]\(\S+?\)").sub, r"\1")
+        page.body = re.sub(r"^```.*?^```", lambda block: unlink(block[0]), page.body, flags=re.M | re.S)
+        return page
+
+    def find_page(self, target: PurePosixPath) -> smalldocs.Page | None:
+        return super().find_page(target) or next((p for p in self.pages.values() if p.out == target), None)
+
+    def resolve(self, href: str, page: smalldocs.Page | None, record: bool = True) -> str:
+        "nbdev links `names` to the published site: here they stay within the site that is being built."
+        return super().resolve(href.removeprefix(self.project.website["site-url"]), page, record)
+
+    def render_page(self, page: smalldocs.Page) -> None:
+        super().render_page(page)
+        pattern = r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>'
+        tex = [(unescape(m[2]), m[1] == "display") for m in re.finditer(pattern, page.html, re.S)]
+        if tex:
+            formulas = iter(mathml(tex))
+            page.html = re.sub(pattern, lambda m: next(formulas), page.html, flags=re.S)
+        page.env["math"] = False
+
+
+def build(
+    out: Path,  # Folder to write, empty or an earlier site
+) -> list[str]:  # What smalldocs warned of, broken links among it
+    "Process the notebooks as nbdev does and build the site from the result."
+    site = Site(load(proc_nbs(force=True)), quiet=True)
+    site.out = out
+    site.build()
+    return [w for w in site.warnings if not w.endswith("output-file is not read by smalldocs")]  # `Site.read` does
+
+
+class Links(HTMLParser):
+    "The anchors of a page, and the links and pictures in it."
+
+    def __init__(self, page: Path):
+        super().__init__()
+        self.ids, self.refs = {""}, []
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        for key, value in attrs:
+            if key == "id":
+                self.ids.add(value)
+            elif key in ("href", "src") and value:
+                self.refs.append(value)
+
+
+def broken_links(
+    site: Path,  # Folder of a built site
+) -> list[str]:  # A line for each link that leads nowhere, with the pages it is on
+    "Follow every link that stays within the site: its file and, within a page, its anchor must be there."
+    pages = {p: Links(p) for p in sorted(site.rglob("*.html"))}
+    broken = {}
+    for page, links in pages.items():
+        for ref in links.refs:
+            url = urlsplit(ref)
+            if url.scheme or url.netloc:
+                continue
+            target = (page.parent / unquote(url.path)).resolve() if url.path else page
+            target = target / "index.html" if target.is_dir() else target
+            if not target.is_file() or (target in pages and unquote(url.fragment) not in pages[target].ids):
+                broken.setdefault(ref, set()).add(page.relative_to(site).as_posix())
+    return [f"broken link {ref} in {', '.join(sorted(on))}" for ref, on in broken.items()]
+
+
+def check() -> list[str]:  # What is wrong, a line each
+    "Look for everything that a reader of README.md or of the site would stumble over."
+    text, problems = readme(), []
+    if (ROOT / "README.md").read_text(encoding="utf-8") != text:
+        problems.append("README.md is not what nbs/index.ipynb gives: python tools/docs.py readme")
+    problems += [f"README.md: {m[2]} is not there" for m in README_LINK.finditer(text) if not (ROOT / m[2]).exists()]
+    listed = (ROOT / "_quarto.yml").read_text(encoding="utf-8")
+    names = [p.relative_to(NBS).as_posix() for p in sorted(nbglob(NBS, as_path=True))]
+    problems += [f"_quarto.yml: {name} is not in the sidebar" for name in names if name not in listed]
+    with tempfile.TemporaryDirectory() as tmp:
+        out = Path(tmp).resolve() / "site"
+        problems += [w for w in build(out) if ": broken link " not in w] + broken_links(out)
+    return problems
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["readme", "site", "check"])
+    command = parser.parse_args().command
+    os.chdir(ROOT)  # nbdev finds its settings from the working directory
+    if command == "readme":
+        (ROOT / "README.md").write_text(readme(), encoding="utf-8")
+        return
+    problems = build(ROOT / "_docs") if command == "site" else check()
+    print("\n".join(problems) or f"{command}: nothing to report")
+    sys.exit(bool(problems))
+
+
+if __name__ == "__main__":
+    main()
