@@ -17,6 +17,8 @@ from fastai.torch_core import TensorCategory, TensorImage
 from fastai.vision.augment import RandTransform
 from torch import nn
 
+from .datasets import load_images
+
 # %% ../nbs/06_dataloaders.ipynb #d7b7a313
 class ArrayDataset:
     "Images in one array with their targets. `ds[i]` is a pair of tensors; `ds.batch(idxs)` a whole batch in one go."
@@ -186,11 +188,13 @@ class NoisyStudentDataLoaders(DataLoaders):
         x = TensorImage(torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)).to(self.device)
         return self.valid.after_batch((x,))[0].as_subclass(torch.Tensor)
 
-    def test_dl(self, test_items: np.ndarray, # uint8 (N, H, W, C)
+    def test_dl(self, test_items: list[str] | np.ndarray, # Image files, or uint8 (N, H, W, C) of any size
                 **kwargs # To `ArrayDL.new`: bs
                ) -> ArrayDL:
-        "A loader over images without labels, for `learn.get_preds(dl=...)`; the targets it carries are zeros."
-        return self.valid.new(ArrayDataset(test_items, np.zeros(len(test_items), np.int64), self.vocab), **kwargs)
+        "A loader over images without labels, for `learn.get_preds(dl=...)`; its targets are zeros. Raises ValueError for an unreadable file."
+        images, _, bad = load_images(test_items, self.size)
+        if bad: raise ValueError(f"{bad[0].item}: {bad[0].reason}")
+        return self.valid.new(ArrayDataset(images, np.zeros(len(images), np.int64), self.vocab), **kwargs)
 
 def mixed_dataloaders(
     labeled: tuple[np.ndarray, np.ndarray], # Images uint8 (N, S, S, C) and labels int64 (N,)

@@ -24,10 +24,10 @@ from .models import create_model
 from .randaugment import BatchRandAugment
 from .stochastic_depth import ClassifierDropout, StochasticDepth
 
-# %% ../nbs/07_learner.ipynb #dac1fbfb
+# %% ../nbs/07_learner.ipynb #43f13ac0
 @dataclass(frozen=True)
 class Noise:
-    "The noise of a student. `Noise.none()` is no noise at all. Defaults: section 3.1 of the paper. Raises ValueError for values out of range."
+    "The noise of a student; the `none` constructor switches all of it off. Defaults: section 3.1 of the paper. Raises ValueError for values out of range."
     randaugment_n: int = 2 # Operations per image; 0 switches RandAugment off
     randaugment_m: float = 27 # Magnitude M, 0..30 as in the reference
     dropout: float = 0.5 # Probability of dropping a feature before the classifier, in [0, 1); 0 switches dropout off

@@ -1,0 +1,192 @@
+"What is no story: kill -9 at any moment, folders as people have them, faults of the disk."
+import json, multiprocessing, os, signal, time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+SETTINGS = dict(recipe="digits", epochs=2, teacher_epochs=3, steps=10, size=8, threshold=0.3, rounds=2, lr=1e-2, seed=3)
+
+
+def miniature():
+    "50 labeled digits, 200 unlabeled ones."
+    from dataclasses import replace
+    from noisy_student.datasets import digits
+    full = digits(seed=0)
+    return replace(full, labeled=full.labeled[np.arange(0, 100, 2)], unlabeled=full.unlabeled[:200], test=full.test[:100])
+
+
+def fit(path):
+    import torch
+    from noisy_student.rounds import NoisyStudent
+    torch.set_num_threads(1)
+    NoisyStudent(miniature(), ["resnet9_4", "resnet9_8"], path, **SETTINGS).fit()
+
+
+@pytest.fixture(scope="module")
+def processes():
+    "Processes forked from a server that has imported everything: a start costs milliseconds."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["noisy_student.rounds", __name__])
+    return context
+
+
+def outcome(path):
+    from noisy_student.models import load_tensors
+    weights = {f: load_tensors(f)[0] for f in sorted(path.glob("round_*/model.safetensors"))}
+    history = pd.concat([pd.read_csv(f) for f in sorted(path.glob("round_*/history.csv"))])
+    return pd.read_csv(path / "summary.csv").drop(columns="seconds"), history, [(f.parent.name, k, v) for f, t in weights.items() for k, v in sorted(t.items())]
+
+
+def run(processes, path, kill_after=None):
+    "Run `fit` in a process; kill it -9 after so many seconds. Returns the seconds it ran."
+    p, begun = processes.Process(target=fit, args=(path,)), time.perf_counter()
+    p.start()
+    p.join(kill_after)
+    if p.is_alive():
+        os.kill(p.pid, signal.SIGKILL)
+        p.join()
+    elif kill_after is None: assert p.exitcode == 0
+    return time.perf_counter() - begun
+
+
+def test_killed_at_any_moment_ends_the_same(processes, tmp_path):
+    seconds = run(processes, tmp_path / "whole")
+    seconds = min(seconds, run(processes, tmp_path / "again"))  # the first one waited for the server's imports
+    summary, history, weights = outcome(tmp_path / "whole")
+    rng, killed = np.random.default_rng(0), 0
+    for i in range(4):
+        path = tmp_path / f"killed{i}"
+        for fraction in sorted(rng.uniform(0.05, 0.9, 2)): killed += run(processes, path, fraction * seconds) > 0
+        run(processes, path)
+        s, h, w = outcome(path)
+        pd.testing.assert_frame_equal(s, summary)
+        pd.testing.assert_frame_equal(h, history)
+        for (a, b, x), (c, d, y) in zip(w, weights, strict=True): assert (a, b) == (c, d) and x.equal(y)
+    assert killed == 8
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "A folder as people have them: red and blue pictures of all sizes and modes, and files that are no pictures."
+    rng, root = np.random.default_rng(0), tmp_path / "own"
+
+    def picture(color, size=(40, 30)):
+        a = rng.integers(0, 90, (*size[::-1], 3), dtype=np.uint8)
+        a[..., color] += 140
+        return Image.fromarray(a)
+    for name, color in dict(blue=2, red=0).items():
+        for split, n in dict(train=8, valid=3, test=3).items():
+            (root / split / name).mkdir(parents=True)
+            for i in range(n): picture(color).save(root / split / name / f"{i}.jpg")
+    pool = root / "unlabeled" / "some" / "where"
+    pool.mkdir(parents=True)
+    for i in range(20): picture(2 * (i % 2), (30 + i, 70 - i)).save(pool / f"{i}.png")
+    picture(0).convert("P").save(pool / "palette.gif")
+    picture(0).convert("CMYK").save(pool / "cmyk.jpg")
+    picture(2).convert("L").save(pool / "gray.png")
+    picture(2).convert("RGBA").save(pool / "alpha.png")
+    Image.fromarray(rng.integers(0, 2**16, (9, 9), dtype=np.uint16)).save(pool / "sixteen.png")
+    (pool / "empty.jpg").touch()
+    (pool / "notes.txt").write_text("no picture")
+    (pool / "half.jpg").write_bytes((root / "train" / "red" / "0.jpg").read_bytes()[:300])
+    (pool / "gone.jpg").symlink_to(pool / "nowhere.jpg")
+    return root
+
+
+FOLDER = dict(epochs=2, teacher_epochs=8, steps=10, bs=8, ratio=1, size=16, rounds=1, threshold=0.5, min_scale=1.0, lr=1e-2)
+
+
+def noisy_student(data, path, **changes):
+    from noisy_student.learner import Noise
+    from noisy_student.rounds import NoisyStudent
+    return NoisyStudent(data, "resnet9_4", path, noise=Noise(1, 3, 0.1, 0.95), **{**FOLDER, **changes})
+
+
+def test_folder_with_odd_files(folder, tmp_path):
+    from noisy_student.datasets import from_folder
+    with pytest.warns(UserWarning, match="4 of 29 unlabeled files are left out"):
+        summary = noisy_student(from_folder(folder), tmp_path / "run").fit()
+    assert list(summary.role) == ["teacher", "student"]
+    skipped = pd.read_csv(tmp_path / "run" / "skipped.csv")
+    assert sorted(Path(f).name for f in skipped.item) == ["empty.jpg", "gone.jpg", "half.jpg", "notes.txt"]
+    labels = pd.read_parquet(tmp_path / "run" / "round_1" / "pseudo_labels")
+    assert len(labels) == 25 and all(Path(f).is_file() for f in labels.item)
+    assert summary.valid_accuracy.max() == 1  # red and blue: anything less is a bug
+
+
+def test_bad_labeled_image_stops_before_training(folder, tmp_path):
+    from noisy_student.datasets import from_folder
+    (folder / "train" / "red" / "bad.jpg").write_text("not a picture")
+    with pytest.raises(ValueError, match="bad.jpg"): noisy_student(from_folder(folder), tmp_path / "run").fit()
+    assert not (tmp_path / "run" / "round_0").exists()
+
+
+def test_same_folder_another_file_is_another_run(folder, tmp_path):
+    from noisy_student.datasets import from_folder
+    noisy_student(from_folder(folder, unlabeled=folder / "unlabeled" / "some"), tmp_path / "run", rounds=0).fit()
+    Image.new("RGB", (9, 9)).save(folder / "train" / "red" / "new.png")
+    with pytest.raises(ValueError, match="data"):
+        noisy_student(from_folder(folder, unlabeled=folder / "unlabeled" / "some"), tmp_path / "run", rounds=0).fit()
+
+
+def test_torn_checkpoint_is_noticed(tmp_path):
+    from noisy_student.rounds import NoisyStudent
+    data, calls = miniature(), []
+
+    def stop(*a):
+        calls.append(a)
+        if len(calls) == 25: raise KeyboardInterrupt
+    kw = {**SETTINGS, "rounds": 0}
+    with pytest.raises(KeyboardInterrupt): NoisyStudent(data, "resnet9_4", tmp_path / "a", progress=stop, **kw).fit()
+    file = tmp_path / "a" / "round_0" / "checkpoint" / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.warns(UserWarning, match="state.safetensors"): got = NoisyStudent(data, "resnet9_4", tmp_path / "a", **kw).fit()
+    expected = NoisyStudent(data, "resnet9_4", tmp_path / "b", **kw).fit()
+    pd.testing.assert_frame_equal(got.drop(columns="seconds"), expected.drop(columns="seconds"))
+
+
+def test_full_disk_names_the_file_and_loses_nothing(tmp_path, monkeypatch):
+    import errno
+    from noisy_student import models
+    from noisy_student.rounds import NoisyStudent
+    kw, writes, real = {**SETTINGS, "rounds": 0}, [], os.fsync
+
+    def full(fd):
+        writes.append(fd)
+        if len(writes) > 3: raise OSError(errno.ENOSPC, "No space left on device")
+        return real(fd)
+    monkeypatch.setattr(models.os, "fsync", full)
+    with pytest.raises(OSError, match="cannot write .*safetensors.*No space left"): NoisyStudent(miniature(), "resnet9_4", tmp_path / "a", **kw).fit()
+    monkeypatch.undo()
+    got = NoisyStudent(miniature(), "resnet9_4", tmp_path / "a", **kw).fit()
+    expected = NoisyStudent(miniature(), "resnet9_4", tmp_path / "b", **kw).fit()
+    pd.testing.assert_frame_equal(got.drop(columns="seconds"), expected.drop(columns="seconds"))
+
+
+def test_diverging_training_says_so(tmp_path):
+    from noisy_student.rounds import NoisyStudent
+    with pytest.raises(FloatingPointError, match="lower lr"):
+        NoisyStudent(miniature(), "resnet9_4", tmp_path / "a", **{**SETTINGS, "rounds": 0, "lr": 1e30}).fit()
+
+
+def test_damaged_run_json(tmp_path):
+    from noisy_student.rounds import NoisyStudent
+    ns = NoisyStudent(miniature(), "resnet9_4", tmp_path / "a", **{**SETTINGS, "rounds": 0})
+    ns.fit()
+    (tmp_path / "a" / "run.json").write_text("{")
+    with pytest.raises(ValueError, match="run.json is damaged"): ns.fit()
+
+
+def test_hard_labels_and_a_given_selection(tmp_path):
+    from noisy_student.pseudo_labels import select_pseudo_labels
+    from noisy_student.rounds import NoisyStudent
+    data = miniature()
+    NoisyStudent(data, "resnet9_4", tmp_path / "a", **{**SETTINGS, "rounds": 1, "soft": False}).fit()
+    selected = tmp_path / "a" / "round_1" / "selected.parquet"
+    given = NoisyStudent(data, "resnet9_4", tmp_path / "b", pseudo_labels=selected, **{**SETTINGS, "rounds": 0}).fit()
+    assert list(given.role) == ["student"] and given.pseudo_labeled[0] == len(pd.read_parquet(selected))
+    config = json.loads((tmp_path / "b" / "run.json").read_text())["config"]
+    assert config["pseudo_labels"]
