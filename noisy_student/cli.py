@@ -93,7 +93,7 @@ def print_table(rows: list[dict], # Column name to value; accuracies in 0..1
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=SIMPLE_HEAD, header_style='', show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     names = [k for k in rows[0] if any(r[k] is not None for r in rows)]
     for k in names:
         is_text = all(isinstance(r[k], str) for r in rows)

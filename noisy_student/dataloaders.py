@@ -185,7 +185,7 @@ class NoisyStudentDataLoaders(DataLoaders):
     def clean_view(self, images: np.ndarray # uint8 (B, H, W, C)
                   ) -> torch.Tensor: # float (B, C, H, W) on the loaders' device, as the model takes it
         "The batch as a teacher sees it: no augmentation, normalized."
-        x = TensorImage(torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)).to(self.device)
+        x = TensorImage(torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)).to(self.device)
         return self.valid.after_batch((x,))[0].as_subclass(torch.Tensor)
 
     def test_dl(self, test_items: list[str] | np.ndarray, # Image files, or uint8 (N, H, W, C) of any size

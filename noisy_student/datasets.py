@@ -235,12 +235,16 @@ def _fill_cache(items, size, file, meta, progress): # written under temporary na
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         out = np.lib.format.open_memmap(part, mode='w+', dtype=np.uint8, shape=(max(len(items), 1), size, size, 3))
+        if hasattr(os, 'posix_fallocate'): # a full disk must show here: later it would kill the process (SIGBUS)
+            with open(part, 'r+b') as f: os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
         _, good, bad = _decode_all(items, size, out, progress)
         out.flush(); del out
         rows = sorted(set(range(len(items))) - set(good.tolist()))
         tmp = meta.with_suffix('.tmp'); tmp.write_text(json.dumps(dict(bad=bad, bad_rows=rows)))
         os.replace(part, file); os.replace(tmp, meta)
-    except OSError as e: raise OSError(e.errno, f"cannot write the image cache in {file.parent}: {e.strerror}") from None
+    except OSError as e:
+        part.unlink(missing_ok=True) if file.parent.is_dir() else None
+        raise OSError(e.errno, f"cannot write the image cache in {file.parent}: {e.strerror}") from None
 
 # %% ../nbs/00_datasets.ipynb #f954f109
 def list_files(folder: str | Path # A folder; links to folders are followed
@@ -260,7 +264,7 @@ def _class_folders(folder): # names of the class folders in `folder`
 def _labeled_folder(folder, classes): # Split of folder/<class>/**
     found = _class_folders(folder)
     if set(found) - set(classes):
-        raise ValueError(f"{folder} has the class {sorted(set(found) - set(classes))[0]!r}, which is not in train: the classes must be the same")
+        raise ValueError(f"{folder} has the class {sorted(set(found) - set(classes))[0]!r}, which is not in {folder.parent/'train'}: the classes must be the same")
     files = [(f, i) for i, c in enumerate(classes) if c in found for f in list_files(folder/c)]
     return Split([f for f, _ in files], np.array([i for _, i in files], dtype=np.int64))
 

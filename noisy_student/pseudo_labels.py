@@ -71,8 +71,9 @@ def _replacing(path): # yields the temporary name; what is wrong with the folder
         if tmp.is_file(): tmp.unlink()
 
 def _unwritable(folder, e): # OSError of the same kind that names the folder
-    return OSError(e.errno, f"cannot write pseudo labels to {folder}: {e.strerror or e}. Free some space or choose "
-                            "another folder, then start again: what is written already is kept")
+    advice = "free some space" if e.errno in (errno.ENOSPC, getattr(errno, 'EDQUOT', None)) else "choose another folder"
+    return OSError(e.errno, f"cannot write pseudo labels to {folder}: {e.strerror or e}; {advice}, then start again: "
+                            "what is written already is kept")
 
 def _make_folder(folder): # before any work is done for it
     try:

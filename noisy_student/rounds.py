@@ -284,8 +284,12 @@ class NoisyStudent:
         if self.given is not None and self.given.classes != list(data.classes):
             raise ValueError(f"the pseudo labels have the classes {', '.join(self.given.classes)}, but the data {', '.join(data.classes)}: they must be the same")
         if self.recipe.rounds and not len(data.unlabeled):
-            raise ValueError("no unlabeled images: name a folder of them, keep fewer labels so that the rest can serve, or set rounds=0")
+            raise ValueError("no unlabeled images: name a folder of them, keep fewer labels so that the rest can serve, or ask for 0 rounds")
         if not len(data.valid): raise ValueError("no validation images: they choose the best round")
+        n_in = data.labeled.images.shape[-1] if isinstance(data.labeled.images, np.ndarray) else 3
+        for i, arch in enumerate(self.archs): # a misspelled student must not wait for its teacher's training
+            with torch.device('meta'): model = create_model(arch, len(data.classes), n_in)
+            (self.recipe.noise if i else self.recipe.teacher_noise or self.recipe.noise).callbacks(model)
 
     def arch(self, k: int # Round
             ) -> str: # Name of its architecture
@@ -347,8 +351,11 @@ def _open(self: NoisyStudent): # make the directory, or check that it holds this
     diff = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
     free = {'recipe.rounds'} if b['recipe.rounds'] > a['recipe.rounds'] else set()
     if not list(self.path.glob('round_*/selected.parquet')): free |= {f'recipe.{o}' for o in ('threshold', 'per_class', 'strict')}
+    def describe(k):
+        if k == 'data': return "data: other images or labels, by changed files, labels, seed or pool"
+        return f"{k.removeprefix('recipe.')}: {a.get(k)} there, {b.get(k)} here"
     if bad := [k for k in diff if k not in free]:
-        raise ValueError(f"{self.path} holds a run with other settings ({'; '.join(f'{k}: {a.get(k)} there, {b.get(k)} here' for k in bad)}): "
+        raise ValueError(f"{self.path} holds a run with other settings ({'; '.join(map(describe, bad))}): "
                          "choose another folder, or the same settings to go on with it")
     if diff: self._write_run(config)
 
@@ -513,7 +520,7 @@ class Trained(NamedTuple):
                ) -> torch.Tensor: # float (B, K), rows sum to 1
         "Class probabilities, on the device of the model."
         p = next(self.model.parameters())
-        x = torch.from_numpy(np.ascontiguousarray(images)).to(p.device).permute(0, 3, 1, 2).float() / 255
+        x = torch.from_numpy(np.array(images)).to(p.device).permute(0, 3, 1, 2).float() / 255
         mean, std = (torch.tensor(o, device=p.device).view(-1, 1, 1) for o in (self.mean, self.std))
         with torch.inference_mode(): return self.model((x - mean) / std).float().softmax(1)
 

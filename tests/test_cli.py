@@ -116,7 +116,6 @@ def test_wrong_usage_is_one_line(line, saying, mistake, tmp_path, monkeypatch):
     mistake(saying, *line.split())
 
 
-@pytest.mark.xfail(strict=True, reason='an architecture is checked only when its round begins')
 def test_a_wrong_architecture_is_found_before_training(mistake, folder, tmp_path):
     line = ['run', folder, '--out', tmp_path/'run', '--threshold', '0', *SMALL]
     mistake(r"unknown architecture 'resnet19'.*did you mean resnet1", *line, '--arch', 'resnet19') # the student's
