@@ -18,10 +18,10 @@ import typer
 
 from . import __version__
 
-# %% ../nbs/13_cli.ipynb #3c719a33
+# %% ../nbs/13_cli.ipynb #5fa2dfa6
 DATA = dict( # name: recipe, architectures, labels
     digits=('digits', ['resnet9_16'], 100),
-    cifar10=('cifar10', ['resnet9_24', 'resnet9_24', 'resnet9_32'], 4000),
+    cifar10=('cifar10', ['resnet9_24', 'resnet9_32'], 4000),
     imagenette=('default', ['resnet18'], 1000),
 )
 FOLDER = ('default', ['resnet18'], None) # a folder of your own: all labels are kept
@@ -34,7 +34,7 @@ def load_data(name: str, # digits, cifar10, imagenette, or a folder as `from_fol
     "The images by name. Raises ValueError for a name that is neither a data set nor a folder."
     from noisy_student import datasets
     if name in DATA:
-        if labels is None and (unlabeled in (None, 'rest') or isinstance(unlabeled, list)): labels = DATA[name][2]
+        if labels is None: labels = DATA[name][2]
         if name != 'digits': return getattr(datasets, name)(labels, 'rest' if unlabeled is None else unlabeled, seed)
         if unlabeled not in (None, 'rest'): raise ValueError("digits has its own pool: leave --unlabeled out")
         return datasets.digits(100 if labels is None else labels, seed)
@@ -184,8 +184,9 @@ def _fit(name, data, out, archs, recipe, epochs, seed, device, as_json, settings
     default_recipe, default_archs, _ = DATA.get(name, FOLDER)
     out = out or Path('runs')/Path(name).resolve().name
     with show_progress() as progress:
-        ns = NoisyStudent(data, archs or default_archs, out, seed=seed, recipe=recipe or default_recipe, device=device, progress=progress,
-                          epochs=epochs, teacher_epochs=epochs, pseudo_labels=pseudo, **settings)
+        given = {k: v for k, v in dict(settings, epochs=epochs, teacher_epochs=epochs).items() if v is not None}
+        ns = NoisyStudent(data, archs or default_archs, out, seed=seed, recipe=recipe or default_recipe, device=device,
+                          progress=progress, pseudo_labels=pseudo, **given)
         rows = _rows(ns.fit())
     _print_run(out, rows, as_json)
 

@@ -6,13 +6,14 @@
 __all__ = ['ArrayDataset', 'SoftLabel', 'stream', 'ArrayDL', 'MixedDL', 'PadCropFlip', 'ResizedCropFlip',
            'NoisyStudentDataLoaders', 'mixed_dataloaders']
 
-# %% ../nbs/06_dataloaders.ipynb #3f394a37
+# %% ../nbs/06_dataloaders.ipynb #81f56f4c
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 from fastai.data.core import DataLoaders, TfmdDL
-from fastai.data.transforms import IntToFloatTensor, Normalize
+from fastai.data.transforms import CategoryMap, IntToFloatTensor, Normalize
 from fastai.torch_core import TensorCategory, TensorImage
 from fastai.vision.augment import RandTransform
 from torch import nn
@@ -30,9 +31,13 @@ class ArrayDataset:
         split_idx: int = 1, # 0: training, where random transforms act; 1: validation
     ):
         if len(images) != len(targets): raise ValueError(f"{len(images)} images but {len(targets)} targets")
-        self.images, self.targets, self.vocab, self.split_idx = images, torch.as_tensor(np.asarray(targets)), list(classes), split_idx
+        self.images, self.targets, self.vocab, self.split_idx = images, torch.as_tensor(np.asarray(targets)), CategoryMap(list(classes), sort=False), split_idx
 
     def __len__(self) -> int: return len(self.images)
+
+    def new_empty(self) -> 'ArrayDataset':
+        "No images, the same classes: what `learn.export` keeps of the data."
+        return ArrayDataset(self.images[:0], self.targets[:0], self.vocab, self.split_idx)
 
     def batch(self, idxs: np.ndarray # int64 (B,)
              ) -> tuple[torch.Tensor, torch.Tensor]: # uint8 (B, C, H, W), channels last in memory; targets (B,) or (B, K)
@@ -96,6 +101,7 @@ class _Both: # labeled images, then pseudo-labeled ones, as one dataset with sof
         self.parts, self.vocab = (labeled, pseudo), labeled.vocab
         self.decode = labeled.decode
     def __len__(self): return sum(map(len, self.parts))
+    def new_empty(self): return self.parts[0].new_empty()
     def __getitem__(self, i): x, y = self.batch(np.array([i])); return x[0], y[0]
     def batch(self, idxs):
         n = len(self.parts[0])
@@ -176,11 +182,18 @@ class ResizedCropFlip(RandTransform):
         grid = nn.functional.affine_grid(theta, x.shape, align_corners=False)
         return TensorImage(nn.functional.grid_sample(x.as_subclass(torch.Tensor).float(), grid, padding_mode='reflection', align_corners=False).clamp(0, 1))
 
-# %% ../nbs/06_dataloaders.ipynb #3f61a7f3
+# %% ../nbs/06_dataloaders.ipynb #9625cc75
 class NoisyStudentDataLoaders(DataLoaders):
     "fastai `DataLoaders` over decoded images, with the clean view for predictions. Made by `mixed_dataloaders`."
-    size: int = 0 # Side of the images in pixels
-    n_in: int = 3 # Channels of the images
+    @property
+    def size(self) -> int:
+        "Side of the images in pixels."
+        return self.valid.dataset.images.shape[1]
+
+    @property
+    def n_in(self) -> int:
+        "Channels of the images."
+        return self.valid.dataset.images.shape[-1]
 
     def clean_view(self, images: np.ndarray # uint8 (B, H, W, C)
                   ) -> torch.Tensor: # float (B, C, H, W) on the loaders' device, as the model takes it
@@ -192,6 +205,10 @@ class NoisyStudentDataLoaders(DataLoaders):
                 **kwargs # To `ArrayDL.new`: bs
                ) -> ArrayDL:
         "A loader over images without labels, for `learn.get_preds(dl=...)`; its targets are zeros. Raises ValueError for an unreadable file."
+        if not isinstance(test_items, np.ndarray): # arrays and PIL images too: `learn.predict` gives a list of one
+            test_items = [o if isinstance(o, (str, Path)) else np.asarray(o) for o in test_items]
+            if not all(isinstance(o, (str, Path)) for o in test_items): test_items = np.stack([o[..., None] if o.ndim == 2 else o for o in test_items])
+        kwargs = {k: v for k, v in kwargs.items() if k in ('bs', 'device')} # `learn.predict` also sends what is for item transforms
         images, _, bad = load_images(test_items, self.size)
         if bad: raise ValueError(f"{bad[0].item}: {bad[0].reason}")
         return self.valid.new(ArrayDataset(images, np.zeros(len(images), np.int64), self.vocab), **kwargs)
@@ -211,7 +228,7 @@ def mixed_dataloaders(
     device: str | torch.device = 'cpu', # Where batches go
 ) -> NoisyStudentDataLoaders:
     "Training batches of labeled and pseudo-labeled images, validation batches of labeled ones."
-    if images_differ := labeled[0].shape[1:] != valid[0].shape[1:] or (pseudo is not None and pseudo[0].shape[1:] != labeled[0].shape[1:]):
+    if labeled[0].shape[1:] != valid[0].shape[1:] or (pseudo is not None and pseudo[0].shape[1:] != labeled[0].shape[1:]):
         raise ValueError("labeled, validation and pseudo-labeled images must have one shape, got " + ', '.join(
             str(o[0].shape[1:]) for o in (labeled, valid, pseudo) if o is not None))
     norm = [Normalize.from_stats(*stats, cuda=False)] if stats else []
@@ -220,5 +237,4 @@ def mixed_dataloaders(
                     steps=steps, seed=seed, after_batch=[*(augment or []), *tfms], device=torch.device(device))
     dls = NoisyStudentDataLoaders(train, ArrayDL(ArrayDataset(*valid, classes), bs=max(256, bs), after_batch=tfms, device=torch.device(device)),
                                   device=torch.device(device))
-    dls.size, dls.n_in = labeled[0].shape[1], labeled[0].shape[-1]
     return dls

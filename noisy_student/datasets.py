@@ -6,8 +6,8 @@
 __all__ = ['MAX_PIXELS', 'IMAGENETTE_CLASSES', 'Split', 'Splits', 'stratified', 'digits', 'ImageFileError', 'BadImage',
            'load_image', 'Decoded', 'square', 'load_images', 'list_files', 'from_folder', 'cifar10', 'imagenette']
 
-# %% ../nbs/00_datasets.ipynb #de2ce99f
-import hashlib, json, os, warnings
+# %% ../nbs/00_datasets.ipynb #8672d96e
+import errno, hashlib, json, os, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +87,7 @@ def stratified(
     order = np.argsort(-(share - take), kind='stable')
     while take.sum() != n: # largest remainders up; where the minimum of one has overshot, the largest classes down
         if take.sum() < n: take[order[:n - take.sum()]] += 1
-        else: take[np.argmax(take - share)] -= 1
+        else: take[np.argmax(np.where(take > 1, take - share, -np.inf))] -= 1
     return np.sort(np.concatenate([rng.permutation(np.flatnonzero(labels == c))[:k] for c, k in zip(classes, take)]))
 
 # %% ../nbs/00_datasets.ipynb #e69f26c0
@@ -206,7 +206,7 @@ def load_images(
 ) -> Decoded:
     "All usable images as one `uint8` array. Raises OSError, naming the folder, if the cache cannot be written."
     if isinstance(items, np.ndarray):
-        if items.shape[1:3] != (size, size): items = np.stack([_decode(o, size) for o in items])
+        if len(items) and items.shape[1:3] != (size, size): items = np.stack([_decode(o, size) for o in items])
         return Decoded(items, np.arange(len(items)), [])
     items = [str(o) for o in items]
     if cache is None: return _decode_all(items, size, np.empty((len(items), size, size, 3), np.uint8), progress)
@@ -236,7 +236,10 @@ def _fill_cache(items, size, file, meta, progress): # written under temporary na
         file.parent.mkdir(parents=True, exist_ok=True)
         out = np.lib.format.open_memmap(part, mode='w+', dtype=np.uint8, shape=(max(len(items), 1), size, size, 3))
         if hasattr(os, 'posix_fallocate'): # a full disk must show here: later it would kill the process (SIGBUS)
-            with open(part, 'r+b') as f: os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
+            with open(part, 'r+b') as f:
+                try: os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
+                except OSError as e:
+                    if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL): raise # some file systems cannot reserve
         _, good, bad = _decode_all(items, size, out, progress)
         out.flush(); del out
         rows = sorted(set(range(len(items))) - set(good.tolist()))
@@ -277,7 +280,7 @@ def from_folder(
     seed: int = 0, # Which images land in which pile
 ) -> Splits:
     "Splits from a folder of images. Raises ValueError or FileNotFoundError, naming the folder, if the layout is not as above."
-    path = Path(path)
+    path = Path(os.path.abspath(path)) # so that the names in a run mean the same from every folder
     if not (path/'train').is_dir():
         raise FileNotFoundError(f"no folder {path/'train'}: labeled images go to {path/'train'/'CLASS'}, one folder per class")
     classes = _class_folders(path/'train')
@@ -296,15 +299,24 @@ def from_folder(
     if not len(valid): raise ValueError(f"no image in {valid_dir}: validation images choose the best round")
     test = _labeled_folder(path/'test', classes) if (path/'test').is_dir() else None
     labeled, rest = _label_some(train, n_labeled, rng)
-    return Splits(labeled, _pool(unlabeled, rest, path/'unlabeled'), valid, test, classes)
+    return _without_labeled(Splits(labeled, _pool(unlabeled, rest, path/'unlabeled'), valid, test, classes))
 
-# %% ../nbs/00_datasets.ipynb #4009c2fa
+# %% ../nbs/00_datasets.ipynb #ee789fcd
+def _without_labeled(s): # Splits whose pool has no file that is labeled, or in validation or test: a pool may be a folder above them
+    if isinstance(s.unlabeled.images, np.ndarray): return s
+    taken = {os.path.realpath(f) for o in (s.labeled, s.valid, s.test) if o is not None for f in o.images}
+    keep = np.array([os.path.realpath(f) not in taken for f in s.unlabeled.images], dtype=bool)
+    if not keep.all():
+        warnings.warn(f"{(~keep).sum()} of {len(keep)} unlabeled files are labeled, validation or test images: they are left out of the pool")
+        s.unlabeled = s.unlabeled[keep]
+    return s
+
 def _pool(unlabeled, rest, default): # the unlabeled Split that the argument `unlabeled` asks for
-    if isinstance(unlabeled, (list, tuple)): return Split(unlabeled)
+    if isinstance(unlabeled, (list, tuple)): return Split([os.path.abspath(o) for o in unlabeled])
     if unlabeled is None: return _concat(rest, Split(list_files(default))) if default.is_dir() else rest
     if unlabeled == 'rest': return rest
     if not Path(unlabeled).is_dir(): raise FileNotFoundError(f"no folder {unlabeled} with unlabeled images")
-    return Split(list_files(unlabeled))
+    return Split(list_files(os.path.abspath(unlabeled)))
 
 def _concat(a, b): # two unlabeled piles of files; hidden labels survive where both have them, unknown is -1
     if not len(a) or not len(b): return a if len(a) else b
@@ -358,4 +370,4 @@ def _train_test(path, test_name, n_labeled, unlabeled, seed, n_valid): # Splits 
     else:
         pool = rest if 'rest' in names else rest[:0]
         if 'imagenet32' in names: pool = _concat(pool, _imagenet32())
-    return Splits(labeled, pool, valid, _labeled_folder(path/test_name, classes), classes)
+    return _without_labeled(Splits(labeled, pool, valid, _labeled_folder(path/test_name, classes), classes))

@@ -67,6 +67,8 @@ def _add_transforms(dls, train_tfms, all_tfms):
                         "build them with DataBlock or ImageDataLoaders, or pass noise=Noise(randaugment_n=0)")
     new = copy.copy(dls)
     new.loaders = [_copy_dl(dl, [*all_tfms, *(train_tfms if i == 0 else [])]) for i, dl in enumerate(dls.loaders)]
+    for dl in new.loaders:
+        if dl.device is not None: dl.to(dl.device) # takes the statistics of a new Normalize along
     return new
 
 # %% ../nbs/07_learner.ipynb #5d9e47f4
@@ -93,5 +95,6 @@ def noisy_student_learner(
     norm = []
     if pretrained and (cfg := getattr(model, 'pretrained_cfg', None)) and not any(isinstance(o, Normalize) for o in dls.after_batch.fs):
         norm = [Normalize.from_stats(cfg['mean'], cfg['std'], cuda=False)]
-    return Learner(_add_transforms(dls, train_tfms, norm), model, loss_func or SoftLabelCrossEntropy(label_smoothing), opt_func=opt_func,
+    mixed = getattr(dls.train, 'n_labeled', None) if getattr(dls.train, 'ratio', 0) else None # rows with true labels, which may be smoothed
+    return Learner(_add_transforms(dls, train_tfms, norm), model, loss_func or SoftLabelCrossEntropy(label_smoothing, labeled=mixed), opt_func=opt_func,
                    metrics=metrics, cbs=[*noise.callbacks(model), HardTargets(), *(cbs or [])], **kwargs)

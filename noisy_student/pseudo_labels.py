@@ -270,7 +270,7 @@ def predict_pseudo_labels(
     _make_folder(out)
     t = _Teacher(teacher, items, classes, size, mean, std, device)
     label_of = items if isinstance(items, list) else names # None: positions
-    pool = _digest(items) if isinstance(items, list) else f"array {items.shape}"
+    pool = _digest(items)
     meta = dict(classes=t.classes, temperature=float(temperature), teacher=t.hash, view=t.spec, pool=pool,
                 num_shards=num_shards, part_size=part_size)
     for other in sorted(out.glob('part-*.parquet'))[:1]: _usable(other, meta)
@@ -315,10 +315,15 @@ def _check_sources(src): # -> files and the metadata they share; raises unless t
     if 'pool' in metas[0]: _check_shards(files, metas)
     return files, metas[0]
 
+def _shard_of(file): # of part-00000-of-00001-00000.parquet
+    try: return int(file.name.split('-')[1])
+    except (IndexError, ValueError):
+        raise PseudoLabelError(f"{file} has been renamed: give the whole folder as predict_pseudo_labels wrote it") from None
+
 def _check_shards(files, metas):
     pools = {} # pool -> number of shards -> shard -> folder
     for f, m in zip(files, metas):
-        shard, pool = int(f.name.split('-')[1]), pools.setdefault(m['pool'], {})
+        shard, pool = _shard_of(f), pools.setdefault(m['pool'], {})
         if (other := pool.setdefault(m['num_shards'], {}).setdefault(shard, f.parent)) != f.parent:
             raise PseudoLabelError(f"shard {shard} is there twice, in {other} and in {f.parent}: remove one of them")
     for pool in pools.values():
@@ -417,7 +422,20 @@ def _pick(con, table, is_over, target, files): # the temporary table `kept`: ite
         SELECT *, row_number() OVER (PARTITION BY label ORDER BY confidence DESC, item) AS r,
                   count(*) OVER (PARTITION BY label) AS n FROM passed)) WHERE copies > 0""", files)
 
-# %% ../nbs/05_pseudo_labels.ipynb #48ffbd2b
+# %% ../nbs/05_pseudo_labels.ipynb #1bf7a230
+def _some(names): return ', '.join(names[:10]) + (', ...' if len(names) > 10 else '')
+
+def _warn(classes, stats, threshold, target): # of what usually goes wrong
+    if unseen := [c for c, n in zip(classes, stats.seen) if not n]:
+        warnings.warn(f"the teacher gave no image the class {_some(unseen)}: train it longer or on more labels, or check the pool")
+    if low := [c for c, s, n in zip(classes, stats.seen, stats.passed) if s and not n]:
+        warnings.warn(f"no pseudo label of {len(low)} of {len(classes)} classes reaches threshold={threshold}: {_some(low)}")
+    if 0 < threshold <= 1 / len(classes):
+        warnings.warn(f"threshold={threshold} filters nothing: with {len(classes)} classes the highest probability is always "
+                      f"{1 / len(classes):.2f} or more")
+    if rare := [f"{c} ({n})" for c, n in zip(classes, stats.passed) if target and 0 < n <= target / 10]:
+        warnings.warn(f"few pseudo labels are copied 10 times or more to reach {target} per class: {_some(rare)}")
+
 def select_pseudo_labels(
     src: str | Path | list, # Folder(s) of predict_pseudo_labels with all shards, or parquet files with the same columns
     out: str | Path, # Parquet file to write
@@ -442,15 +460,13 @@ def select_pseudo_labels(
         if stats.index.hasnans or not 0 <= stats.index.min() <= stats.index.max() < len(classes):
             raise PseudoLabelError(f"labels must be in 0..{len(classes) - 1}, one per class: see {files[0].parent}")
         stats = stats.reindex(range(len(classes)), fill_value=0)
-        if empty := [c for c, n in zip(classes, stats.passed) if not n]:
-            warnings.warn(f"no pseudo label of {len(empty)} of {len(classes)} classes reaches threshold={threshold}: "
-                          f"{', '.join(empty[:10])}{', ...' if len(empty) > 10 else ''}")
+        _warn(classes, stats, threshold, _target(per_class, stats.passed))
         _pick(con, table, is_over, _target(per_class, stats.passed), files)
         wide = Path(spill)/'kept.parquet'
         _sql(con, f"""COPY (SELECT item, k.label::INT AS label, k.confidence, p.probs, k.copies::INT AS copies
             FROM kept k JOIN {_parquet(files)} p USING (item) ORDER BY k.label, k.confidence DESC, item)
             TO {_quoted(wide)} (FORMAT parquet)""", files)
-        kept = {key: meta[key] for key in ('temperature', 'teacher', 'view') if key in meta}
+        kept = {key: meta[key] for key in ('temperature', 'teacher', 'view', 'pool') if key in meta}
         kept.update(classes=classes, threshold=threshold, strict=strict, per_class=per_class, version=__version__)
         _write((_table(c.pop('item'), c.pop('probs'), kept, **c) for c in _batches(wide, 8192)), out)
     return Selection(out, pd.concat([stats, _summary(out, classes)], axis=1)[['class', 'seen', 'passed', *_KEPT]])
@@ -463,6 +479,11 @@ def _open_selection(selection): # -> path, metadata
     if 'copies' not in pq.read_schema(path).names or 'classes' not in meta:
         raise PseudoLabelError(f"{path} is not a selection: make one with select_pseudo_labels")
     return path, meta
+
+def _check_pool(pool, images, last):
+    if not isinstance(images, np.ndarray): raise PseudoLabelError("the selection holds positions in an array, but the pool is a list of files")
+    if last >= len(images) or (pool is not None and pool != _digest(images)):
+        raise PseudoLabelError("the selection belongs to another pool of images: give the one that was labeled (the same data set, labels and seed)")
 
 def relabel_pseudo_labels(
     teacher: Learner | nn.Module, # The new teacher, of the same classes
@@ -486,6 +507,7 @@ def relabel_pseudo_labels(
         raise PseudoLabelError(f"{path} holds positions in an array: give the array as items=")
     _make_folder(out.parent)
     pool = [] if named else _as_items(items)
+    if not named: _check_pool(meta.get('pool'), pool, pq.read_table(path, columns=['item'])['item'].to_numpy().max())
     vocab = getattr(getattr(teacher, 'dls', None), 'vocab', None)
     t = _Teacher(teacher, pool, meta['classes'] if vocab is None else vocab, size, mean, std, device)
     if t.classes != meta['classes']:
@@ -504,7 +526,9 @@ def relabel_pseudo_labels(
             done += len(chunk)
             yield _table(c['item'], probs, new, copies=c['copies'])
     with t.evaluating(): _write(tables(), out)
-    return Selection(out, _summary(out, t.classes))
+    summary = _summary(out, t.classes)
+    if gone := list(summary['class'][summary.kept == 0]): warnings.warn(f"after relabeling no image has the class {_some(gone)}")
+    return Selection(out, summary)
 
 # %% ../nbs/05_pseudo_labels.ipynb #91ec2b88
 @dataclass
@@ -516,8 +540,21 @@ class PseudoLabels:
     probs: np.ndarray # float32 (n, K), rows sum to 1
     copies: np.ndarray # int64 (n,), at least 1
     classes: list[str] # K class names
+    pool: str | None = None # Digest of the pool that positions count in; None if the table does not say
 
     def __len__(self) -> int: return len(self.items)
+
+    @property
+    def digest(self) -> str:
+        "Changes with any image, probability or number of copies."
+        h = hashlib.sha256('\0'.join(map(str, self.items)).encode(errors='surrogateescape'))
+        for o in (self.labels, self.probs, self.copies): h.update(np.ascontiguousarray(o))
+        return h.hexdigest()[:16]
+
+    def check_pool(self, images: np.ndarray # uint8 (N, H, W, C), the pool that positions are taken in
+                  ) -> None:
+        "Raises `PseudoLabelError` if the items are positions in another array than `images`."
+        if isinstance(self.items, np.ndarray): _check_pool(self.pool, images, self.items.max())
 
 def read_selection(selection: Selection | str | Path # What select_pseudo_labels returned, or its file
                   ) -> PseudoLabels:
@@ -527,4 +564,4 @@ def read_selection(selection: Selection | str | Path # What select_pseudo_labels
     probs = np.concatenate([c['probs'] for c in _batches(path, 8192, ['probs'])])
     items = t['item'].to_pylist() if pa.types.is_string(t['item'].type) else t['item'].to_numpy()
     return PseudoLabels(items, t['label'].to_numpy().astype(np.int64), t['confidence'].to_numpy(),
-                        probs / probs.sum(1, keepdims=True), t['copies'].to_numpy().astype(np.int64), meta['classes'])
+                        probs / probs.sum(1, keepdims=True), t['copies'].to_numpy().astype(np.int64), meta['classes'], meta.get('pool'))

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['RECIPES', 'Recipe', 'get_recipe', 'pack', 'unpack', 'RunState', 'NoisyStudent', 'Trained', 'load_model']
 
-# %% ../nbs/09_rounds.ipynb #b1e3efd8
-import hashlib, json, os, platform, random, time, warnings
+# %% ../nbs/09_rounds.ipynb #226d2e0c
+import hashlib, json, os, platform, random, sys, time, warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
@@ -68,11 +68,13 @@ class Recipe:
         for name, ok, want in [('rounds', self.rounds >= 0, 'at least 0'), ('epochs', self.epochs >= 1, 'at least 1'),
                                ('teacher_epochs', self.teacher_epochs is None or self.teacher_epochs >= 1, 'at least 1'),
                                ('steps', self.steps is None or self.steps >= 1, 'at least 1'), ('bs', self.bs >= 1, 'at least 1'),
-                               ('ratio', self.ratio >= 1, 'at least 1'), ('lr', self.lr > 0, 'greater than 0'),
+                               ('ratio', self.ratio >= 1, 'at least 1'), ('lr', self.lr > 0, 'greater than 0'), ('wd', self.wd >= 0, 'at least 0'),
                                ('label_smoothing', 0 <= self.label_smoothing < 1, 'in [0, 1)'), ('temperature', self.temperature > 0, 'greater than 0'),
                                ('threshold', 0 <= self.threshold <= 1, 'in [0, 1]'), ('size', self.size is None or self.size >= 1, 'at least 1'),
                                ('pad', self.pad >= 0, 'at least 0'), ('rotate', self.rotate >= 0, 'at least 0'), ('zoom', self.zoom >= 1, 'at least 1'), ('min_scale', 0 < self.min_scale <= 1, 'in (0, 1]')]:
             if not ok: raise ValueError(f"{name}={getattr(self, name)} must be {want}")
+        if not (self.per_class in ('mean', 'largest', None) or (type(self.per_class) is int and self.per_class > 0)):
+            raise ValueError(f"per_class={self.per_class!r} must be a number of images from 1 on, 'mean', 'largest' or None")
 
     def to_json(self) -> dict:
         "As plain JSON types."
@@ -84,12 +86,12 @@ RECIPES = dict(
     digits=Recipe(rounds=3, epochs=8, teacher_epochs=12, steps=50, bs=32, ratio=5, lr=5e-3, label_smoothing=0., noise=Noise(2, 10, 0.3, 0.9),
                   teacher_noise=Noise(1, 5, 0.3, 0.9), temperature=0.5, threshold=0.9, per_class=None, size=12, pad=1, rotate=15, zoom=1.2,
                   flip=False, bf16=False),
-    cifar10=Recipe(rounds=2, epochs=8, teacher_epochs=12, steps=200, bs=64, ratio=3, lr=4e-3, noise=Noise(1, 5, 0.2, 0.9),
+    cifar10=Recipe(rounds=1, epochs=5, teacher_epochs=12, steps=200, bs=64, ratio=3, lr=4e-3, noise=Noise(1, 5, 0.2, 0.9),
                    teacher_noise=Noise(1, 3, 0.2, 0.9), pad=4),
 )
 
 def get_recipe(recipe: str | Recipe, # A name in `RECIPES`, or a recipe
-               **changes # Fields of `Recipe` to change; None leaves a field as it is
+               **changes # Fields of `Recipe` to change
               ) -> Recipe:
     "The named recipe with some fields changed. Raises ValueError for an unknown name or field."
     if isinstance(recipe, str):
@@ -98,7 +100,7 @@ def get_recipe(recipe: str | Recipe, # A name in `RECIPES`, or a recipe
     known = [f.name for f in fields(Recipe)]
     for k in changes:
         if k not in known: raise ValueError(f"unknown setting {k!r}: a recipe has {', '.join(known)}")
-    return replace(recipe, **{k: v for k, v in changes.items() if v is not None})
+    return replace(recipe, **changes)
 
 # %% ../nbs/09_rounds.ipynb #0ef3dbc0
 def pack(state: object, # Nested dicts, lists, tuples, tensors, arrays and JSON scalars
@@ -124,15 +126,15 @@ def unpack(skeleton: object, # From `pack`
     if kind == 'dict': return {k: unpack(v, tensors) for k, v in o}
     return {'list': list, 'tuple': tuple}[kind](unpack(v, tensors) for v in o)
 
-# %% ../nbs/09_rounds.ipynb #6c47d76e
+# %% ../nbs/09_rounds.ipynb #cd4b0a18
 def _rng_state(): # of every generator that training draws from
     kind, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [] # asking an unused GPU would take its memory
     return dict(torch=torch.get_rng_state(), cuda=cuda, python=random.getstate(), numpy=[kind, keys, *rest])
 
 def _set_rng_state(s):
     torch.set_rng_state(s['torch'])
-    if s['cuda'] and len(s['cuda']) == torch.cuda.device_count(): torch.cuda.set_rng_state_all(s['cuda'])
+    if s['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state(s['cuda'][0])
     random.setstate(s['python'])
     kind, keys, *rest = s['numpy']
     np.random.set_state((kind, np.asarray(keys).astype(np.uint32), *rest))
@@ -149,7 +151,9 @@ def _write_text(file, text): # whole or not at all
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(tmp, 'w', encoding='utf-8') as f: f.write(text); f.flush(); os.fsync(f.fileno())
         os.replace(tmp, file)
-    except OSError as e: raise OSError(e.errno, f"cannot write {file}: {e.strerror}") from None
+    except OSError as e:
+        if tmp.parent.is_dir(): tmp.unlink(missing_ok=True)
+        raise OSError(e.errno, f"cannot write {file}: {e.strerror}") from None
 
 # %% ../nbs/09_rounds.ipynb #4b9420cb
 class RunState(Callback):
@@ -191,8 +195,8 @@ class RunState(Callback):
     def after_epoch(self):
         if self.epoch < self.start: return
         loss, valid, acc = (float(o) for o in self.recorder.log[1:4])
-        if not np.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} after epoch {self.epoch}: training diverged; the last good epoch is kept, try a lower lr in a new run")
+        if not np.isfinite([loss, valid]).all():
+            raise FloatingPointError(f"the loss is {loss} in training and {valid} in validation after epoch {self.epoch}: training diverged; the last good epoch is kept, try a lower lr in a new run")
         self.history.append(dict(epoch=self.epoch, train_loss=loss, valid_loss=valid, valid_accuracy=acc))
         state = dict(model=self.model.state_dict(), opt=self.opt.opt.state_dict(), rng=_rng_state(), history=self.history, epoch=self.epoch,
                      seconds=time.perf_counter() - self.begun, smooth=(self.recorder.smooth_loss.val, self.recorder.smooth_loss.count))
@@ -206,34 +210,46 @@ def _has_fast_bf16(device): # bfloat16 matrix units, on a GPU or (AMX, AVX512-BF
     if device.type != 'cpu': return False
     return any(getattr(torch.cpu, f, bool)() for f in ('_is_amx_tile_supported', '_is_avx512_bf16_supported'))
 
-def _in_bf16(model, device): # every forward pass of `model` runs in bfloat16 autocast
+@contextmanager
+def _in_bf16(model, device): # inside, every forward pass of `model` runs in bfloat16 autocast
     contexts = []
     def enter(*_): contexts.append(c := torch.autocast(device.type, torch.bfloat16)); c.__enter__()
     def leave(*_): contexts.pop().__exit__(None, None, None)
-    model.register_forward_pre_hook(enter)
-    model.register_forward_hook(leave, always_call=True) # also when forward raised
+    hooks = [model.register_forward_pre_hook(enter), model.register_forward_hook(leave, always_call=True)] # also when forward raised
+    try: yield
+    finally:
+        for h in hooks: h.remove()
 
-def _train(learn, epochs, lr, folder, progress): # -> history, seconds; goes on from folder/checkpoint
+def _train(learn, epochs, recipe, folder, progress): # -> history, seconds; goes on from folder/checkpoint
     learn.create_opt()
     state = RunState(folder/'checkpoint'/'state.safetensors', progress)
     start = state.load(learn)
     if start < epochs:
-        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, lr, start_epoch=start, cbs=state)
+        device = learn.dls.device
+        fast = _in_bf16(learn.model, device) if recipe.bf16 and _has_fast_bf16(device) else nullcontext() # labels and figures stay float32
+        with fast, learn.no_bar(), learn.no_logging():
+            learn.fit_one_cycle(epochs, recipe.lr, wd=[recipe.wd, 0.], start_epoch=start, cbs=state)
         state.seconds = time.perf_counter() - state.begun
     return state.history, state.seconds
 
-# %% ../nbs/09_rounds.ipynb #b5f3d77c
-def _notebook_bar(): # progress(stage, done, total) as one line of HTML, updated twice a second, empty at the end of a stage
-    from html import escape
-    from IPython.display import HTML, display
-    handle, seen = display(HTML(''), display_id=True), {}
+# %% ../nbs/09_rounds.ipynb #b873f69e
+def _one_line(): # progress(stage, done, total) as one line, updated twice a second, empty at the end of a stage
+    if IN_NOTEBOOK:
+        from html import escape
+        from IPython.display import HTML, display
+        handle = display(HTML(''), display_id=True)
+        def show(text): handle and handle.update(HTML(escape(text)))
+    elif sys.stderr.isatty():
+        def show(text): print(f"\r{text:<79}", end='' if text else '\r', file=sys.stderr, flush=True)
+    else: return lambda stage, done, total: None
+    seen = {}
     def tell(stage, done, total):
         now = time.perf_counter()
         begun, first, last = seen.get(stage, (now, done, 0.))
-        if handle is None or (done < total and now - last < .5): return
+        if done < total and now - last < .5: return
         seen[stage] = (begun, first, now)
         left = f", {(now - begun) / (done - first) * (total - done):.0f} s left" if done > first else ''
-        handle.update(HTML('' if done == total else f"{escape(stage)} <progress value={done} max={total}></progress> {done:,} of {total:,}{left}"))
+        show('' if done == total else f"{stage}: {done:,} of {total:,}{left}")
     return tell
 
 # %% ../nbs/09_rounds.ipynb #59bae878
@@ -242,7 +258,9 @@ def _fingerprint(data: Splits) -> str: # of all items and labels
     for name in ('labeled', 'unlabeled', 'valid', 'test'):
         s = getattr(data, name)
         if s is None: continue
-        h.update(s.images.tobytes() if isinstance(s.images, np.ndarray) else '\0'.join(s.images).encode(errors='surrogateescape'))
+        if isinstance(s.images, np.ndarray): h.update(np.ascontiguousarray(s.images))
+        else:
+            for f in s.images: h.update(f"{f}\0{os.path.getsize(f) if os.path.exists(f) else -1}\n".encode(errors='surrogateescape'))
         if s.labels is not None: h.update(s.labels.tobytes())
     return h.hexdigest()[:16]
 
@@ -252,7 +270,7 @@ def _default_size(data): # px
     from PIL import Image
     try:
         with Image.open(images[0]) as im: return min(min(im.size), 128)
-    except OSError: return 128 # load_images will name the file
+    except (OSError, Image.DecompressionBombError): return 128 # load_images will name the file
 
 # %% ../nbs/09_rounds.ipynb #0d458502
 class NoisyStudent:
@@ -268,21 +286,24 @@ class NoisyStudent:
         seed: int = 0, # Decides initial weights, order, noise
         recipe: str | Recipe = 'default', # A name in `RECIPES`, or a recipe
         device: str | torch.device | None = None, # 'cpu', 'cuda', ...; None: a GPU if there is one
-        progress: Callable[[str, int, int], None] | None = None, # Called with (stage, done, total); None: a bar in notebooks
+        progress: Callable[[str, int, int], None] | None = None, # Called with (stage, done, total); None: one line in notebooks and terminals
         pseudo_labels: str | Path | Selection | None = None, # A selection made elsewhere: round 0 is then a student of that teacher
         **settings # Fields of `Recipe` to change, such as epochs=10
     ):
+        if not isinstance(data, Splits): raise ValueError(f"data must be Splits, such as from_folder({data!r}), not {type(data).__name__}")
         self.data, self.path, self.seed = data, Path(path), seed
-        self.archs = [archs] if isinstance(archs, str) else list(archs)
-        if not self.archs: raise ValueError("archs is empty: name at least one architecture")
-        self.recipe = get_recipe(recipe, noise=noise, **settings)
+        self.archs = list(archs) if isinstance(archs, (list, tuple)) else [archs]
+        if not self.archs or not all(isinstance(o, str) for o in self.archs):
+            raise ValueError("archs must be names, teacher first, such as ['resnet18', 'resnet34']: every round builds a new network from its name")
+        self.recipe = get_recipe(recipe, **settings, **({} if noise is None else dict(noise=noise)))
         self.device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
         if self.device.type == 'cuda' and not torch.cuda.is_available(): raise ValueError("device='cuda', but torch sees no GPU here: use 'cpu'")
         self.size = self.recipe.size or _default_size(data)
-        self._tell = progress or (_notebook_bar() if IN_NOTEBOOK else lambda stage, done, total: None)
+        self._tell = progress or _one_line()
         self.given = None if pseudo_labels is None else read_selection(pseudo_labels)
         if self.given is not None and self.given.classes != list(data.classes):
             raise ValueError(f"the pseudo labels have the classes {', '.join(self.given.classes)}, but the data {', '.join(data.classes)}: they must be the same")
+        if self.given is not None: self.given.check_pool(data.unlabeled.images)
         if self.recipe.rounds and not len(data.unlabeled):
             raise ValueError("no unlabeled images: name a folder of them, keep fewer labels so that the rest can serve, or ask for 0 rounds")
         if not len(data.valid): raise ValueError("no validation images: they choose the best round")
@@ -299,7 +320,7 @@ class NoisyStudent:
     def config(self) -> dict:
         "What must be equal for a run directory to be gone on with, as JSON types."
         return json.loads(json.dumps(dict(archs=self.archs, size=self.size, seed=self.seed, recipe=self.recipe.to_json(), classes=self.data.classes,
-                                          data=_fingerprint(self.data), pseudo_labels=self.given and hashlib.sha256(self.given.probs.tobytes()).hexdigest()[:16])))
+                                          data=_fingerprint(self.data), pseudo_labels=self.given and self.given.digest)))
 
     def fit(self) -> pd.DataFrame: # `summary`
         """Train the teacher and all students, or what is still to do of them, and return a row per round, the teacher first.
@@ -308,10 +329,13 @@ class NoisyStudent:
         OSError if something cannot be written. What was written stays, and `fit` again goes on from there."""
         self._open()
         for k in range(self.recipe.rounds + 1):
-            if (self._round(k)/'metrics.json').exists(): continue
-            self._fit_round(k)
-            _write_text(self.path/'summary.csv', self.summary.to_csv(index=False))
+            if not (self._round(k)/'metrics.json').exists(): self._fit_round(k)
+            self._write_summary() # also for a finished round: a kill may have come between the two files
         return self.summary
+
+    def _write_summary(self):
+        file, text = self.path/'summary.csv', self.summary.to_csv(index=False)
+        if not file.exists() or file.read_text() != text: _write_text(file, text)
 
     @property
     def summary(self) -> pd.DataFrame:
@@ -331,9 +355,11 @@ class NoisyStudent:
                ) -> Learner: # On the labeled images, without noise, weights loaded
         "The trained network of a round as an ordinary `Learner`."
         k = self.best if k is None else k
-        learn = self._learner(k, None, Noise.none())
+        with _seeded(0): learn = self._learner(k, None, Noise.none()) # the caller's random numbers go on as they were
         load_weights(learn.model, self._round(k)/'model.safetensors')
         return learn
+
+    def __repr__(self) -> str: return f"NoisyStudent({self.data}, {self.archs}, {str(self.path)!r}, {len(self.summary)} of {self.recipe.rounds + 1} rounds done)"
 
     def _round(self, k): return self.path/f'round_{k}'
 
@@ -342,7 +368,7 @@ class NoisyStudent:
 def _open(self: NoisyStudent): # make the directory, or check that it holds this run
     file, config = self.path/'run.json', self.config
     if not file.exists():
-        if self.path.is_dir() and any(self.path.iterdir()): raise ValueError(f"{self.path} is not empty and holds no run: choose another folder")
+        if self.path.is_dir() and any(o.name != 'run.json.tmp' for o in self.path.iterdir()): raise ValueError(f"{self.path} is not empty and holds no run: choose another folder")
         return self._write_run(config)
     try: old = json.loads(file.read_text())['config']
     except (ValueError, KeyError): raise ValueError(f"{file} is damaged: remove {self.path}, or choose another folder") from None
@@ -383,32 +409,37 @@ def _images(self: NoisyStudent, name): # Decoded images of a split, decoded on f
     return cache[name]
 
 @patch
-def _stats(self: NoisyStudent): # mean and standard deviation per channel: of the pretraining, or of (some of) the labeled images
+def _stats(self: NoisyStudent, k): # mean and standard deviation per channel: of the pretraining, or of (some of) the labeled images
     if self.recipe.pretrained:
         from timm.models import get_pretrained_cfg
-        if cfg := get_pretrained_cfg(self.archs[0]): return list(cfg.mean), list(cfg.std)
+        if cfg := get_pretrained_cfg(self.arch(k)):
+            gray = self._images('labeled').images.shape[-1] == 1
+            return tuple([sum(o) / len(o)] if gray else list(o) for o in (cfg.mean, cfg.std))
     images = self._images('labeled').images
     sample = images[np.linspace(0, len(images) - 1, min(len(images), 2000)).astype(int)] / 255.
     return sample.mean((0, 1, 2)).tolist(), (sample.std((0, 1, 2)) + 1e-6).tolist()
 
 @patch
-def _learner(self: NoisyStudent, k, selection, noise): # the network of round k, before training
+def _learner(self: NoisyStudent, k, selection, noise, pretrained=False): # the network of round k, before training
     r, sets = self.recipe, {n: (self._images(n).images, getattr(self.data, n).labels) for n in ('labeled', 'valid')}
     pseudo = copies = None
     if selection is not None:
         probs = selection.probs
         if not r.soft:
-            hard = np.eye(len(self.data.classes), dtype=np.float32)[probs.argmax(1)]
+            hard = np.eye(len(self.data.classes), dtype=np.float32)[selection.labels]
             probs = hard * (1 - r.label_smoothing) + r.label_smoothing / len(self.data.classes)
         pseudo, copies = (_Rows(self._images('unlabeled').images, self._rows(selection.items)), probs), selection.copies
     dls = mixed_dataloaders(sets['labeled'], sets['valid'], self.data.classes, pseudo=pseudo, copies=copies, bs=r.bs, ratio=r.ratio, steps=r.steps,
-                            augment=_student_view(r), stats=self._stats(), seed=self.seed * 1000 + k, device=self.device)
+                            augment=_student_view(r), stats=self._stats(k), seed=self.seed * 1000 + k, device=self.device)
     opt = partial(OptimWrapper, opt=torch.optim.AdamW, fused=self.device.type in ('cuda', 'cpu'))
     loss = SoftLabelCrossEntropy(r.label_smoothing, labeled=r.bs if pseudo else None)
-    learn = noisy_student_learner(dls, self.arch(k), noise, r.pretrained, loss_func=loss, opt_func=opt, wd=r.wd)
+    learn = noisy_student_learner(dls, self.arch(k), noise, pretrained, loss_func=loss, opt_func=opt, splitter=_decay_groups)
     learn.model.to(self.device, memory_format=torch.channels_last)
-    if r.bf16 and _has_fast_bf16(self.device): _in_bf16(learn.model, self.device)
     return learn
+
+def _decay_groups(model): # weights, which decay, and biases and normalization, which do not
+    params = [p for p in model.parameters() if p.requires_grad]
+    return [[p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]]
 
 def _student_view(r): # batch transforms of training images, before RandAugment
     tfms = [ResizedCropFlip(r.min_scale, r.flip)] if r.min_scale < 1 else [PadCropFlip(r.pad, r.flip)] if r.pad or r.flip else []
@@ -434,8 +465,9 @@ def _rows(self: NoisyStudent, items): # positions in the decoded pool of the ite
 def _label(self: NoisyStudent, k): # the pseudo labels for round k, made by the network of round k - 1
     folder, r, pool = self._round(k), self.recipe, self._images('unlabeled')
     if not (out := folder/'selected.parquet').exists():
-        names = None if isinstance(self.data.unlabeled.images, np.ndarray) else [self.data.unlabeled.images[i] for i in pool.good]
-        predict_pseudo_labels(self.learner(k - 1), pool.images, folder/'pseudo_labels', names=names, temperature=r.temperature, bs=256,
+        items = self.data.unlabeled.images
+        pool, names = (items, None) if isinstance(items, np.ndarray) else (pool.images, [items[i] for i in pool.good])
+        predict_pseudo_labels(self.learner(k - 1), pool, folder/'pseudo_labels', names=names, temperature=r.temperature, bs=256,
                               progress=lambda done, total: self._tell(f'round {k}: labeling', done, total))
         select_pseudo_labels(folder/'pseudo_labels', out, threshold=r.threshold, per_class=r.per_class, strict=r.strict)
     return read_selection(out)
@@ -463,20 +495,20 @@ def _fit_round(self: NoisyStudent, k): # everything of round k that is not there
     stage = f"round {k}: training the {role} {self.arch(k)}"
     epochs = r.teacher_epochs if role == 'teacher' and r.teacher_epochs else r.epochs
     with _seeded(self.seed * 1000 + k): # from here on: labeling, which may be done already, must not shift the numbers
-        learn = self._learner(k, selection, noise)
+        learn = self._learner(k, selection, noise, r.pretrained)
         if k and n_parameters(learn.model) < self.summary.parameters[k - 1]:
             warnings.warn(f"round {k}: the student {self.arch(k)} is smaller than its teacher {self.arch(k - 1)}: this is distillation, "
                           "Noisy Student wants an equal or larger student")
         prepared = time.perf_counter() - begun
-        history, seconds = _train(learn, epochs, r.lr, folder, lambda done, total: self._tell(stage, done, total))
+        history, seconds = _train(learn, epochs, r, folder, lambda done, total: self._tell(stage, done, total))
     _write_text(folder/'history.csv', pd.DataFrame(history).to_csv(index=False))
-    mean, std = self._stats()
+    mean, std = self._stats(k)
     save_weights(learn.model, folder/'model.safetensors', dict(arch=self.arch(k), classes=json.dumps(self.data.classes), size=str(self.size),
                                                                mean=json.dumps(mean), std=json.dumps(std)))
     hidden, known = self.data.unlabeled.hidden, None
     if selection is not None and hidden is not None:
         truth = hidden[self._images('unlabeled').good[self._rows(selection.items)]]
-        known = float((selection.probs.argmax(1) == truth)[truth >= 0].mean()) if (truth >= 0).any() else None
+        known = float((selection.labels == truth)[truth >= 0].mean()) if (truth >= 0).any() else None
     metrics = dict(round=k, role=role, arch=self.arch(k), parameters=n_parameters(learn.model), labeled=len(self.data.labeled),
                    pseudo_labeled=0 if selection is None else len(selection.items), valid_accuracy=self._accuracy(learn, 'valid'),
                    test_accuracy=self._accuracy(learn, 'test'), seconds=round(prepared + seconds, 1), pseudo_label_accuracy=known)
@@ -503,7 +535,7 @@ def report(self: NoisyStudent # After `fit`
         bars.bar(x - .2, np.bincount(table.label, minlength=K), .4, label='labeled by the teacher')
         bars.bar(x + .2, np.bincount(kept.labels, kept.copies, minlength=K), .4, label='trained on')
         bars.set(xticks=x, ylabel='images', title='Class counts'); bars.set_xticklabels(self.data.classes, rotation=0 if K <= 10 and max(map(len, self.data.classes)) < 3 else 90)
-        bars.legend(fontsize=7)
+        bars.set_ylim(0, 1.35 * bars.get_ylim()[1]); bars.legend(fontsize=8)
     return fig
 
 # %% ../nbs/09_rounds.ipynb #14f48cc7

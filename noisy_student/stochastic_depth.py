@@ -226,7 +226,7 @@ class StochasticDepth(TrainingNoise):
         blocks = residual_blocks(model)
         if not any(o.identity for o in blocks):
             raise ValueError(f'{type(model).__name__} has no residual block with an identity skip that stochastic '
-                             'depth could drop. Switch it off with Noise(survival=1.), or use a residual architecture.')
+                             'depth could drop. Leave the callback out (Noise(survival=1.)), or use a residual architecture.')
         probs = survival_probs(len(blocks), self.last, self.rule)
         return [(o, float(p) if o.identity else 1.) for o, p in zip(blocks, probs)]
 
