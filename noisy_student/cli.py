@@ -16,7 +16,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from . import __version__
+from . import __version__, datasets
+from .datasets import Splits
 
 # %% ../nbs/13_cli.ipynb #5fa2dfa6
 DATA = dict( # name: recipe, architectures, labels
@@ -30,9 +31,8 @@ def load_data(name: str, # digits, cifar10, imagenette, or a folder as `from_fol
               labels: int | None = None, # How many labels to keep; None: what `DATA` says
               unlabeled: str | list[str] | None = None, # Pool, as the data set takes it; None: its own
               seed: int = 0 # Which images land in which pile
-             ) -> 'Splits':
+             ) -> Splits:
     "The images by name. Raises ValueError for a name that is neither a data set nor a folder."
-    from noisy_student import datasets
     if name in DATA:
         if labels is None: labels = DATA[name][2]
         if name != 'digits': return getattr(datasets, name)(labels, 'rest' if unlabeled is None else unlabeled, seed)

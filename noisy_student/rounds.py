@@ -237,8 +237,10 @@ def _one_line(): # progress(stage, done, total) as one line, updated twice a sec
     if IN_NOTEBOOK:
         from html import escape
         from IPython.display import HTML, display
-        handle = display(HTML(''), display_id=True)
-        def show(text): handle and handle.update(HTML(escape(text)))
+        handles = []
+        def show(text): # nothing is displayed for what is done at once
+            if handles: handles[0].update(HTML(escape(text)))
+            elif text and (h := display(HTML(escape(text)), display_id=True)): handles.append(h)
     elif sys.stderr.isatty():
         def show(text): print(f"\r{text:<79}", end='' if text else '\r', file=sys.stderr, flush=True)
     else: return lambda stage, done, total: None
