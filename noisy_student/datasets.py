@@ -246,7 +246,7 @@ def _fill_cache(items, size, file, meta, progress): # written under temporary na
         tmp = meta.with_suffix('.tmp'); tmp.write_text(json.dumps(dict(bad=bad, bad_rows=rows)))
         os.replace(part, file); os.replace(tmp, meta)
     except OSError as e:
-        part.unlink(missing_ok=True) if file.parent.is_dir() else None
+        if file.parent.is_dir(): part.unlink(missing_ok=True)
         raise OSError(e.errno, f"cannot write the image cache in {file.parent}: {e.strerror}") from None
 
 # %% ../nbs/00_datasets.ipynb #f954f109

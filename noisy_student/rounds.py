@@ -31,7 +31,6 @@ from torch import nn
 from .dataloaders import MixedDL, PadCropFlip, ResizedCropFlip, mixed_dataloaders
 from .datasets import Splits, load_images
 from .learner import Noise, noisy_student_learner
-from .losses import SoftLabelCrossEntropy
 from .models import create_model, load_tensors, load_weights, n_parameters, save_tensors, save_weights
 from .pseudo_labels import PseudoLabels, Selection, predict_pseudo_labels, read_selection, select_pseudo_labels
 
@@ -266,6 +265,9 @@ def _fingerprint(data: Splits) -> str: # of all items and labels
         if s.labels is not None: h.update(s.labels.tobytes())
     return h.hexdigest()[:16]
 
+def _best_round(summary): # highest validation accuracy, the latest of several; never chosen by test accuracy
+    return int(summary['round'][summary.valid_accuracy == summary.valid_accuracy.max()].max())
+
 def _default_size(data): # px
     images = data.labeled.images
     if isinstance(images, np.ndarray): return images.shape[1]
@@ -351,7 +353,7 @@ class NoisyStudent:
         "The round with the highest validation accuracy, the latest of several. Raises ValueError before the first round is done."
         s = self.summary
         if not len(s): raise ValueError(f"no round of {self.path} is finished: call fit() first")
-        return int(s['round'][s.valid_accuracy == s.valid_accuracy.max()].max())
+        return _best_round(s)
 
     def learner(self, k: int | None = None # Round; None: the best
                ) -> Learner: # On the labeled images, without noise, weights loaded
@@ -434,8 +436,7 @@ def _learner(self: NoisyStudent, k, selection, noise, pretrained=False): # the n
     dls = mixed_dataloaders(sets['labeled'], sets['valid'], self.data.classes, pseudo=pseudo, copies=copies, bs=r.bs, ratio=r.ratio, steps=r.steps,
                             augment=_student_view(r), stats=self._stats(k), seed=self.seed * 1000 + k, device=self.device)
     opt = partial(OptimWrapper, opt=torch.optim.AdamW, fused=self.device.type in ('cuda', 'cpu'))
-    loss = SoftLabelCrossEntropy(r.label_smoothing, labeled=r.bs if pseudo else None)
-    learn = noisy_student_learner(dls, self.arch(k), noise, pretrained, loss_func=loss, opt_func=opt, splitter=_decay_groups)
+    learn = noisy_student_learner(dls, self.arch(k), noise, pretrained, label_smoothing=r.label_smoothing, opt_func=opt, splitter=_decay_groups)
     learn.model.to(self.device, memory_format=torch.channels_last)
     return learn
 
@@ -564,8 +565,7 @@ def load_model(path: str | Path, # A run directory (its best round), a round_K f
     "The trained network of a run. Raises FileNotFoundError or ValueError, naming the file, if there is none."
     file = Path(path)
     if (file/'summary.csv').exists():
-        s = pd.read_csv(file/'summary.csv')
-        file = file/f"round_{s['round'][s.valid_accuracy == s.valid_accuracy.max()].max()}"
+        file = file/f"round_{_best_round(pd.read_csv(file/'summary.csv'))}"
     if file.is_dir(): file = file/'model.safetensors'
     if not file.exists(): raise FileNotFoundError(f"no trained model at {path}: give a run directory, a round_K folder or a model.safetensors")
     tensors, meta = load_tensors(file)
