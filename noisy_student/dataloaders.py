@@ -109,32 +109,36 @@ class _Both: # labeled images, then pseudo-labeled ones, as one dataset with sof
         yl = nn.functional.one_hot(torch.Tensor.long(yl.as_subclass(torch.Tensor)), len(self.vocab)).float()
         return torch.cat([xl, xu]), TensorCategory(torch.cat([yl, yu.as_subclass(torch.Tensor)]))
 
-# %% ../nbs/06_dataloaders.ipynb #8f8e99a4
+# %% ../nbs/06_dataloaders.ipynb #24a7f6f3
 class MixedDL(ArrayDL):
-    "Batches of `bs` labeled and `ratio * bs` pseudo-labeled images. The order is a function of `seed` and `epoch`."
+    """Batches of `bs` labeled and `ratio * bs` pseudo-labeled images, or with `ratio=None` of `bs` images drawn from both
+    piles as if they were one. The order is a function of `seed` and `epoch`."""
     def __init__(self,
         labeled: ArrayDataset, # Labeled images
         pseudo: ArrayDataset | None = None, # Pseudo-labeled images with float32 (N, K) targets; None: labeled images only
-        bs: int = 64, # Labeled images per batch
-        ratio: int = 1, # Pseudo-labeled images per labeled image, r
+        bs: int = 64, # Labeled images per batch; with `ratio=None` all images of a batch
+        ratio: int | None = 1, # Pseudo-labeled images per labeled image, r; None: both piles concatenated and shuffled
         copies: np.ndarray | None = None, # int (N,): how often each pseudo-labeled image occurs in a pass
-        steps: int | None = None, # Batches per epoch; None: one pass over the labeled images
+        steps: int | None = None, # Batches per epoch; None: one pass over the labeled images, or over the one pile
         seed: int = 0, # Decides the order
         **kwargs # To `TfmdDL`: after_batch, device
     ):
         self.labeled, self.n_labeled, self.ratio, self.seed, self.epoch = labeled, bs, ratio if pseudo else 0, seed, 0
-        self.steps = steps or -(-len(labeled) // bs)
         labeled.split_idx = 0
         if pseudo is not None and not len(pseudo): raise ValueError("there are no pseudo-labeled images to train on")
         self.pool = np.repeat(np.arange(len(pseudo)), 1 if copies is None else copies) + len(labeled) if pseudo else None
-        super().__init__(_Both(labeled, pseudo) if pseudo else labeled, bs=bs * (1 + self.ratio), **kwargs)
+        if self.ratio is None: self.n_labeled, self.pool = 0, np.concatenate([np.arange(len(labeled)), self.pool])
+        super().__init__(_Both(labeled, pseudo) if pseudo else labeled, bs=bs * (1 + (self.ratio or 0)), **kwargs)
+        self.steps = steps or -(-len(labeled if self.ratio is not None else self.pool) // bs)
         self.n = self.steps * self.bs
 
     def get_idxs(self) -> np.ndarray:
         "Positions of all images of this epoch, batch after batch; `epoch` then counts up."
-        B, R, t = self.n_labeled, self.n_labeled * self.ratio, self.epoch * self.steps
-        idxs = stream(len(self.labeled), t * B, self.steps * B, (self.seed, 0)).reshape(self.steps, B)
-        if R: idxs = np.concatenate([idxs, self.pool[stream(len(self.pool), t * R, self.steps * R, (self.seed, 1))].reshape(self.steps, R)], 1)
+        def rows(pile, per_batch, key): # of one pile, (steps, per_batch)
+            n = self.steps * per_batch
+            return pile[stream(len(pile), self.epoch * n, n, (self.seed, key))].reshape(self.steps, per_batch)
+        idxs = rows(np.arange(len(self.labeled)), self.n_labeled, 0) if self.n_labeled else np.empty((self.steps, 0), np.int64)
+        if self.pool is not None: idxs = np.concatenate([idxs, rows(self.pool, self.bs - self.n_labeled, 1)], 1)
         self.epoch += 1
         return idxs.ravel()
 
@@ -195,10 +199,11 @@ class NoisyStudentDataLoaders(DataLoaders):
         "Channels of the images."
         return self.valid.dataset.images.shape[-1]
 
-    def clean_view(self, images: np.ndarray # uint8 (B, H, W, C)
+    def clean_view(self, images: np.ndarray | torch.Tensor # uint8 array (B, H, W, C) or tensor (B, C, H, W)
                   ) -> torch.Tensor: # float (B, C, H, W) on the loaders' device, as the model takes it
         "The batch as a teacher sees it: no augmentation, normalized."
-        x = TensorImage(torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)).to(self.device)
+        x = images if isinstance(images, torch.Tensor) else torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
+        x = TensorImage(x.as_subclass(torch.Tensor)).to(self.device)
         return self.valid.after_batch((x,))[0].as_subclass(torch.Tensor)
 
     def test_dl(self, test_items: list[str] | np.ndarray, # Image files, or uint8 (N, H, W, C) of any size
@@ -219,9 +224,9 @@ def mixed_dataloaders(
     classes: list[str], # K class names
     pseudo: tuple[np.ndarray, np.ndarray] | None = None, # Images uint8 (M, S, S, C) and probabilities float32 (M, K)
     copies: np.ndarray | None = None, # int (M,): how often each pseudo-labeled image occurs in a pass
-    bs: int = 64, # Labeled images per batch
-    ratio: int = 1, # Pseudo-labeled images per labeled image
-    steps: int | None = None, # Batches per epoch; None: one pass over the labeled images
+    bs: int = 64, # Labeled images per batch; with `ratio=None` all images of a batch
+    ratio: int | None = 1, # Pseudo-labeled images per labeled image; None: both piles concatenated and shuffled
+    steps: int | None = None, # Batches per epoch; None: one pass over the labeled images, or over the one pile
     augment: list | None = None, # Batch transforms of the student's view, such as `[PadCropFlip()]`
     stats: tuple[list[float], list[float]] | None = None, # Mean and standard deviation per channel, for pixels in 0..1
     seed: int = 0, # Decides the order of the images

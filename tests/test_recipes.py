@@ -1,0 +1,184 @@
+"The published recipes: their numbers, and every part of them at work in a run."
+import json
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from noisy_student.datasets import digits
+from noisy_student.learner import Noise
+from noisy_student.models import load_tensors
+from noisy_student.pseudo_labels import read_selection
+from noisy_student.recipes import RECIPES, Recipe, get_recipe
+from noisy_student.rounds import NoisyStudent, _shortcuts, _student_view, unpack
+
+TINY = dict(recipe="digits", epochs=2, teacher_epochs=2, steps=6, bs=16, ratio=2, size=8, threshold=0.0, rounds=1, noise=Noise(1, 3, 0.1, 0.95))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
+@pytest.fixture(scope="module")
+def data():
+    full = digits(seed=0)
+    return replace(full, unlabeled=full.unlabeled[:100], test=full.test[:50])
+
+
+def weights(ns, k): return load_tensors(ns.path / f"round_{k}" / "model.safetensors")[0]
+
+
+# Preset table of the published variants: (recipe, field, number)
+NUMBERS = [
+    ("paper", "archs", tuple(f"tf_efficientnet_{o}" for o in ("b7", "l0", "l1", "l2"))), ("paper", "bs", 2048), ("paper", "ratio", 14),
+    ("paper", "epochs", 350), ("paper", "optimizer", "rmsprop"), ("paper", "lr", 0.128), ("paper", "lr_per", 2048), ("paper", "warmup", 5),
+    ("paper", "label_smoothing", 0.1), ("paper", "wd", 1e-5), ("paper", "ema", 0.9999), ("paper", "threshold", 0.3), ("paper", "strict", False),
+    ("paper", "per_class", 130_000), ("paper", "soft", True), ("paper", "noise", Noise(2, 27, 0.5, 0.8)),
+    ("paper-b0", "ratio", 1), *((f"paper-b{i}", "ratio", 3) for i in range(1, 8)),
+    *((f"paper-b{i}", "epochs", 700) for i in range(5)), *((f"paper-b{i}", "epochs", 350) for i in range(5, 8)),
+    ("svhn", "archs", ("tf_efficientnet_b0_small_image",)), ("svhn", "bs", 128), ("svhn", "ratio", 5), ("svhn", "epochs", 202),
+    ("svhn", "lr", 0.016), ("svhn", "lr_per", 256), ("svhn", "noise", Noise(2, 5, 0.2, 0.8, "reference")), ("svhn", "cutout", 16),
+    ("svhn", "pad", 4), ("svhn", "flip", False), ("svhn", "label_smoothing", 0.1), ("svhn", "wd", 1e-4), ("svhn", "ema", 0.9999),
+    ("svhn", "threshold", 0.3), ("svhn", "per_class", 53_113), ("svhn", "unlabeled", "extra"), ("svhn", "unlabeled_weight", 5),
+    *((n, k, v) for n in ("keras-cifar10", "keras-cifar10-noised") for k, v in dict(
+        archs=("keras_resnet50",), bs=64, ratio=None, epochs=300, optimizer="adam", schedule="plateau", noise=Noise(2, 10, 0.5, 0.8, "keras"),
+        label_smoothing=0, wd=1e-4, wd_on="shortcuts", ema=None, threshold=0.75, strict=True, per_class="largest", unlabeled="imagenet32").items()),
+    ("keras-cifar10", "teacher_noise", Noise.none()), ("keras-cifar10-noised", "teacher_noise", None),
+]
+
+
+@pytest.mark.parametrize("name, field, number", NUMBERS, ids=lambda o: str(o)[:20])
+def test_published_numbers(name, field, number): assert getattr(RECIPES[name], field) == number
+
+
+def test_magnitudes_by_size():
+    ns, ms = zip(*((r.noise.randaugment_n, r.noise.randaugment_m) for r in (RECIPES[f"paper-b{i}"] for i in range(8))))
+    assert ns == (0, 0, 2, 2, 2, 2, 2, 2) and ms[2:] == (6, 12, 15, 18, 24, 27)
+    assert [RECIPES[f"paper-b{i}"].size for i in range(8)] == [224, 240, 260, 300, 380, 456, 528, 600]
+    assert [RECIPES[f"paper-b{i}"].noise.dropout for i in range(8)] == [0.2, 0.2, 0.3, 0.3, 0.4, 0.4, 0.5, 0.5]
+
+
+def test_the_command_prints_them(capsys):
+    from noisy_student.cli import main
+    assert main(["recipes", "svhn", "keras-cifar10", "paper"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ("2048 / 14x", "128 / 5x", "64, concatenated and shuffled", "x0.97 every 2.4 epochs", "0.128 per 2048", "0.016 per 256", "130,000",
+                  "53,113", "confidence > 0.75", "the largest class", "cutout 16x16", "N=2, M=27", "N=2, M=5", "dropout 0.5", "last survival 0.8",
+                  "constant for 250 epochs", "tf_efficientnet_b7 -> tf_efficientnet_l0 -> tf_efficientnet_l1 -> tf_efficientnet_l2"):
+        assert words in text, words
+    assert main(["recipes", "paper", "--json"]) == 0
+    fields = json.loads(capsys.readouterr().out)["paper"]
+    assert Recipe(**{**fields, "noise": Noise(**fields["noise"])}) == RECIPES["paper"]
+    assert main(["recipes"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in RECIPES)
+    assert main(["recipes", "papers"]) == 2
+    assert "unknown recipe 'papers'" in capsys.readouterr().err
+
+
+VARIANTS = dict(
+    averaged=dict(ema=0.99, optimizer="rmsprop", schedule="staircase", lr=0.01, warmup=0.5, accumulate=2, label_smoothing=0.1, unlabeled_weight=2.0),
+    one_pile=dict(ratio=None, steps=None, optimizer="adam", schedule="plateau", soft=False, label_smoothing=0.0, epochs=4),
+    on_the_fly=dict(on_the_fly=True, threshold=0.0, ema=0.9),
+    from_teacher=dict(init="teacher", rounds=2, relabel="selected", per_class="largest", binned=True),
+)
+
+
+class Stop(Exception): pass
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_interrupted_ends_the_same(name, data, tmp_path):
+    settings = {**TINY, **VARIANTS[name]}
+    calls = []
+    whole = NoisyStudent(data, "resnet9_4", tmp_path / "whole", progress=lambda *a: calls.append(a), **settings)
+    expected = whole.fit().drop(columns="seconds")
+    for n in np.linspace(2, len(calls), 4).astype(int):
+        left = [n]
+
+        def tell(*a):
+            left[0] -= 1
+            if not left[0]: raise Stop
+        with pytest.raises(Stop): NoisyStudent(data, "resnet9_4", tmp_path / f"s{n}", progress=tell, **settings).fit()
+        again = NoisyStudent(data, "resnet9_4", tmp_path / f"s{n}", **settings)
+        pd.testing.assert_frame_equal(again.fit().drop(columns="seconds"), expected)
+        for k in expected["round"]:
+            for a, b in zip(weights(whole, k).values(), weights(again, k).values()): assert a.equal(b)
+
+
+def test_killed_after_the_last_epoch_still_takes_the_average(data, tmp_path):
+    settings = {**TINY, "rounds": 0, "ema": 0.9}
+    a, b = (NoisyStudent(data, "resnet9_4", tmp_path / o, **settings) for o in "ab")
+    a.fit()
+    b.fit()
+    for f in ("model.safetensors", "metrics.json"): (b.path / "round_0" / f).unlink()
+    b.fit()
+    for x, y in zip(weights(a, 0).values(), weights(b, 0).values()): assert x.equal(y)
+
+
+def test_stored_and_on_the_fly_targets_train_the_same(data, tmp_path):
+    stored = NoisyStudent(data, "resnet9_4", tmp_path / "a", **TINY).fit()
+    fly = NoisyStudent(data, "resnet9_4", tmp_path / "b", on_the_fly=True, **TINY).fit()
+    assert stored.pseudo_labeled.tolist() == fly.pseudo_labeled.tolist() == [0, 100] and fly.role.tolist() == ["teacher", "student"]
+    assert not (tmp_path / "b" / "round_1" / "selected.parquet").exists()
+    # the table is sorted by class, so other images meet; the loss of an epoch over the same pile is nearly the same
+    a, b = (pd.read_csv(tmp_path / o / "round_1" / "history.csv") for o in "ab")
+    np.testing.assert_allclose(a.train_loss, b.train_loss, rtol=0.2)
+
+
+def test_student_from_its_teacher(data, tmp_path):
+    ns = NoisyStudent(data, "resnet9_4", tmp_path / "a", init="teacher", **{**TINY, "lr": 1e-9, "wd": 0.0})
+    ns.fit()
+    for k, v in weights(ns, 0).items():
+        if "running" not in k and "num_batches" not in k: assert v.allclose(weights(ns, 1)[k], atol=1e-6), k
+    with pytest.raises(ValueError, match="one architecture"): NoisyStudent(data, ["resnet9_4", "resnet9_8"], tmp_path / "b", init="teacher", **TINY)
+
+
+def test_relabeling_the_selection_keeps_its_images(data, tmp_path):
+    ns = NoisyStudent(data, "resnet9_4", tmp_path / "a", relabel="selected", **{**TINY, "rounds": 2, "threshold": 0.12})
+    ns.fit()
+    one, two = (read_selection(ns.path / f"round_{k}" / "selected.parquet") for k in (1, 2))
+    assert sorted(one.items) == sorted(two.items) and not np.allclose(np.sort(one.confidence), np.sort(two.confidence))
+    assert not (ns.path / "round_2" / "pseudo_labels").exists() and ns.report()
+
+
+def test_accumulation_takes_as_many_steps(data, tmp_path):
+    for parts in (1, 4):
+        ns = NoisyStudent(data, "resnet9_4", tmp_path / f"{parts}", **{**TINY, "rounds": 0, "accumulate": parts, "noise": Noise.none()})
+        ns.fit()
+        tensors, meta = load_tensors(ns.path / "round_0" / "checkpoint" / "state.safetensors")
+        state = unpack(json.loads(meta["skeleton"]), tensors)
+        assert {int(o["step"]) for o in state["opt"]["state"].values()} == {2 * 6}
+
+
+def test_shortcuts_and_cutout():
+    from noisy_student.models import create_model
+    model = create_model("resnet18", 10)
+    decayed, others = _shortcuts(model)
+    assert [tuple(o.shape) for o in decayed] == [(128, 64, 1, 1), (256, 128, 1, 1), (512, 256, 1, 1)]
+    assert len(decayed) + len(others) == len(list(model.parameters()))
+    with pytest.raises(ValueError, match="wd_on='weights'"): _shortcuts(create_model("resnet9_4", 10))
+    (square,) = _student_view(Recipe(flip=False, cutout=16))
+    out = square.augment(torch.zeros(200, 3, 32, 32, dtype=torch.uint8))
+    side = (out > 0).any(1).float().sum((1, 2))
+    assert side.max() == 256 and side.min() >= 64 and (side == 256).float().mean() > 0.2  # whole unless the border cuts it
+
+
+@pytest.mark.parametrize("arch", ["tf_efficientnet_b0_small_image", "keras_resnet50"])
+def test_published_architectures_take_their_noise(arch):
+    from noisy_student.models import create_model
+    with torch.device("meta"): model = create_model(arch, 10)
+    for name, r in RECIPES.items():
+        if arch in r.archs: assert len(r.noise.callbacks(model)) == 2
+
+
+def test_learning_rate_goes_with_the_batch():
+    assert get_recipe("paper", bs=256).rate == pytest.approx(0.016)
+    assert get_recipe("svhn").rate == pytest.approx(0.008)
+    assert get_recipe("digits", bs=64).rate == RECIPES["digits"].lr
