@@ -428,32 +428,34 @@ def _svhn_array(root, name): # Split of one .mat file, memory-mapped
         meta.unlink(missing_ok=True) # it comes last and says that the other two are of this .mat file
         for a, b in zip(part, done): os.replace(a, b)
     except OSError as e:
-        raise OSError(e.errno, f"cannot convert {mat}: {e.strerror} in {root}; put it where there is room for its pixels") from None
+        raise OSError(e.errno, f"cannot convert {mat}: {e.strerror} in {root}; "
+                               "put it where there is room for its pixels") from None
     finally:
         for o in part: o.unlink(missing_ok=True)
     return Split(np.load(images, mmap_mode='r'), np.load(labels))
 
-# %% ../nbs/00_datasets.ipynb #f40b907f
+# %% ../nbs/00_datasets.ipynb #e149b9af
 def svhn(
     n_labeled: int | None = None, # Labels to keep, stratified; None keeps all 69,257
-    unlabeled: str | Path | list[str] = 'extra', # 'extra', 'rest' (training images, labels hidden), a folder or a list of files
+    unlabeled: str | Path | list[str] = 'extra', # 'extra', 'rest' (training images), a folder or a list of files
     seed: int = 0, # Which images land in which pile; 0 is the reference's validation set
     root: str | Path | None = None, # Folder of the .mat files; None: `svhn` in fastai's data folder
     n_valid: int = 4000, # Validation images, taken from the training set
 ) -> Splits:
-    """SVHN as `uint8` arrays (N, 32, 32, 3), 10 classes: 73,257 for training and validation, 531,131 extra, 26,032 to test.
-    Raises FileNotFoundError, naming the files, if they are missing and cannot be downloaded; ValueError for a damaged one."""
+    """SVHN as `uint8` arrays (N, 32, 32, 3), 10 classes: 73,257 for training and validation, 531,131 extra, 26,032 for
+    testing. Raises FileNotFoundError, naming the files, if they are missing and cannot be downloaded; ValueError for a
+    damaged one."""
     if unlabeled is None: raise ValueError("unlabeled must be 'extra', 'rest', a folder or a list of files")
     if root is None:
         from fastai.data.external import fastai_path
         root = fastai_path('data')/'svhn'
     root = Path(root).expanduser()
     names = ['train', 'test', *(['extra'] if unlabeled == 'extra' else [])]
-    if missing := [o for o in names if not (f := _svhn_names(root, o))[0].exists() and not all(o.exists() for o in f[1:])]:
-        _svhn_download(root, missing)
+    def there(mat, *converted): return mat.exists() or all(o.exists() for o in converted)
+    if missing := [o for o in names if not there(*_svhn_names(root, o))]: _svhn_download(root, missing)
     train, test, *extra = (_svhn_array(root, o) for o in names)
     if not 0 < n_valid < len(train):
-        raise ValueError(f"n_valid={n_valid} must be in 1..{len(train) - 1}: train_32x32.mat in {root} has {len(train)} images")
+        raise ValueError(f"n_valid={n_valid} must be in 1..{len(train) - 1}: there are {len(train)} training images in {root}")
     order = np.arange(len(train))
     np.random.RandomState(seed).shuffle(order)
     valid, train = train[order[:n_valid]], train[order[n_valid:]]

@@ -21,11 +21,11 @@ from .pseudo_labels import PseudoLabelError, _check_sources, _meta, _parquet, _q
 def _checked(labels, probs): # int64 (N,), float64 (N, K) with rows that sum to 1
     labels, probs = np.asarray(labels), np.asarray(probs, dtype=np.float64)
     if probs.ndim != 2 or labels.shape != probs.shape[:1] or not len(labels):
-        raise ValueError(f"labels of shape {labels.shape} and probabilities of shape {probs.shape} do not fit: give labels "
-                         "(N,) and probabilities (N, K), one row per image and at least one image")
+        raise ValueError(f"labels of shape {labels.shape} and probabilities of shape {probs.shape} do not fit: "
+                         "give labels (N,) and probabilities (N, K), one row per image and at least one image")
     if labels.dtype.kind not in 'iu' or not 0 <= labels.min() <= labels.max() < probs.shape[1]:
-        raise ValueError(f"labels must be whole numbers in 0..{probs.shape[1] - 1}, one per column of the probabilities, but "
-                         f"are {labels.dtype} from {labels.min()} to {labels.max()}")
+        raise ValueError(f"labels must be whole numbers in 0..{probs.shape[1] - 1}, one per column of the probabilities, "
+                         f"but are {labels.dtype} from {labels.min()} to {labels.max()}")
     total = probs.sum(1, keepdims=True)
     if not np.isfinite(probs).all() or (probs < 0).any() or np.abs(total - 1).max() > .01: # float16 rounds
         raise ValueError("every row must hold probabilities that sum to 1: pass logits through a softmax first, "
@@ -90,7 +90,8 @@ def flipped_labels(
     tables are of different pools or classes, or one is missing, damaged or incomplete."""
     (a, old), (b, new) = _check_sources(before), _check_sources(after)
     if _pools(a) != _pools(b):
-        raise PseudoLabelError(f"{a[0].parent} and {b[0].parent} label different pools of images: give two rounds over one pool")
+        raise PseudoLabelError(f"{a[0].parent} and {b[0].parent} label different pools of images: "
+                               "give two rounds over one pool")
     if old.get('classes') != new.get('classes'):
         raise PseudoLabelError(f"{a[0].parent} has the classes {old.get('classes')}, but {b[0].parent} has "
                                f"{new.get('classes')}: they must be the same")
