@@ -90,13 +90,15 @@ def _meta(path): # parquet metadata of a pseudo-label file as a dict; {} for a t
 
 _PLAIN = ('teacher', 'version') # stored as they are, everything else as JSON
 _KEYS = [o.encode() for o in ('classes temperature teacher version view pool num_shards part_size items skipped '
-                              'threshold strict per_class').split()]
+                              'threshold strict per_class binned seed').split()]
 
 # %% ../nbs/05_pseudo_labels.ipynb #d56c754a
 class _Teacher:
     "A model, its class names, and the way from items to what the model takes."
     def __init__(self, teacher, items, classes=None, size=None, mean=None, std=None, device=None):
-        is_learner = isinstance(teacher, Learner)
+        is_learner, is_table = isinstance(teacher, Learner), isinstance(items, pd.DataFrame)
+        if is_table and not hasattr(getattr(teacher, 'dls', None), 'procs'):
+            raise PseudoLabelError("rows of a DataFrame need a tabular learner as teacher: its dls know the columns")
         self.model = teacher.model if is_learner else teacher
         p = next((o for o in self.model.parameters() if o.is_floating_point()), torch.zeros(()))
         self.home, self.device, self.dtype = p.device, torch.device(device or p.device), p.dtype
@@ -104,7 +106,7 @@ class _Teacher:
             if (size, mean, std) != (None, None, None):
                 raise PseudoLabelError("size, mean and std are those of the learner's dls: leave them out")
             self.dls, own = teacher.dls, hasattr(teacher.dls, 'clean_view')
-            self.view = self._own_view if own else self._fastai_view
+            self.view = self._table_view if is_table else self._own_view if own else self._fastai_view
             self.spec = dict(size=self.dls.size if own else 'test_dl')
             if classes is None: classes = getattr(self.dls, 'vocab', None)
         else:
@@ -153,8 +155,12 @@ class _Teacher:
                     xs += [b[0] for b in dl]
         return torch.cat(xs) if xs else None, np.array(good, dtype=int), bad
 
+    def _table_view(self, chunk): # rows, through the procs of the learner: categories and continuous values
+        return tuple(self.dls.test_dl(chunk, bs=len(chunk)).one_batch()[:2]), np.arange(len(chunk)), []
+
     def logits(self, x):
-        y = self.model(torch.as_tensor(x).as_subclass(Tensor).to(self.device, self.dtype))
+        xs = x if isinstance(x, tuple) else (torch.as_tensor(x).as_subclass(Tensor).to(self.dtype),)
+        y = self.model(*(o.to(self.device) for o in xs))
         if not isinstance(y, Tensor) or y.dim() != 2:
             raise PseudoLabelError("a teacher must return logits of shape (images, classes), got "
                                    f"{getattr(y, 'shape', type(y))}")
@@ -210,7 +216,8 @@ def _as_items(items): # list of str, or uint8 array (N, H, W, C)
     if isinstance(items, (str, Path)):
         raise PseudoLabelError(f"items must be a list of files or an array, not the single name {items}")
     if isinstance(items, Tensor): items = items.cpu().numpy()
-    if not isinstance(items, np.ndarray): items = [str(o) for o in items]
+    if isinstance(items, pd.DataFrame): items = items.reset_index(drop=True)
+    elif not isinstance(items, np.ndarray): items = [str(o) for o in items]
     elif items.dtype != np.uint8 or items.ndim != 4:
         raise PseudoLabelError(f"an array of images must be uint8 (N, H, W, C), got {items.dtype} {items.shape}")
     if not len(items): raise PseudoLabelError("no unlabeled images: items is empty")
@@ -219,7 +226,10 @@ def _as_items(items): # list of str, or uint8 array (N, H, W, C)
         raise PseudoLabelError(f"{twice} is listed twice: list every image once")
     return items
 
-def _digest(items): # of file names or pixels
+def _digest(items): # of file names, pixels or rows
+    if isinstance(items, pd.DataFrame):
+        data = pd.util.hash_pandas_object(items, index=False).to_numpy().tobytes()
+        return hashlib.sha256(json.dumps(list(map(str, items.columns))).encode() + data).hexdigest()[:16]
     try: data = '\n'.join(items).encode() if isinstance(items, list) else np.ascontiguousarray(items)
     except UnicodeEncodeError as e:
         name = next(o for o in items if o.encode('utf-8', 'ignore').decode() != o)
@@ -237,10 +247,10 @@ def _usable(file, meta): # the metadata of a finished part that can be kept, Non
                                f"{file.parent} or choose another")
     return None if old['skipped'] and not pq.read_metadata(file).num_rows else old # the disk may have been away then
 
-# %% ../nbs/05_pseudo_labels.ipynb #196d2551
+# %% ../nbs/05_pseudo_labels.ipynb #b352270a
 def predict_pseudo_labels(
     teacher: Learner | nn.Module, # Gives logits (B, K)
-    items: list | np.ndarray | Tensor | Split, # The pool: file names, or uint8 images (N, H, W, C)
+    items: list | np.ndarray | Tensor | Split | pd.DataFrame, # The pool: file names, uint8 images (N, H, W, C), or rows
     out: str | Path, # Folder for the table; shards of one pool may share it
     shard: int = 0, # Which share of the pool to label, 0..num_shards-1
     num_shards: int = 1, # Number of shares, 1..N
@@ -250,7 +260,7 @@ def predict_pseudo_labels(
     mean: Iterable[float] | None = None, # Per channel, of images in 0..1; default: `pretrained_cfg`, else 0
     std: Iterable[float] | None = None, # Per channel; default: `pretrained_cfg`, else 1
     classes: Iterable[str] | None = None, # K names; default: the learner's vocab, else '0', '1', ...
-    names: list[str] | None = None, # The `item` of every row of an array, such as the file it was decoded from; default: its position
+    names: list[str] | None = None, # The `item` of every row of an array or table, such as its file; default: its position
     device: str | torch.device | None = None, # Where to compute; default: where the model is
     part_size: int = 8192, # Rows per file: what a crash loses, and what is in memory
     progress: Callable[[int, int], None] | None = None, # Called with (done, total) images of this shard
@@ -412,15 +422,25 @@ def _class_stats(con, table, is_over, threshold, files): # per label: seen, pass
                                f"{stats.top.max():.4f}; lower the threshold")
     return stats.set_index('label')[['seen', 'passed']]
 
-def _pick(con, table, is_over, target, files): # the temporary table `kept`: item, label, confidence, copies
+def _pick(con, table, is_over, target, files, seed): # the temporary table `kept`: item, label, confidence, copies
     _sql(con, f"CREATE TEMP TABLE passed AS SELECT * FROM {table} WHERE {is_over}", files)
     twice = con.execute("SELECT item FROM passed GROUP BY item HAVING count(*) > 1 ORDER BY item LIMIT 1").fetchone()
     if twice: raise PseudoLabelError(f"image {twice[0]} has two pseudo labels: label the pool again in a new folder")
-    copies = 1 if target is None else f"{target} // n + (r <= {target} % n)::INT"
-    _sql(con, f"""CREATE TEMP TABLE kept AS
-        SELECT item, label, confidence, copies FROM (SELECT *, {copies} AS copies FROM (
-        SELECT *, row_number() OVER (PARTITION BY label ORDER BY confidence DESC, item) AS r,
-                  count(*) OVER (PARTITION BY label) AS n FROM passed)) WHERE copies > 0""", files)
+    if seed is None: # r: its place in the class, n: the size of the class
+        copies = 1 if target is None else f"{target} // n + (r <= {target} % n)::INT"
+        ranked = """SELECT *, row_number() OVER (PARTITION BY label ORDER BY confidence DESC, item) AS r,
+            count(*) OVER (PARTITION BY label) AS n FROM passed"""
+    else: # bin: the edge below it, in hundredths; edge: that of number N; n: images of the class at or above the edge
+        draw = f"(md5_number_lower('{seed}:' || item) >> 11)::DOUBLE / {2 ** 53}" # uniform in 0..1
+        copies = f"{target} // n + ({draw} < ({target} % n) / n::DOUBLE)::INT"
+        ranked = f"""SELECT *, count(*) OVER (PARTITION BY label) AS n FROM (SELECT *, nth_value(bin, {target}) OVER
+            (PARTITION BY label ORDER BY bin DESC ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING) AS edge FROM
+            (SELECT *, near - ((near / 100)::FLOAT > confidence)::INT AS bin FROM
+            (SELECT *, round(confidence::DOUBLE * 100) AS near FROM passed))) WHERE coalesce(bin >= edge, true)"""
+    _sql(con, f"""CREATE TEMP TABLE kept AS SELECT item, label, confidence, copies FROM
+        (SELECT *, {copies} AS copies FROM ({ranked})) WHERE copies > 0""", files)
+    if not con.execute("SELECT count(*) FROM kept").fetchone()[0]:
+        raise PseudoLabelError(f"binned=True with seed={seed} has drawn no image at all: {target} per class are too few")
 
 # %% ../nbs/05_pseudo_labels.ipynb #1bf7a230
 def _some(names): return ', '.join(names[:10]) + (', ...' if len(names) > 10 else '')
@@ -442,13 +462,16 @@ def select_pseudo_labels(
     threshold: float = 0.3, # Least confidence, 0..1, inclusive (paper: 0.3)
     per_class: int | str | None = 'mean', # Rows per class N; 'mean' or 'largest' after the filter; None: no balancing
     strict: bool = False, # Keep only confidence > threshold
+    binned: bool = False, # Balance as the reference does: N rows per class on average, of all images above a bin edge
+    seed: int = 0, # Of the draws of `binned`
 ) -> Selection:
     """Filter by confidence, then balance the classes to exactly N rows each; one row per image, with its `copies`.
     Warns of classes without a single image. Raises `PseudoLabelError` if nothing reaches the threshold, or files are
     damaged, incomplete or do not belong together. Section 2 and appendix A.1 of Xie et al."""
     out, (files, meta) = Path(out), _check_sources(src)
     if not 0 <= threshold <= 1: raise PseudoLabelError(f"threshold={threshold} is a confidence and must be in 0..1")
-    _target(per_class, np.ones(1))
+    if _target(per_class, np.ones(1)) is None and binned:
+        raise PseudoLabelError("binned=True balances the classes: per_class must not be None")
     _make_folder(out.parent)
     table = f"(SELECT item, label, confidence::FLOAT AS confidence FROM {_parquet(files)})"
     is_over = f"confidence {'>' if strict else '>='} {float(np.float32(threshold))!r}::FLOAT"
@@ -461,13 +484,14 @@ def select_pseudo_labels(
             raise PseudoLabelError(f"labels must be in 0..{len(classes) - 1}, one per class: see {files[0].parent}")
         stats = stats.reindex(range(len(classes)), fill_value=0)
         _warn(classes, stats, threshold, _target(per_class, stats.passed))
-        _pick(con, table, is_over, _target(per_class, stats.passed), files)
+        _pick(con, table, is_over, _target(per_class, stats.passed), files, int(seed) if binned else None)
         wide = Path(spill)/'kept.parquet'
         _sql(con, f"""COPY (SELECT item, k.label::INT AS label, k.confidence, p.probs, k.copies::INT AS copies
             FROM kept k JOIN {_parquet(files)} p USING (item) ORDER BY k.label, k.confidence DESC, item)
             TO {_quoted(wide)} (FORMAT parquet)""", files)
         kept = {key: meta[key] for key in ('temperature', 'teacher', 'view', 'pool') if key in meta}
         kept.update(classes=classes, threshold=threshold, strict=strict, per_class=per_class, version=__version__)
+        if binned: kept.update(binned=True, seed=int(seed))
         _write((_table(c.pop('item'), c.pop('probs'), kept, **c) for c in _batches(wide, 8192)), out)
     return Selection(out, pd.concat([stats, _summary(out, classes)], axis=1)[['class', 'seen', 'passed', *_KEPT]])
 
@@ -481,7 +505,7 @@ def _open_selection(selection): # -> path, metadata
     return path, meta
 
 def _check_pool(pool, images, last):
-    if not isinstance(images, np.ndarray): raise PseudoLabelError("the selection holds positions in an array, but the pool is a list of files")
+    if isinstance(images, list): raise PseudoLabelError("the selection holds positions in an array, but the pool is a list of files")
     if last >= len(images) or (pool is not None and pool != _digest(images)):
         raise PseudoLabelError("the selection belongs to another pool of images: give the one that was labeled (the same data set, labels and seed)")
 
@@ -489,7 +513,7 @@ def relabel_pseudo_labels(
     teacher: Learner | nn.Module, # The new teacher, of the same classes
     selection: Selection | str | Path, # What select_pseudo_labels returned, or its file
     out: str | Path, # Parquet file to write; may be that of `selection`
-    items: np.ndarray | Tensor | Split | None = None, # The pool, uint8 (N, H, W, C), if it was an array
+    items: np.ndarray | Tensor | Split | pd.DataFrame | None = None, # The pool, if it was an array or a table
     temperature: float | None = None, # T > 0; default: the one of the selection
     bs: int = 64, # Images per forward pass
     size: int | None = None, # Side in pixels, for an nn.Module; default as in predict_pseudo_labels
@@ -518,7 +542,7 @@ def relabel_pseudo_labels(
     def tables():
         done = 0
         for c in _batches(path, max(1, 8192 // bs) * bs, ['item', 'copies']):
-            chunk = c['item'].to_pylist() if named else pool[c['item'].to_numpy()]
+            chunk = c['item'].to_pylist() if named else pool.take(c['item'].to_numpy(), axis=0)
             tick = progress and (lambda n: progress(done + n, total))
             probs, _, bad = _predict(t, chunk, 0, len(chunk), bs, T, tick)
             if bad: raise PseudoLabelError(f"a selected image can no longer be read: {': '.join(bad[0])}. Put it back "
@@ -551,7 +575,7 @@ class PseudoLabels:
         for o in (self.labels, self.probs, self.copies): h.update(np.ascontiguousarray(o))
         return h.hexdigest()[:16]
 
-    def check_pool(self, images: np.ndarray # uint8 (N, H, W, C), the pool that positions are taken in
+    def check_pool(self, images: np.ndarray | pd.DataFrame # uint8 (N, H, W, C), or rows: the pool that positions are taken in
                   ) -> None:
         "Raises `PseudoLabelError` if the items are positions in another array than `images`."
         if isinstance(self.items, np.ndarray): _check_pool(self.pool, images, self.items.max())
