@@ -1,5 +1,6 @@
 "Pseudo labels: faults, resumption, fastai's own pipeline as a peer, and an independent selection in pandas."
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -208,6 +209,35 @@ def test_learner_with_clean_view(files, tmp_path):
     np.testing.assert_allclose(df.confidence, z.softmax(1).max(1).values, rtol=1e-5)
 
 
+def test_rows_of_a_table(tmp_path):
+    from fastai.data.block import CategoryBlock
+    from fastai.data.transforms import Normalize
+    from fastai.tabular.core import Categorify
+    from fastai.tabular.data import TabularDataLoaders
+    from fastai.tabular.learner import tabular_learner
+    import fastai.callback.progress  # no_bar
+    rng = np.random.default_rng(0)
+    df = pd.DataFrame(dict(a=rng.normal(size=60), b=rng.choice(list("xyz"), 60), y=rng.choice(["no", "yes"], 60)))
+    dls = TabularDataLoaders.from_df(df, procs=[Categorify, Normalize], cat_names=["b"], cont_names=["a"], y_names="y",
+                                     y_block=CategoryBlock(), valid_idx=range(40, 60), bs=16, device="cpu")
+    torch.manual_seed(0)
+    learn = tabular_learner(dls, [8])
+    pool = df.drop(columns="y").sample(frac=1, random_state=0)  # its index is no position
+    one = table(predict_pseudo_labels(learn, pool, tmp_path/"one", bs=7))
+    for i in range(3): predict_pseudo_labels(learn, pool, tmp_path/"three", i, 3, bs=7)
+    same(one, table(tmp_path/"three"))
+    with learn.no_bar(): probs = learn.get_preds(dl=dls.test_dl(pool))[0].numpy()
+    np.testing.assert_allclose(one.confidence, probs.max(1), rtol=1e-5)
+    np.testing.assert_allclose(np.stack(one.probs), probs, atol=5e-4)
+    sel = select_pseudo_labels(tmp_path/"three", tmp_path/"s.parquet", 0., 20)
+    assert read_selection(sel).classes == ["no", "yes"]
+    re = relabel_pseudo_labels(learn, sel, tmp_path/"r.parquet", items=pool)
+    np.testing.assert_allclose(re.to_pandas().confidence, sel.to_pandas().confidence, rtol=1e-5)
+    with pytest.raises(PseudoLabelError, match="another pool"):
+        relabel_pseudo_labels(learn, sel, tmp_path/"r.parquet", items=pool.iloc[::-1])
+    with pytest.raises(PseudoLabelError, match="tabular learner"): predict_pseudo_labels(conv_net(), pool, tmp_path/"x")
+
+
 def test_progress(tmp_path):
     seen = []
     for _ in range(2):  # labeled, then found done
@@ -399,6 +429,85 @@ def test_select_equals_pandas(rows, n, strict, named, rnd):
         if isinstance(n, int): assert set(sel.summary["rows"]) <= {0, n}
 
 
+def binned_by_numpy(df, n, threshold, seed, strict=False):
+    "{item: (edge, n of its class, copies)}, written independently: tails of all edges, the draw from hashlib's MD5."
+    out, df = {}, df[df.confidence > threshold] if strict else df[df.confidence >= threshold]
+    n = dict(mean=-(-len(df) // max(df.label.nunique(), 1)), largest=df.groupby("label").size().max()).get(n, n)
+    for _, g in df.groupby("label"):
+        tails = [(g.confidence.to_numpy() >= np.float32(i / 100)).sum() for i in range(101)]
+        i = max([i for i in range(101) if tails[i] >= n], default=0)
+        for o in g[g.confidence >= np.float32(i / 100)].itertuples():
+            low = int.from_bytes(hashlib.md5(f"{seed}:{o.item}".encode()).digest()[8:], "little")
+            copies = n // tails[i] + ((low >> 11) / 2**53 < n / tails[i] % 1)
+            if copies: out[o.item] = (i, tails[i], copies)
+    return out
+
+
+@settings(max_examples=20)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(20, 100), st.sampled_from([-1, 0, 0, 1])), min_size=1, max_size=40),
+       st.sampled_from([1, 2, 3, 7, 100, "mean", "largest"]), st.integers(0, 5), st.booleans(), st.booleans(), st.randoms())
+def test_binned_equals_numpy(rows, n, seed, named, strict, rnd):
+    import tempfile
+    with tempfile.TemporaryDirectory() as tmp, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        items = rnd.sample(range(1000), len(rows))  # confidences on the edges, and one float32 below and above them
+        confidence = [np.nextafter(np.float32(i / 100), np.float32(i / 100 + d)) for _, i, d in rows]
+        df = handmade(f"{tmp}/p.parquet", [k for k, *_ in rows], confidence, [f"ß{i}.png" for i in items] if named else items)
+        expected = binned_by_numpy(df, n, np.float32(0.3), seed, strict)
+        def select():
+            return select_pseudo_labels(f"{tmp}/p.parquet", f"{tmp}/s.parquet", strict=strict, per_class=n, binned=True, seed=seed)
+        if not expected:
+            with pytest.raises(PseudoLabelError, match="highest confidence|drawn no image"): select()
+            return
+        got = select().to_pandas()
+        assert dict(zip(got["item"], got["copies"])) == {k: c for k, (*_, c) in expected.items()}
+
+
+def test_binned_on_average(tmp_path):
+    "As measured on the reference for N=50: of 200 images the 53 above the edge .87, all of 20, exactly 50 of 50."
+    sizes = np.tile([200, 20, 50], 60)  # every class draws for itself
+    df = handmade(tmp_path/"p.parquet", np.repeat(np.arange(180), sizes), np.concatenate([np.linspace(0.51, 1, n) for n in sizes]), k=180)
+    assert [(df.confidence[df.label == 0] >= np.float32(e)).sum() for e in (0.87, 0.88)] == [53, 49]
+    draws = []
+    for seed in range(2):
+        sel = select_pseudo_labels(tmp_path/"p.parquet", tmp_path/"s.parquet", 0.3, 50, binned=True, seed=seed)
+        assert sel.to_pandas().query("label % 3 == 0").confidence.min() >= np.float32(0.87)
+        draws.append(sel.summary["rows"].to_numpy().reshape(60, 3))
+    rows = np.concatenate(draws)
+    assert (rows[:, 2] == 50).all() and rows[:, 0].max() <= 53 and 40 <= rows[:, 1].min() <= rows[:, 1].max() <= 60
+    for k, n in ((0, 53), (1, 20)):  # the sum of n Bernoulli draws of probability q has this mean and deviation
+        q = 50 / n % 1
+        assert abs(rows[:, k].mean() - 50) < 4 * (n * q * (1 - q) / 120) ** .5
+        assert 0.8 < rows[:, k].std() / (n * q * (1 - q)) ** .5 < 1.25
+
+
+def test_binned_does_not_depend_on_sharding(tmp_path):
+    model, x = conv_net(), random_images(80)
+    for i in range(3): predict_pseudo_labels(model, x, tmp_path/"many", shard=i, num_shards=3, part_size=7, bs=16)
+    for name, src in (("a", predict_pseudo_labels(model, x, tmp_path/"one", bs=16)), ("b", tmp_path/"many")):
+        select_pseudo_labels(src, tmp_path/f"{name}.parquet", 0.34, 9, binned=True, seed=3)
+    assert (tmp_path/"a.parquet").read_bytes() == (tmp_path/"b.parquet").read_bytes()
+    meta = pq.read_schema(tmp_path/"a.parquet").metadata
+    assert (meta[b"binned"], meta[b"seed"]) == (b"true", b"3")
+    table(tmp_path/"one").sample(frac=1, random_state=0).to_parquet(tmp_path/"shuffled.parquet")
+    shuffled = select_pseudo_labels(tmp_path/"shuffled.parquet", tmp_path/"d.parquet", 0.34, 9, binned=True, seed=3)
+    same(shuffled.to_pandas(), pd.read_parquet(tmp_path/"a.parquet"))  # nor on the order of the rows
+    other = select_pseudo_labels(tmp_path/"many", tmp_path/"c.parquet", 0.34, 9, binned=True, seed=4)
+    assert other.path.read_bytes() != (tmp_path/"a.parquet").read_bytes()
+
+
+def test_the_keras_way(tmp_path):
+    "A study of the method with Keras on CIFAR-10: confidence > .75, every class tiled up to the size of the largest."
+    conf = np.r_[[0.75] * 3, np.linspace(0.76, 0.99, 7), np.linspace(0.8, 0.9, 3), [0.75, 0.99, 0.98]]
+    df = handmade(tmp_path/"p.parquet", [0] * 10 + [1] * 3 + [2] * 3, conf, k=3)
+    sel = select_pseudo_labels(tmp_path/"p.parquet", tmp_path/"s.parquet", 0.75, "largest", strict=True)
+    got = sel.to_pandas()
+    tiled = [i for k in range(3) for i in np.resize(df[(df.label == k) & (df.confidence > 0.75)].sort_values(
+        "confidence", ascending=False)["item"], 7)]
+    assert sorted(np.repeat(got["item"], got["copies"])) == sorted(tiled)
+    assert list(sel.summary.passed) == [7, 3, 2] and list(sel.summary["rows"]) == [7, 7, 7]
+
+
 def test_copies_of_a_short_class(tmp_path):
     handmade(tmp_path/"p.parquet", [0] * 20 + [1] * 50 + [2] * 200, np.linspace(0.9, 0.4, 270), k=3)
     sel = select_pseudo_labels(tmp_path/"p.parquet", tmp_path/"s.parquet", per_class=50)
@@ -435,7 +544,7 @@ def test_empty_class_is_named(tmp_path):
 
 @pytest.mark.parametrize("change, message", [(dict(threshold=1.5), "threshold=1.5"), (dict(threshold=float("nan")), "threshold=nan"),
     (dict(per_class=0), "per_class=0"), (dict(per_class="median"), "per_class='median'"), (dict(per_class=True), "per_class=True"),
-    (dict(src="nowhere"), "no such file"), (dict(src="."), "no pseudo labels in")])
+    (dict(binned=True, per_class=None), "binned=True"), (dict(src="nowhere"), "no such file"), (dict(src="."), "no pseudo labels in")])
 def test_selection_mistakes_are_named(tmp_path, monkeypatch, change, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path/"in").mkdir()
