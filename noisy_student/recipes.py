@@ -113,8 +113,8 @@ def _keras(teacher_noise, result):
 
 RECIPES = dict(
     default=Recipe(noise=Noise(2, 10, 0.2, 0.9), min_scale=0.35),
-    digits=Recipe(archs=('resnet9_16',), rounds=3, epochs=8, teacher_epochs=12, steps=50, bs=32, ratio=5, lr=5e-3, label_smoothing=0.,
-                  noise=Noise(2, 10, 0.3, 0.9), teacher_noise=Noise(1, 5, 0.3, 0.9), temperature=0.5, threshold=0.9, per_class=None,
+    digits=Recipe(archs=('resnet9_16',), rounds=3, epochs=6, teacher_epochs=12, steps=50, bs=32, ratio=5, lr=5e-3, label_smoothing=0.,
+                  noise=Noise(2, 10, 0.5, 0.8), teacher_noise=Noise(1, 5, 0.3, 0.9), threshold=0.8, per_class=None,
                   size=12, pad=1, rotate=15, zoom=1.2, flip=False, bf16=False),
     cifar10=Recipe(archs=('resnet9_24', 'resnet9_32'), rounds=1, epochs=5, teacher_epochs=12, steps=200, bs=64, ratio=3, lr=4e-3,
                    noise=Noise(1, 5, 0.2, 0.9), teacher_noise=Noise(1, 3, 0.2, 0.9), pad=4),

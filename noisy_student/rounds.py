@@ -388,6 +388,11 @@ def _learner(self: NoisyStudent, k, selection, noise, pretrained=False, teacher=
                             steps=steps, augment=augment, stats=self._stats(k), seed=self.seed * 1000 + k, device=self.device)
     loss = None
     if pseudo is not None and r.unlabeled_weight is not None: loss = SoftLabelCrossEntropy(r.label_smoothing, r.bs // parts, r.unlabeled_weight)
+    return self._network(k, dls, noise, pretrained, loss)
+
+@patch
+def _network(self: NoisyStudent, k, dls, noise, pretrained=False, loss=None): # an untrained learner of the architecture of round k
+    r = self.recipe
     learn = noisy_student_learner(dls, self.arch(k), noise, pretrained, label_smoothing=r.label_smoothing, loss_func=loss,
                                   opt_func=optimizer(r.optimizer, self.device), splitter=_SPLITTERS[r.wd_on])
     learn.model.to(self.device, memory_format=torch.channels_last)
@@ -436,18 +441,20 @@ def _rows(self: NoisyStudent, items): # positions in the decoded pool of the ite
 
 @patch
 def _label(self: NoisyStudent, k): # the pseudo labels for round k, made by the network of round k - 1
-    folder, r, pool = self._round(k), self.recipe, self._images('unlabeled')
-    out, before = folder/'selected.parquet', self._round(k - 1)/'selected.parquet'
-    if not out.exists():
-        tell = lambda done, total: self._tell(f'round {k}: labeling', done, total)
-        items = self.data.unlabeled.images
-        if r.relabel == 'selected' and before.exists():
-            relabel_pseudo_labels(self.learner(k - 1), before, out, items if isinstance(items, np.ndarray) else None, bs=256, progress=tell)
-            return read_selection(out)
-        images, names = (items, None) if isinstance(items, np.ndarray) else (pool.images, [items[i] for i in pool.good])
-        predict_pseudo_labels(self.learner(k - 1), images, folder/'pseudo_labels', names=names, temperature=r.temperature, bs=256, progress=tell)
-        select_pseudo_labels(folder/'pseudo_labels', out, threshold=r.threshold, per_class=r.per_class, strict=r.strict, binned=r.binned, seed=self.seed)
+    out, before = self._round(k)/'selected.parquet', self._round(k - 1)/'selected.parquet'
+    tell, items = lambda done, total: self._tell(f'round {k}: labeling', done, total), self.data.unlabeled.images
+    if out.exists(): return read_selection(out)
+    if self.recipe.relabel == 'all' or not before.exists(): return self._label_pool(k - 1, self._round(k), tell)
+    relabel_pseudo_labels(self.learner(k - 1), before, out, items if isinstance(items, np.ndarray) else None, bs=256, progress=tell)
     return read_selection(out)
+
+@patch
+def _label_pool(self: NoisyStudent, k, folder, tell): # by the network of round k, into folder/pseudo_labels, selected into folder/selected.parquet
+    r, items, pool = self.recipe, self.data.unlabeled.images, self._images('unlabeled')
+    images, names = (items, None) if isinstance(items, np.ndarray) else (pool.images, [items[i] for i in pool.good])
+    predict_pseudo_labels(self.learner(k), images, folder/'pseudo_labels', names=names, temperature=r.temperature, bs=256, progress=tell)
+    return read_selection(select_pseudo_labels(folder/'pseudo_labels', folder/'selected.parquet', threshold=r.threshold, per_class=r.per_class,
+                                               strict=r.strict, binned=r.binned, seed=self.seed))
 
 @patch
 def _accuracy(self: NoisyStudent, learn, name): # share of right answers on a labeled split, None where there is none
@@ -516,6 +523,50 @@ def report(self: NoisyStudent # After `fit`
         bars.set(xticks=x, ylabel='images', title='Class counts'); bars.set_xticklabels(self.data.classes, rotation=0 if K <= 10 and max(map(len, self.data.classes)) < 3 else 90)
         bars.set_ylim(0, 1.35 * bars.get_ylim()[1]); bars.legend(fontsize=8)
     return fig
+
+# %% ../nbs/09_rounds.ipynb #23585d30
+@patch
+def suspects(self: NoisyStudent, # After `fit`
+             pictures: int = 16 # Suspects to draw, flagged ones in red; 0: none
+            ) -> pd.DataFrame: # kind, item, label, predicted, confidence, quality, issue
+    """Items whose label is probably wrong: labeled ones that a network trained without them contradicts, the most suspicious
+    first (`quality` in 0..1, `issue` by cleanlab's verdict), then pseudo-labeled ones whose label the last round changed.
+
+    Raises ValueError before the first round is done or without a pool, ImportError without cleanlab. Northcutt et al. 2021."""
+    from noisy_student.suspects import flipped_labels, rank_suspects, show_suspects
+    if not len(self.summary): raise ValueError(f"no round of {self.path} is finished: call fit() first")
+    if not len(self.data.unlabeled): raise ValueError("suspects are found by a network trained on unlabeled images alone, and there are none")
+    k = int(self.summary['round'].max())
+    folder, names, images = self.path/'suspects'/f'round_{k}', np.array(self.data.classes), self.data.labeled.images
+    probs = self._unseen_probs(k, folder)
+    ranked = rank_suspects(self.data.labeled.labels, probs)
+    ranked = ranked[ranked.label != ranked.predicted].reset_index(drop=True)
+    item = ranked.position if isinstance(images, np.ndarray) else [images[i] for i in ranked.position]
+    table = pd.DataFrame(dict(kind='labeled', item=item, label=names[ranked.label], predicted=names[ranked.predicted],
+                              confidence=probs.max(1)[ranked.position], quality=ranked.quality, issue=ranked.issue))
+    if (before := self._round(k)/'pseudo_labels').exists() and len(f := flipped_labels(before, folder/'pseudo_labels')):
+        table = pd.concat([table, pd.DataFrame(dict(kind='pseudo-labeled', item=f['item'], label=f.label_before, predicted=f.label_after,
+                                                    confidence=f.confidence_after))], ignore_index=True)
+    _write_text(folder/'suspects.csv', table.to_csv(index=False))
+    if pictures and len(ranked): show_suspects(ranked, self._images('labeled').images, self.data.classes, pictures)
+    return table
+
+@patch
+def _unseen_probs(self: NoisyStudent, k, folder): # float32 (N, K) of the labeled images, by a network that was not trained on them
+    r, seed, tell = self.recipe, self.seed * 1000 + 999, lambda done, total: self._tell('suspects: labeling', done, total)
+    sel = read_selection(folder/'selected.parquet') if (folder/'selected.parquet').exists() else self._label_pool(k, folder, tell)
+    pool = _Rows(self._images('unlabeled').images, np.repeat(self._rows(sel.items), sel.copies))
+    valid = self._images('valid').images, self.data.valid.labels
+    with _seeded(seed):
+        dls = mixed_dataloaders((pool, np.repeat(self._targets(sel), sel.copies, 0)), valid, self.data.classes, bs=r.bs // r.accumulate,
+                                steps=(r.steps or -(-len(self.data.labeled) // r.bs)) * r.accumulate, augment=_student_view(r),
+                                stats=self._stats(k), seed=seed, device=self.device)
+        learn = self._network(k, dls, r.noise, r.pretrained)
+        _train(learn, r.epochs, r, folder, lambda done, total: self._tell('suspects: training a network without the labeled images', done, total))
+    learn.model.eval()
+    images = self._images('labeled').images
+    with torch.inference_mode():
+        return np.concatenate([learn.model(dls.clean_view(images[i:i + 256])).float().softmax(1).cpu().numpy() for i in range(0, len(images), 256)])
 
 # %% ../nbs/09_rounds.ipynb #14f48cc7
 class Trained(NamedTuple):
