@@ -260,7 +260,7 @@ def predict_pseudo_labels(
     mean: Iterable[float] | None = None, # Per channel, of images in 0..1; default: `pretrained_cfg`, else 0
     std: Iterable[float] | None = None, # Per channel; default: `pretrained_cfg`, else 1
     classes: Iterable[str] | None = None, # K names; default: the learner's vocab, else '0', '1', ...
-    names: list[str] | None = None, # The `item` of every row of an array or table, such as its file; default: its position
+    names: list[str] | None = None, # The `item` of every row of an array or table; default: its position
     device: str | torch.device | None = None, # Where to compute; default: where the model is
     part_size: int = 8192, # Rows per file: what a crash loses, and what is in memory
     progress: Callable[[int, int], None] | None = None, # Called with (done, total) images of this shard
@@ -440,7 +440,7 @@ def _pick(con, table, is_over, target, files, seed): # the temporary table `kept
     _sql(con, f"""CREATE TEMP TABLE kept AS SELECT item, label, confidence, copies FROM
         (SELECT *, {copies} AS copies FROM ({ranked})) WHERE copies > 0""", files)
     if not con.execute("SELECT count(*) FROM kept").fetchone()[0]:
-        raise PseudoLabelError(f"binned=True with seed={seed} has drawn no image at all: {target} per class are too few")
+        raise PseudoLabelError(f"binned=True with seed={seed} has drawn no image: {target} per class are too few")
 
 # %% ../nbs/05_pseudo_labels.ipynb #1bf7a230
 def _some(names): return ', '.join(names[:10]) + (', ...' if len(names) > 10 else '')
@@ -465,9 +465,10 @@ def select_pseudo_labels(
     binned: bool = False, # Balance as the reference does: N rows per class on average, of all images above a bin edge
     seed: int = 0, # Of the draws of `binned`
 ) -> Selection:
-    """Filter by confidence, then balance the classes to exactly N rows each; one row per image, with its `copies`.
-    Warns of classes without a single image. Raises `PseudoLabelError` if nothing reaches the threshold, or files are
-    damaged, incomplete or do not belong together. Section 2 and appendix A.1 of Xie et al."""
+    """Filter by confidence, then balance the classes to exactly N rows each (with `binned` to N on average); one row
+    per image, with its `copies`. Warns of classes without a single image. Raises `PseudoLabelError` if nothing reaches
+    the threshold, or files are damaged, incomplete or do not belong together. Section 2 and appendix A.1 of Xie et
+    al."""
     out, (files, meta) = Path(out), _check_sources(src)
     if not 0 <= threshold <= 1: raise PseudoLabelError(f"threshold={threshold} is a confidence and must be in 0..1")
     if _target(per_class, np.ones(1)) is None and binned:
@@ -505,7 +506,8 @@ def _open_selection(selection): # -> path, metadata
     return path, meta
 
 def _check_pool(pool, images, last):
-    if isinstance(images, list): raise PseudoLabelError("the selection holds positions in an array, but the pool is a list of files")
+    if isinstance(images, list):
+        raise PseudoLabelError("the selection holds positions in an array, but the pool is a list of files")
     if last >= len(images) or (pool is not None and pool != _digest(images)):
         raise PseudoLabelError("the selection belongs to another pool of images: give the one that was labeled (the same data set, labels and seed)")
 
@@ -575,7 +577,7 @@ class PseudoLabels:
         for o in (self.labels, self.probs, self.copies): h.update(np.ascontiguousarray(o))
         return h.hexdigest()[:16]
 
-    def check_pool(self, images: np.ndarray | pd.DataFrame # uint8 (N, H, W, C), or rows: the pool that positions are taken in
+    def check_pool(self, images: np.ndarray | pd.DataFrame # The pool that positions are taken in
                   ) -> None:
         "Raises `PseudoLabelError` if the items are positions in another array than `images`."
         if isinstance(self.items, np.ndarray): _check_pool(self.pool, images, self.items.max())

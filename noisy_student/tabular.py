@@ -47,7 +47,7 @@ def swap_noise(x: torch.Tensor, # (B, columns), any type: continuous values or c
               ) -> torch.Tensor: # Like `x`
     "Cells replaced by the same column's value in another row. Raises ValueError for less than 2 rows or another shape."
     _check_swap(p)
-    if x.ndim != 2: raise ValueError(f"swap noise is for tables, (rows, columns), not for a tensor of shape {tuple(x.shape)}")
+    if x.ndim != 2: raise ValueError(f"swap noise is for tables, (rows, columns), not for shape {tuple(x.shape)}")
     B = len(x)
     if B < 2: raise ValueError("swap noise needs a batch of at least 2 rows: raise bs, or drop the last batch")
     rows = torch.arange(B, device=x.device)[:, None]
@@ -61,10 +61,10 @@ class SwapNoise(Callback):
                 ): _check_swap(p); self.p = p
     def before_batch(self): self.learn.xb = tuple(swap_noise(o, self.p) if o.numel() else o for o in self.xb)
 
-# %% ../nbs/14_tabular.ipynb #e8c56e8e
+# %% ../nbs/14_tabular.ipynb #fdd8007b
 @dataclass(frozen=True)
 class TabularNoise:
-    "The noise of a student on tables; the `none` constructor switches all of it off. Raises ValueError for values out of range."
+    "The noise of a student on tables; `none()` switches all of it off. Raises ValueError for values out of range."
     dropout: float = 0.2 # Probability of dropping a feature before the classifier, in [0, 1); 0 switches dropout off
     swap: float = 0.15 # Probability of replacing a cell, in [0, 1); 0 switches swap noise off
 
@@ -99,15 +99,18 @@ def tabular_noisy_student_learner(
 ) -> TabularLearner:
     "A `TabularLearner` whose training is noised. Raises ValueError if the target is not categorical."
     if not isinstance(dls.loss_func, CrossEntropyLossFlat):
-        raise ValueError(f"the target {', '.join(dls.y_names)} is not categorical: pass y_block=CategoryBlock() to TabularPandas or TabularDataLoaders")
+        raise ValueError(f"the target {', '.join(dls.y_names)} is not categorical: pass y_block=CategoryBlock() to "
+                         "TabularPandas or TabularDataLoaders")
     layers = None if layers is None else list(layers) # fastai extends the list it is given
-    learn = tabular_learner(dls, layers, n_out=len(dls.vocab), loss_func=loss_func or _RowLoss(), metrics=metrics, **kwargs)
+    learn = tabular_learner(dls, layers, n_out=len(dls.vocab), loss_func=loss_func or _RowLoss(), metrics=metrics,
+                            **kwargs) # n_out is given, since fastai's own guess fails for a column named c
     learn.add_cbs([*noise.callbacks(learn.model), HardTargets(), *(cbs or [])])
     return learn
 
-# %% ../nbs/14_tabular.ipynb #61ede186
+# %% ../nbs/14_tabular.ipynb #26ca3617
 class FillMedian(TabularProc):
-    "Fill missing continuous values with the median of the training rows, and add a category `NAME_na` for columns that miss some there."
+    """Fill missing continuous values with the median of the training rows, and add a category `NAME_na` for columns
+    that miss some there."""
     def setups(self, to: TabularPandas):
         self.medians, gaps = to.conts.median(), to.conts.isna().any()
         self.gaps = list(gaps[gaps].index)
@@ -123,8 +126,8 @@ class FillMedian(TabularProc):
 class TabularRecipe:
     "Settings of a run on a table. Raises ValueError for values out of range."
     rounds: int = 2 # Students, one after the other; the teacher is round 0
-    epochs: int = 20 # Epochs of each network
-    steps: int = 20 # Batches per epoch
+    epochs: int = 5 # Epochs of each network
+    steps: int = 60 # Batches per epoch
     bs: int = 32 # Labeled rows per batch, drawn in turn: there may be fewer than that
     ratio: int = 4 # Pseudo-labeled rows per labeled row
     lr: float = 3e-3 # Peak learning rate of AdamW, one cycle
@@ -143,7 +146,7 @@ class TabularRecipe:
             if not getattr(self, name) > 0: raise ValueError(f"{name}={getattr(self, name)} must be greater than 0")
         if self.threshold > 1: raise ValueError(f"threshold={self.threshold} must be in [0, 1]")
         if not (self.per_class in ('mean', 'largest', None) or (type(self.per_class) is int and self.per_class > 0)):
-            raise ValueError(f"per_class={self.per_class!r} must be a number of rows from 1 on, 'mean', 'largest' or None")
+            raise ValueError(f"per_class={self.per_class!r} must be a number from 1 on, 'mean', 'largest' or None")
 
     def to_json(self) -> dict:
         "As plain JSON types."
@@ -165,24 +168,31 @@ class Table:
         self.vocab = sorted(self.labeled[self.y_name].unique())
         self.classes = [str(o) for o in self.vocab]
         self.unlabeled = self.unlabeled.drop(columns=self.y_name, errors='ignore')
-        if not self.cat_names and not self.cont_names: raise ValueError("there is no column to learn from: give cat_names or cont_names")
-        if len(self.classes) < 2: raise ValueError(f"the labeled rows have {len(self.classes)} class of {self.y_name}: two or more are needed")
+        columns = [*self.cat_names, *self.cont_names]
+        if not columns: raise ValueError("there is no column to learn from: give cat_names or cont_names")
+        if len(self.classes) < 2:
+            raise ValueError(f"all labeled rows have 1 class of {self.y_name}, {self.classes[0]}: two are needed"
+                             if self.classes else f"no row that trains has a {self.y_name}: label some")
         for name in ('labeled', 'unlabeled', 'valid', 'test'):
             if (df := getattr(self, name)) is None: continue
-            if gone := [n for n in (*self.cat_names, *self.cont_names) if n not in df]: raise ValueError(f"the {name} rows have no column {', '.join(gone)}")
+            if gone := [n for n in columns if n not in df]:
+                raise ValueError(f"the {name} rows have no column {', '.join(gone)}")
             if text := [n for n in self.cont_names if not pd.api.types.is_numeric_dtype(df[n])]:
-                raise ValueError(f"the continuous column {text[0]} of the {name} rows is not numeric: put it into cat_names, or convert it")
+                raise ValueError(f"the continuous column {text[0]} of the {name} rows is not numeric: put it into "
+                                 "cat_names, or convert it")
             if name == 'unlabeled': continue
-            if self.y_name not in df: raise ValueError(f"the {name} rows have no column {self.y_name}, which is the target")
-            if not df[self.y_name].isin(self.vocab).all():
+            if self.y_name not in df:
+                raise ValueError(f"the {name} rows have no column {self.y_name}, which is the target")
+            if other := sorted(set(map(str, df[self.y_name])) - set(self.classes)):
                 raise ValueError(f"some {name} rows have a class of {self.y_name} that no labeled row has, or none: "
-                                 f"{', '.join(sorted(set(map(str, df[self.y_name])) - set(self.classes)))}")
+                                 f"{', '.join(other)}")
 
     def __repr__(self) -> str:
-        sizes = ((n, getattr(self, n)) for n in ('labeled', 'unlabeled', 'valid', 'test'))
-        return f"Table({', '.join(f'{n}: {0 if s is None else len(s):,}' for n, s in sizes)}, {len(self.classes)} classes)"
+        sizes = {n: getattr(self, n) for n in ('labeled', 'unlabeled', 'valid', 'test')}
+        text = ', '.join(f'{n}: {0 if o is None else len(o):,}' for n, o in sizes.items())
+        return f"Table({text}, {len(self.classes)} classes)"
 
-class _Rows: # processed rows as one matrix, categories first, which a float holds exactly; what `MixedDL` asks of a dataset
+class _Rows: # what `MixedDL` asks of a dataset: rows as one matrix, categories first, whose codes a float holds exactly
     def __init__(self, to, targets, vocab):
         self.x = torch.tensor(np.hstack([to.cats.to_numpy(np.float32), to.conts.to_numpy(np.float32)]))
         self.y, self.vocab, self.decode = torch.as_tensor(targets), vocab, None
@@ -197,9 +207,9 @@ class _RowsDL(MixedDL): # (categories, continuous values, target) from mixed row
             x = x.as_subclass(torch.Tensor)
             yield x[:, :self.n_cat].long(), x[:, self.n_cat:], y
 
-# %% ../nbs/14_tabular.ipynb #e4ed1d9a
+# %% ../nbs/14_tabular.ipynb #8bef1695
 class TabularNoisyStudent(NoisyStudent):
-    """Teacher, pseudo labels, noised student, and again, on a table, in a run directory; see `NoisyStudent` for `summary`, `best`, `report`.
+    """Teacher, pseudo labels, noised student, and again, on a table, in a run directory, as in `NoisyStudent`.
 
     Raises ValueError for settings or data that cannot work, before anything is trained."""
     def __init__(
@@ -207,25 +217,27 @@ class TabularNoisyStudent(NoisyStudent):
         df: pd.DataFrame, # Labeled rows, and unlabeled ones, whose target is missing
         y_name: str, # Target column, categorical
         path: str | Path, # Run directory; an existing one is gone on with
-        layers: list[list[int]] = ((100,), (200,), (200, 100)), # Widths of the hidden layers per round, teacher first; the last ones serve all further rounds
-        cat_names: list[str] | None = None, # Categorical columns; None, with `cont_names` too: as fastai's `cont_cat_split` has it
+        layers: list[list[int]] = ((100,), (200,), (200, 100)), # Hidden widths per round; the last serve all further
+        cat_names: list[str] | None = None, # Categorical columns; None, as `cont_names`: from fastai's `cont_cat_split`
         cont_names: list[str] | None = None, # Continuous columns
         unlabeled: pd.DataFrame | None = None, # More unlabeled rows; a target column in them is not looked at
         test: pd.DataFrame | None = None, # Labeled rows for the final figure
-        valid_idx: Iterable[int] | None = None, # Positions in `df` of the validation rows; None: a fifth of the labeled ones
-        procs: Iterable = (FillMedian, Categorify, Normalize), # fastai's tabular procs, fitted on labeled and unlabeled rows
+        valid_idx: Iterable[int] | None = None, # Positions in `df` of validation rows; None: a fifth of the labeled
+        procs: Iterable = (FillMedian, Categorify, Normalize), # Tabular procs, fitted on labeled and unlabeled rows
         recipe: TabularRecipe = TabularRecipe(), # Settings
         seed: int = 0, # Decides validation rows, initial weights, order, noise
         device: str | torch.device | None = None, # 'cpu', 'cuda', ...; None: the CPU, which is fast enough for tables
-        progress: Callable[[str, int, int], None] | None = None, # Called with (stage, done, total); None: one line in notebooks and terminals
+        progress: Callable[[str, int, int], None] | None = None, # Called with (stage, done, total); None: one line
     ):
         self.path, self.recipe, self.seed, self.device = Path(path), recipe, seed, torch.device(device or 'cpu')
         self.layers = [list(o) for o in layers]
-        if not self.layers: raise ValueError("layers must have one list of widths per round, teacher first, such as [[100], [200]]")
+        if not self.layers:
+            raise ValueError("layers must have one list of widths per round, teacher first, such as [[100], [200]]")
         self.archs, self._tell = [str(o) for o in self.layers], progress or _one_line()
         self.data = self._cut(df, y_name, cat_names, cont_names, unlabeled, test, valid_idx)
         if recipe.rounds and not len(self.data.unlabeled):
-            raise ValueError(f"no unlabeled rows: leave {y_name} missing in some, give them as unlabeled=, or ask for 0 rounds")
+            raise ValueError(f"no unlabeled rows: leave {y_name} missing in some, give them as unlabeled=, or ask for "
+                             "0 rounds")
         self._process(list(procs))
 
     def _cut(self, df, y, cat_names, cont_names, unlabeled, test, valid_idx): # -> Table
@@ -235,41 +247,47 @@ class TabularNoisyStudent(NoisyStudent):
         if valid_idx is None:
             classes, codes = np.unique(df[y].iloc[known].astype(str), return_inverse=True)
             n = max(len(known) // 5, len(classes))
-            if n >= len(known): raise ValueError(f"{len(known)} labeled rows of {len(classes)} classes are too few to set some aside for validation")
+            if n >= len(known):
+                raise ValueError(f"{len(known)} labeled rows of {len(classes)} classes are too few to set some aside "
+                                 "for validation: label more, or give valid_idx")
             valid_idx = known[stratified(codes, n, np.random.default_rng(self.seed))]
         valid_idx = np.asarray(list(valid_idx), dtype=int)
         if not len(valid_idx): raise ValueError("valid_idx is empty: validation rows choose the best round")
-        if not set(valid_idx) <= set(known): raise ValueError(f"valid_idx must be positions in df of rows whose {y} is known")
+        if not set(valid_idx) <= set(known):
+            raise ValueError(f"valid_idx must be positions in df of rows whose {y} is known")
         pool = df[df[y].isna()]
         if unlabeled is not None: pool = pd.concat([pool, unlabeled]) if len(pool) else unlabeled
         labeled = df.iloc[np.setdiff1d(known, valid_idx)]
-        return Table(*(o if o is None else o.reset_index(drop=True) for o in (labeled, pool, df.iloc[valid_idx], test)), y,
-                     list(cat_names or []), list(cont_names or []))
+        parts = (o if o is None else o.reset_index(drop=True) for o in (labeled, pool, df.iloc[valid_idx], test))
+        return Table(*parts, y, *([] if o is None else list(o) for o in (cat_names, cont_names)))
 
     def _process(self, procs): # fit the procs on all rows that train, and keep those rows as numbers
         d = self.data
         n, m, v = len(d.labeled), len(d.unlabeled), len(d.valid)
         columns = [*d.cat_names, *d.cont_names, d.y_name]
         rows = pd.concat([d.labeled, d.unlabeled, d.valid])[columns].reset_index(drop=True)
-        to = TabularPandas(rows, procs, list(d.cat_names), list(d.cont_names), d.y_name, y_block=CategoryBlock(vocab=d.vocab),
-                           splits=[list(range(n + m)), list(range(n + m, n + m + v))], reduce_memory=False) # it would round categories
+        splits = [list(range(n + m)), list(range(n + m, n + m + v))]
+        to = TabularPandas(rows, procs, list(d.cat_names), list(d.cont_names), d.y_name, splits=splits,
+                           y_block=CategoryBlock(vocab=d.vocab), reduce_memory=False) # which would round categories
         self.procs, train = [type(o).__name__ for o in to.procs.fs], to.train.items
         if text := [c for c in to.cat_names if not pd.api.types.is_numeric_dtype(train[c])]:
             raise ValueError(f"the categorical column {text[0]} is no number after procs: add Categorify")
         bad = [c for c in to.cont_names if not np.isfinite(to.items[c].to_numpy(np.float64)).all()]
-        if bad: raise ValueError(f"the column {bad[0]} has missing or infinite values after procs: add FillMedian, and replace what is "
-                                 "infinite (fastai's FillMissing fills nothing with pandas 3)")
+        if bad: raise ValueError(f"the column {bad[0]} has missing or infinite values after procs: add FillMedian, and "
+                                 "replace what is infinite (fastai's FillMissing fills nothing with pandas 3)")
         labeled, self._pool = to.new(train.iloc[:n]), to.new(train.iloc[n:])
-        self.dls = TabularDataLoaders(TabDataLoader(labeled, bs=self.recipe.bs, shuffle=True, drop_last=n > self.recipe.bs),
-                                      TabDataLoader(to.valid, bs=256), device=self.device)
+        own = TabDataLoader(labeled, bs=self.recipe.bs, shuffle=True, drop_last=n > self.recipe.bs)
+        self.dls = TabularDataLoaders(own, TabDataLoader(to.valid, bs=256), device=self.device)
 
     @property
     def config(self) -> dict:
         "What must be equal for a run directory to be gone on with, as JSON types."
         d = self.data
-        parts = {n: f"{len(o):,} rows ({_digest(o)})" for n in ('labeled', 'unlabeled', 'valid', 'test') if (o := getattr(d, n)) is not None}
-        return json.loads(json.dumps(dict(layers=self.layers, seed=self.seed, recipe=self.recipe.to_json(), y_name=d.y_name, classes=d.classes,
-                                          cat_names=d.cat_names, cont_names=d.cont_names, procs=self.procs, data=parts)))
+        parts = {n: o for n in ('labeled', 'unlabeled', 'valid', 'test') if (o := getattr(d, n)) is not None}
+        config = dict(layers=self.layers, seed=self.seed, recipe=self.recipe.to_json(), y_name=d.y_name,
+                      classes=d.classes, cat_names=d.cat_names, cont_names=d.cont_names, procs=self.procs,
+                      data={n: f"{len(o):,} rows ({_digest(o)})" for n, o in parts.items()})
+        return json.loads(json.dumps(config))
 
     def learner(self, k: int | None = None # Round; None: the best
                ) -> TabularLearner: # On the labeled rows, without noise, weights loaded
@@ -280,26 +298,29 @@ class TabularNoisyStudent(NoisyStudent):
         load_weights(learn.model, self._round(k)/'model.safetensors')
         return learn
 
-    def report(self) -> plt.Figure: # Accuracy per round; confidence of the latest labels; class counts before and after selection
+    def report(self) -> plt.Figure: # Accuracy per round; confidence of the latest labels; class counts
         "Three pictures of a run. Raises ValueError before the first round is done."
         fig = super().report()
         for ax in fig.axes:
             if ax.get_ylabel() == 'images': ax.set_ylabel('rows')
         return fig
 
-    def __repr__(self) -> str: return f"TabularNoisyStudent({self.data}, {self.layers}, {str(self.path)!r}, {len(self.summary)} of {self.recipe.rounds + 1} rounds done)"
+    def __repr__(self) -> str:
+        done = f"{len(self.summary)} of {self.recipe.rounds + 1} rounds done"
+        return f"TabularNoisyStudent({self.data}, {self.layers}, {str(self.path)!r}, {done})"
 
     def _learner(self, k, selection, noise): # the network of round k, before training
-        r, vocab = self.recipe, self.data.vocab
-        opt = partial(OptimWrapper, opt=torch.optim.AdamW)
-        learn = tabular_noisy_student_learner(self.dls, self.layers[min(k, len(self.layers) - 1)], noise, opt_func=opt, splitter=_decay_groups)
+        r, vocab, layers = self.recipe, self.data.vocab, self.layers[min(k, len(self.layers) - 1)]
+        learn = tabular_noisy_student_learner(self.dls, layers, noise, splitter=_decay_groups,
+                                              opt_func=partial(OptimWrapper, opt=torch.optim.AdamW))
         labeled = self.dls.train_ds
         rows = _Rows(labeled, labeled.items[self.data.y_name].to_numpy(np.int64), vocab)
         pseudo = copies = None
         if selection is not None:
             pseudo = _Rows(self._pool.new(self._pool.items.iloc[selection.items]), selection.probs, vocab)
             copies = selection.copies
-        train = _RowsDL(len(labeled.cat_names), rows, pseudo, bs=r.bs, ratio=r.ratio, copies=copies, steps=r.steps, seed=self.seed * 1000 + k)
+        train = _RowsDL(len(labeled.cat_names), rows, pseudo, bs=r.bs, ratio=r.ratio, copies=copies, steps=r.steps,
+                        seed=self.seed * 1000 + k)
         learn.dls = DataLoaders(train, self.dls.valid, device=self.device)
         learn.model.to(self.device)
         return learn
@@ -307,8 +328,9 @@ class TabularNoisyStudent(NoisyStudent):
     def _label(self, k): # the pseudo labels for round k, made by the network of round k - 1
         folder, r = self._round(k), self.recipe
         if not (out := folder/'selected.parquet').exists():
-            predict_pseudo_labels(self.learner(k - 1), self.data.unlabeled, folder/'pseudo_labels', classes=self.data.classes,
-                                  temperature=r.temperature, bs=1024, progress=lambda done, total: self._tell(f'round {k}: labeling', done, total))
+            predict_pseudo_labels(self.learner(k - 1), self.data.unlabeled, folder/'pseudo_labels', bs=1024,
+                                  temperature=r.temperature, classes=self.data.classes,
+                                  progress=partial(self._tell, f'round {k}: labeling'))
             select_pseudo_labels(folder/'pseudo_labels', out, threshold=r.threshold, per_class=r.per_class)
         return read_selection(out)
 
@@ -325,14 +347,17 @@ class TabularNoisyStudent(NoisyStudent):
         with _seeded(self.seed * 1000 + k): # labeling, which may be done already, must not shift the numbers
             learn = self._learner(k, selection, noise)
             if k and n_parameters(learn.model) < self.summary.parameters[k - 1]:
-                warnings.warn(f"round {k}: the student {arch} is smaller than its teacher {self.arch(k - 1)}: this is distillation, "
-                              "Noisy Student wants an equal or larger student")
-            history, _ = _train(learn, r.epochs, r, folder, lambda done, total: self._tell(f"round {k}: training the {role} {arch}", done, total))
+                warnings.warn(f"round {k}: the student {arch} is smaller than its teacher {self.arch(k - 1)}: this is "
+                              "distillation, Noisy Student wants an equal or larger student")
+            tell = partial(self._tell, f"round {k}: training the {role} {arch}")
+            history, _ = _train(learn, r.epochs, r, folder, tell)
         _write_text(folder/'history.csv', pd.DataFrame(history).to_csv(index=False))
         save_weights(learn.model, folder/'model.safetensors', dict(layers=arch, classes=json.dumps(self.data.classes)))
-        metrics = dict(round=k, role=role, arch=arch, parameters=n_parameters(learn.model), labeled=len(self.data.labeled),
-                       pseudo_labeled=0 if selection is None else len(selection), valid_accuracy=self._accuracy(learn, self.data.valid),
-                       test_accuracy=self._accuracy(learn, self.data.test), seconds=round(time.perf_counter() - begun, 1))
+        metrics = dict(round=k, role=role, arch=arch, parameters=n_parameters(learn.model),
+                       labeled=len(self.data.labeled), pseudo_labeled=0 if selection is None else len(selection),
+                       valid_accuracy=self._accuracy(learn, self.data.valid),
+                       test_accuracy=self._accuracy(learn, self.data.test),
+                       seconds=round(time.perf_counter() - begun, 1))
         _write_text(folder/'metrics.json', json.dumps(metrics, indent=1))
 
 def _decay_groups(model): # weights of layers, which decay, and biases, normalization and embeddings, which do not

@@ -444,18 +444,20 @@ def binned_by_numpy(df, n, threshold, seed, strict=False):
 
 
 @settings(max_examples=20)
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(20, 100), st.sampled_from([-1, 0, 0, 1])), min_size=1, max_size=40),
-       st.sampled_from([1, 2, 3, 7, 100, "mean", "largest"]), st.integers(0, 5), st.booleans(), st.booleans(), st.randoms())
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(20, 100), st.sampled_from([-1, 0, 0, 1])), min_size=1,
+                max_size=40), st.sampled_from([1, 2, 3, 7, 100, "mean", "largest"]), st.integers(0, 5), st.booleans(),
+       st.booleans(), st.randoms())
 def test_binned_equals_numpy(rows, n, seed, named, strict, rnd):
     import tempfile
     with tempfile.TemporaryDirectory() as tmp, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         items = rnd.sample(range(1000), len(rows))  # confidences on the edges, and one float32 below and above them
         confidence = [np.nextafter(np.float32(i / 100), np.float32(i / 100 + d)) for _, i, d in rows]
-        df = handmade(f"{tmp}/p.parquet", [k for k, *_ in rows], confidence, [f"ß{i}.png" for i in items] if named else items)
+        if named: items = [f"ß{i}.png" for i in items]
+        df = handmade(f"{tmp}/p.parquet", [k for k, *_ in rows], confidence, items)
         expected = binned_by_numpy(df, n, np.float32(0.3), seed, strict)
         def select():
-            return select_pseudo_labels(f"{tmp}/p.parquet", f"{tmp}/s.parquet", strict=strict, per_class=n, binned=True, seed=seed)
+            return select_pseudo_labels(f"{tmp}/p.parquet", f"{tmp}/s.parquet", 0.3, n, strict, binned=True, seed=seed)
         if not expected:
             with pytest.raises(PseudoLabelError, match="highest confidence|drawn no image"): select()
             return
@@ -466,7 +468,8 @@ def test_binned_equals_numpy(rows, n, seed, named, strict, rnd):
 def test_binned_on_average(tmp_path):
     "As measured on the reference for N=50: of 200 images the 53 above the edge .87, all of 20, exactly 50 of 50."
     sizes = np.tile([200, 20, 50], 60)  # every class draws for itself
-    df = handmade(tmp_path/"p.parquet", np.repeat(np.arange(180), sizes), np.concatenate([np.linspace(0.51, 1, n) for n in sizes]), k=180)
+    confidence = np.concatenate([np.linspace(0.51, 1, n) for n in sizes])
+    df = handmade(tmp_path/"p.parquet", np.repeat(np.arange(180), sizes), confidence, k=180)
     assert [(df.confidence[df.label == 0] >= np.float32(e)).sum() for e in (0.87, 0.88)] == [53, 49]
     draws = []
     for seed in range(2):
