@@ -116,7 +116,7 @@ RECIPES = dict(
     digits=Recipe(archs=('resnet9_16',), rounds=3, epochs=6, teacher_epochs=12, steps=50, bs=32, ratio=5, lr=5e-3, label_smoothing=0.,
                   noise=Noise(2, 10, 0.5, 0.8), teacher_noise=Noise(1, 5, 0.3, 0.9), threshold=0.8, per_class=None,
                   size=12, pad=1, rotate=15, zoom=1.2, flip=False, bf16=False),
-    cifar10=Recipe(archs=('resnet9_24', 'resnet9_32'), rounds=1, epochs=5, teacher_epochs=12, steps=200, bs=64, ratio=3, lr=4e-3,
+    cifar10=Recipe(archs=('resnet9_24', 'resnet9_32'), rounds=1, epochs=8, teacher_epochs=12, steps=200, bs=64, ratio=3, lr=4e-3,
                    noise=Noise(1, 5, 0.2, 0.9), teacher_noise=Noise(1, 3, 0.2, 0.9), pad=4),
     paper=_paper('l2', 14, archs=tuple(f'tf_efficientnet_{o}' for o in ('b7', 'l0', 'l1', 'l2')), rounds=3, size=475,
                  source='arXiv 1911.04252; there 88.4 % top-1 on ImageNet after FixRes at 800 px'),

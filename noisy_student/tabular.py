@@ -137,7 +137,10 @@ class TabularRecipe:
     temperature: float = 1. # T > 0 of the teacher's softmax; below 1 sharpens
     threshold: float = 0.5 # Least confidence of a pseudo label, inclusive, in [0, 1]
     per_class: int | str | None = None # Pseudo labels per class: a number, 'mean', 'largest', None (no balancing)
-    bf16 = False # rows are small: nothing to gain
+    bf16, ema, accumulate, schedule, wd_on = False, None, 1, 'one-cycle', 'weights' # as in `Recipe`; rows are small: nothing to gain
+
+    @property
+    def rate(self) -> float: return self.lr
 
     def __post_init__(self):
         for name, low in dict(rounds=0, epochs=1, steps=1, bs=2, ratio=1, wd=0, threshold=0).items():
@@ -304,6 +307,12 @@ class TabularNoisyStudent(NoisyStudent):
         for ax in fig.axes:
             if ax.get_ylabel() == 'images': ax.set_ylabel('rows')
         return fig
+
+    def suspects(self, pictures: int = 0 # None are drawn of a table
+                ) -> pd.DataFrame:
+        "Not for tables yet: raises NotImplementedError."
+        raise NotImplementedError("suspects are found among images only; for a table, give suspects.rank_suspects your "
+                                  "labels and the probabilities of a learner that was trained without these rows")
 
     def __repr__(self) -> str:
         done = f"{len(self.summary)} of {self.recipe.rounds + 1} rounds done"
