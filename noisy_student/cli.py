@@ -208,7 +208,7 @@ def _trained(path, device): # a network on its device; what to do with images of
     from noisy_student.rounds import load_model
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     if device.startswith('cuda') and not torch.cuda.is_available(): raise ValueError(f"--device {device}: torch sees no GPU here, use cpu")
-    t = _published(path, device) if _is_published(path) else load_model(path, device)
+    t = _published(str(path), device) if _is_published(path) else load_model(path, device)
     if len(t.mean) == 1: # a network for grey images sees the luminance of color images
         luma = torch.tensor([.299, .587, .114], device=device).view(3, 1, 1)
         t.model.register_forward_pre_hook(lambda _, x: (x[0] * luma).sum(1, keepdim=True) if x[0].shape[1] == 3 else None)
@@ -229,9 +229,9 @@ def _published(name, device): # a network that knows ImageNet
     else: found = pretrained_model(name, True)
     return Trained(found.model.to(device), *found[1:])
 
-def _pool(name, labels, seed): # unlabeled images: of a data set, or all files of a folder
+def _pool(name, labels, seed, recipe=None): # unlabeled images: of a data set, or all files of a folder
     from noisy_student.datasets import list_files
-    if name in DATA or (Path(name)/'train').is_dir(): return load_data(name, labels, seed=seed).unlabeled
+    if name in DATA or (Path(name)/'train').is_dir(): return load_data(name, labels, seed=seed, recipe=recipe).unlabeled
     if not Path(name).is_dir(): return load_data(name) # which says what it could have been
     if not (files := list_files(Path(name))): raise ValueError(f"no file in {name}: the pool is a folder of images")
     return files
@@ -244,9 +244,9 @@ def label(
     shard: Annotated[int, typer.Option(metavar='I', min=0, help="Which share of the pool to label, 0 to N-1.")] = 0,
     num_shards: Annotated[int, typer.Option(metavar='N', min=1, help="Number of shares.")] = 1,
     temperature: Annotated[float, typer.Option(metavar='T', help="Of the softmax, above 0; below 1 sharpens.")] = 1.,
-    bs: BatchOpt = 64, labels: LabelsOpt = None, seed: SeedOpt = 0, device: DeviceOpt = None,
+    bs: BatchOpt = 64, labels: LabelsOpt = None, recipe: RecipeOpt = None, seed: SeedOpt = 0, device: DeviceOpt = None,
 ):
-    """Let a trained network label a pool of images, without noise; --labels and --seed as in run.
+    """Let a trained network label a pool of images, without noise; --labels, --recipe and --seed as in run.
 
     \b
     Example: the second of four shares
@@ -256,7 +256,7 @@ def label(
     """
     import pyarrow.parquet as pq
     from noisy_student.pseudo_labels import predict_pseudo_labels
-    t, items = _trained(model, device), _pool(pool, labels, seed)
+    t, items = _trained(model, device), _pool(pool, labels, seed, recipe)
     with show_progress() as progress:
         predict_pseudo_labels(t.model, items, out, shard, num_shards, temperature, bs, t.size, t.mean, t.std, t.classes,
                               progress=lambda done, total: progress('labeling', done, total))
@@ -277,6 +277,8 @@ def select(
     threshold: Annotated[float, typer.Option(metavar='X', min=0, max=1, help="Least confidence, 0 to 1, inclusive.")] = .3,
     per_class: Annotated[str, typer.Option(metavar='N', help="Rows per class: a number, mean or largest (of the classes after the filter), none (no balancing).")] = 'mean',
     strict: Annotated[bool, typer.Option('--strict', help="The threshold itself does not pass.")] = False,
+    binned: Annotated[bool, typer.Option('--binned', help="Balance as the reference does, by bins of confidence: N rows per class on average.")] = False,
+    seed: Annotated[int, typer.Option(metavar='N', min=0, help="Of the draws of --binned.")] = 0,
     as_json: JsonOpt = False,
 ):
     """Keep the confident pseudo labels, the same number of each class, and show what happened to every class.
@@ -286,7 +288,7 @@ def select(
       noisy-student select pseudo_labels --out selected.parquet --threshold 0.8 --per-class 1000
     """
     from noisy_student.pseudo_labels import select_pseudo_labels
-    print_table(_rows(select_pseudo_labels(src, out, threshold, _per_class(per_class), strict).summary), as_json)
+    print_table(_rows(select_pseudo_labels(src, out, threshold, _per_class(per_class), strict, binned, seed).summary), as_json)
 
 @app.command(short_help='Let a new teacher rewrite a selection.')
 def relabel(
@@ -366,7 +368,9 @@ def evaluate(
         if not (path/'summary.csv').exists(): raise ValueError(f"{model} is not the directory of a run with a finished round: name the data to evaluate it on")
         import pandas as pd
         return _print_run(path, _rows(pd.read_csv(path/'summary.csv')), as_json)
-    splits, rows = load_data(data, seed=_seed_of(path) if seed is None else seed), []
+    if seed not in (None, own := _seed_of(path)):
+        _to_stderr(f"warning: the run has seed {own}: with --seed {seed} its training images may be among the validation images")
+    splits, rows = load_data(data, seed=own if seed is None else seed), []
     with show_progress() as progress:
         for file in rounds or [path]:
             t, name = _trained(file, device), file.parent.name if rounds else str(path)
@@ -418,7 +422,7 @@ def predict(
 @app.command(short_help='A network for timm or ONNX.')
 def export(
     model: ModelArg,
-    out: Annotated[str, typer.Option(metavar='FILE', help="File to write: .safetensors for timm, .onnx for everything else.")] = 'model.onnx',
+    out: Annotated[str, typer.Option(metavar='FILE', help="File to write: .safetensors for timm, .onnx for everything else (needs the extra [export]).")] = 'model.onnx',
 ):
     """Write a trained network as weights for timm, or as ONNX with images (B, C, size, size) in and logits (B, K) out.
 
@@ -430,11 +434,14 @@ def export(
     if Path(out).suffix not in ('.onnx', '.safetensors'): raise ValueError(f"--out {out}: the name must end in .onnx or .safetensors")
     t = _trained(model, 'cpu')
     about = dict(arch=t.arch, classes=json.dumps(t.classes), size=str(t.size), mean=json.dumps(t.mean), std=json.dumps(t.std))
-    if out.endswith('.onnx'): export_onnx(t.model, out, t.size, len(t.mean))
+    if out.endswith('.onnx'): export_onnx(t.model, out, t.size, len(t.mean), about)
     else: export_safetensors(t.model, out, about)
     print(f"{out}: {t.arch}, {len(t.classes)} classes, images of {t.size} px, normalized by mean {_short(t.mean)} and std {_short(t.std)} of pixels in 0..1")
-    if out.endswith('.safetensors') and not t.arch.startswith('resnet9_'):
+    if out.endswith('.onnx'): return
+    import timm
+    if timm.is_model(t.arch.split('.')[0]):
         print(f"timm.create_model({t.arch!r}, num_classes={len(t.classes)}, in_chans={len(t.mean)}, checkpoint_path={out!r})")
+    else: _to_stderr(f"warning: timm has no {t.arch}: load {out} with noisy_student.rounds.load_model, or export .onnx")
 
 def _short(values): return '(' + ', '.join(f'{o:.4g}' for o in values) + ')'
 
@@ -487,7 +494,7 @@ def main(argv: list[str] | None = None # Arguments; None: those of the process
     except _UsageError as e:
         name = e.ctx.command_path if getattr(e, 'ctx', None) else 'noisy-student'
         return _fail(f"{name}: {_lower(e.format_message())} (see {name} --help)")
-    except (ValueError, OSError, FloatingPointError) as e:
+    except (ValueError, OSError, FloatingPointError, ImportError) as e: # the last one: an extra that is not installed
         if debug: raise
         return _fail(f"noisy-student: {_without_errno(e)}")
     except Exception as e: # a defect, or a device that gave up

@@ -68,6 +68,7 @@ class SoftLabel:
     def show(self, ctx: object = None, # Matplotlib axis to write on
              **kwargs): ctx.set_title(self.title, fontsize=9); return ctx
     def __str__(self) -> str: return self.title
+    __repr__ = __str__
 
 # %% ../nbs/06_dataloaders.ipynb #b3b75388
 def stream(n: int, # Size of the pile
@@ -118,7 +119,7 @@ class MixedDL(ArrayDL):
         pseudo: ArrayDataset | None = None, # Pseudo-labeled images with float32 (N, K) targets; None: labeled images only
         bs: int = 64, # Labeled images per batch; with `ratio=None` all images of a batch
         ratio: int | None = 1, # Pseudo-labeled images per labeled image, r; None: both piles concatenated and shuffled
-        copies: np.ndarray | None = None, # int (N,): how often each pseudo-labeled image occurs in a pass
+        copies: np.ndarray | None = None, # int (N,): how often each pseudo-labeled image occurs in a pass; without `pseudo`, each labeled one
         steps: int | None = None, # Batches per epoch; None: one pass over the labeled images, or over the one pile
         seed: int = 0, # Decides the order
         **kwargs # To `TfmdDL`: after_batch, device
@@ -127,9 +128,10 @@ class MixedDL(ArrayDL):
         labeled.split_idx = 0
         if pseudo is not None and not len(pseudo): raise ValueError("there are no pseudo-labeled images to train on")
         self.pool = np.repeat(np.arange(len(pseudo)), 1 if copies is None else copies) + len(labeled) if pseudo else None
+        self.own = np.repeat(np.arange(len(labeled)), 1 if copies is None or pseudo else copies)
         if self.ratio is None: self.n_labeled, self.pool = 0, np.concatenate([np.arange(len(labeled)), self.pool])
         super().__init__(_Both(labeled, pseudo) if pseudo else labeled, bs=bs * (1 + (self.ratio or 0)), **kwargs)
-        self.steps = steps or -(-len(labeled if self.ratio is not None else self.pool) // bs)
+        self.steps = steps or -(-len(self.own if self.ratio is not None else self.pool) // bs)
         self.n = self.steps * self.bs
 
     def get_idxs(self) -> np.ndarray:
@@ -137,7 +139,7 @@ class MixedDL(ArrayDL):
         def rows(pile, per_batch, key): # of one pile, (steps, per_batch)
             n = self.steps * per_batch
             return pile[stream(len(pile), self.epoch * n, n, (self.seed, key))].reshape(self.steps, per_batch)
-        idxs = rows(np.arange(len(self.labeled)), self.n_labeled, 0) if self.n_labeled else np.empty((self.steps, 0), np.int64)
+        idxs = rows(self.own, self.n_labeled, 0) if self.n_labeled else np.empty((self.steps, 0), np.int64)
         if self.pool is not None: idxs = np.concatenate([idxs, rows(self.pool, self.bs - self.n_labeled, 1)], 1)
         self.epoch += 1
         return idxs.ravel()
@@ -223,7 +225,7 @@ def mixed_dataloaders(
     valid: tuple[np.ndarray, np.ndarray], # Likewise
     classes: list[str], # K class names
     pseudo: tuple[np.ndarray, np.ndarray] | None = None, # Images uint8 (M, S, S, C) and probabilities float32 (M, K)
-    copies: np.ndarray | None = None, # int (M,): how often each pseudo-labeled image occurs in a pass
+    copies: np.ndarray | None = None, # int (M,): how often each pseudo-labeled image occurs in a pass; without `pseudo`, each labeled one
     bs: int = 64, # Labeled images per batch; with `ratio=None` all images of a batch
     ratio: int | None = 1, # Pseudo-labeled images per labeled image; None: both piles concatenated and shuffled
     steps: int | None = None, # Batches per epoch; None: one pass over the labeled images, or over the one pile

@@ -95,7 +95,7 @@ def noisy_student_learner(
     dls: DataLoaders, # Any fastai vision DataLoaders
     arch: str | nn.Module, # A timm name, `resnet9_24` and the like, or any module with logits (B, K) as output
     noise: Noise = Noise(), # Noise.none() for a plain learner
-    pretrained: bool = False, # Start from timm's pretrained weights
+    pretrained: bool | str = False, # Start from timm's weights (True), a file, or 'package:NAME'
     n_out: int | None = None, # Number of classes; None: as many as `dls` have
     n_in: int | None = None, # Image channels; None: `dls.n_in` if it is there, else 3
     label_smoothing: float = 0., # Share of a hard label spread over all classes, in [0, 1); soft targets are never smoothed

@@ -89,6 +89,7 @@ def export_onnx(
     file: str | Path, # Target, `.onnx`
     size: int, # Side of the images in pixels
     c_in: int = 3, # Input channels
+    metadata: dict[str, str] | None = None, # Stored in the file, strings only: classes, normalization
 ) -> Path: # The file, whole or not there
     """Write the evaluation-mode computation as ONNX.
 
@@ -101,6 +102,7 @@ def export_onnx(
     try:
         program = torch.onnx.export(model.eval(), (images,), input_names=['images'], output_names=['logits'],
                                     dynamo=True, dynamic_shapes=({0: torch.export.Dim('batch')},), verbose=False)
+        program.model.metadata_props.update(metadata or {})
         file.parent.mkdir(parents=True, exist_ok=True)
         program.save(str(tmp), external_data=False)
         os.replace(tmp, file)

@@ -84,7 +84,7 @@ def _make_folder(folder): # before any work is done for it
 def _meta(path): # parquet metadata of a pseudo-label file as a dict; {} for a table made elsewhere
     try: raw = pq.read_schema(path).metadata or {}
     except (pa.ArrowException, OSError) as e:
-        raise PseudoLabelError(f"{path} is not a whole parquet file ({e}): remove it and make it again") from e
+        raise PseudoLabelError(f"{path} is not a whole parquet file ({e}): if it is one of pseudo labels, make it again") from e
     raw = {k.decode(): v.decode() for k, v in raw.items() if k in _KEYS}
     return {k: v if k in _PLAIN else json.loads(v) for k, v in raw.items()}
 

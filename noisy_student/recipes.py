@@ -5,8 +5,11 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'RECIPES', 'Recipe', 'get_recipe', 'recipe_table']
 
-# %% ../nbs/08b_recipes.ipynb #61611e7a
+# %% ../nbs/08b_recipes.ipynb #4ef1a208
 from dataclasses import asdict, dataclass, fields, replace
+from difflib import get_close_matches
+from numbers import Integral, Real
+from typing import get_args
 
 import pandas as pd
 
@@ -14,8 +17,12 @@ from .learner import Noise
 from .models import EFFICIENTNETS
 from .training import OPTIMIZERS
 
-# %% ../nbs/08b_recipes.ipynb #27713cf3
+# %% ../nbs/08b_recipes.ipynb #3cf08c70
 SCHEDULES = ('one-cycle', 'staircase', 'plateau')
+
+def _is(value, kind): # of that type, where a whole number is a float too, and True is no number
+    numbers = {int: Integral, float: Real}
+    return isinstance(value, numbers.get(kind, kind)) and not (isinstance(value, bool) and kind in numbers)
 
 @dataclass(frozen=True)
 class Recipe:
@@ -32,7 +39,7 @@ class Recipe:
     schedule: str = 'one-cycle' # 'one-cycle', 'staircase' (the paper) or 'plateau' (constant for 5/6 of the epochs)
     lr: float = 2e-3 # Learning rate, the highest of the schedule
     lr_per: int | None = None # `lr` is for this many labeled images per batch, and scales with `bs`; None: it does not
-    warmup: float = 5. # Epochs of linear growth; staircase
+    warmup: float | None = None # Epochs of linear growth; staircase; None: 5, at most half of all
     decay_every: float | None = None # Epochs from one x0.97 to the next; staircase; None: 2.4 in 350 epochs, and in proportion
     wd: float = 0.05 # Weight decay: decoupled in AdamW, an L2 penalty in the others; not of biases and normalization
     wd_on: str = 'weights' # 'weights', or 'shortcuts': the projections of a ResNet alone, with Keras' `l2`, whose gradient is 2 wd w
@@ -58,12 +65,17 @@ class Recipe:
     zoom: float = 1. # Student's view: zoom by up to this factor, in or out
     flip: bool = True # Student's view: mirror left and right
     cutout: int = 0 # Student's view: side of a gray square at a random place, in pixels; 0: none
-    pretrained: bool = False # Start teacher and students from timm's pretrained weights
+    pretrained: bool | str = False # Start teacher and students from timm's weights (True), a file, or 'package:NAME'
     bf16: bool = True # Compute in bfloat16 where the hardware is fast at it
     source: str = '' # Where the numbers are from, and what came out there
 
     def __post_init__(self):
         object.__setattr__(self, 'archs', tuple(self.archs))
+        for f in fields(self):
+            kinds, value = get_args(f.type) or (f.type,), getattr(self, f.name)
+            if not any(_is(value, k) for k in kinds):
+                wanted = ' or '.join('None' if k is type(None) else k.__name__ for k in kinds)
+                raise ValueError(f"{f.name}={value!r} must be {wanted}, not {type(value).__name__}")
         at_least = dict(rounds=0, epochs=1, teacher_epochs=1, steps=1, bs=1, ratio=1, accumulate=1, lr_per=1, warmup=0, wd=0, size=1,
                         unlabeled_weight=0, pad=0, rotate=0, zoom=1, cutout=0)
         above = dict(lr=0, temperature=0, decay_every=0)
@@ -85,12 +97,22 @@ class Recipe:
             raise ValueError("ratio=None shuffles labeled and pseudo-labeled images into one pile: label_smoothing and unlabeled_weight, which tell them apart, must be 0 and None")
         if self.on_the_fly and (self.threshold or self.per_class is not None or self.binned or not self.soft or self.ratio is None or self.relabel != 'all'):
             raise ValueError("on_the_fly=True makes no table to filter: set threshold=0, per_class=None, binned=False, soft=True, relabel='all', and a ratio")
+        if self.schedule != 'staircase' and (self.warmup is not None or self.decay_every is not None):
+            raise ValueError(f"warmup and decay_every belong to schedule='staircase', not to {self.schedule!r}")
+        if self.pad and self.min_scale < 1: raise ValueError("pad shifts the image and min_scale crops it: set one of the two (pad=0 or min_scale=1)")
+        if self.ema is not None and any(n and n.survival < 1 and n.style == 'keras' for n in (self.noise, self.teacher_noise)):
+            raise ValueError("ema averages weights that Noise(style='keras') rescales during training: leave ema=None, or use another style")
         if self.binned and self.per_class is None: raise ValueError("binned=True is a way of balancing: set per_class")
 
     @property
     def rate(self) -> float:
         "The learning rate at this batch size."
         return self.lr * self.bs / (self.lr_per or self.bs)
+
+    def stairs(self, epochs: int # Of this round
+              ) -> dict: # `every` and `warmup` of `staircase`
+        "Length of the stairs and of the warm-up in a training of so many epochs."
+        return dict(every=self.decay_every or 2.4 * epochs / 350, warmup=min(5., epochs / 2) if self.warmup is None else self.warmup)
 
     def to_json(self) -> dict:
         "As plain JSON types."
@@ -134,8 +156,11 @@ def get_recipe(recipe: str | Recipe, # A name in `RECIPES`, or a recipe
               ) -> Recipe:
     "The named recipe with some fields changed. Raises ValueError for an unknown name or field."
     if isinstance(recipe, str):
-        if recipe not in RECIPES: raise ValueError(f"unknown recipe {recipe!r}: there are {', '.join(RECIPES)}")
+        if recipe not in RECIPES:
+            near = get_close_matches(recipe, RECIPES, n=1)
+            raise ValueError(f"unknown recipe {recipe!r}: there are {', '.join(RECIPES)}{f' (did you mean {near[0]}?)' if near else ''}")
         recipe = RECIPES[recipe]
+    if not isinstance(recipe, Recipe): raise ValueError(f"a recipe is a name or a Recipe, not {type(recipe).__name__}")
     known = [f.name for f in fields(Recipe)]
     for k in changes:
         if k not in known: raise ValueError(f"unknown setting {k!r}: a recipe has {', '.join(known)}")
@@ -149,8 +174,8 @@ def _noise_text(n):
 def _describe(r):
     def each(o): return f'{o:,}' if isinstance(o, int) else {'mean': 'the mean of the classes', 'largest': 'the largest class', None: 'no balancing'}[o]
     rate = f"{r.lr:g}" + (f" per {r.lr_per}" if r.lr_per else '')
-    every = r.decay_every or 2.4 * r.epochs / 350
-    schedule = {'one-cycle': 'one cycle', 'staircase': f"x0.97 every {every:.3g} epochs, {r.warmup:g} of warm-up",
+    stairs = r.stairs(r.epochs)
+    schedule = {'one-cycle': 'one cycle', 'staircase': f"x0.97 every {stairs['every']:.3g} epochs, {stairs['warmup']:g} of warm-up",
                 'plateau': f"constant for {round(r.epochs * 5 / 6)} epochs, then x0.1 on a plateau of 3 epochs, end after 10"}[r.schedule]
     optimizer = {'adamw': 'AdamW', 'adam': 'Adam', 'rmsprop': 'RMSProp .9, momentum .9, eps .001'}[r.optimizer]
     view = [o for o, on in [(f'shift {r.pad} px', r.pad), (f'crop {r.min_scale:g} to 1', r.min_scale < 1), (f'rotate {r.rotate:g} degrees', r.rotate),

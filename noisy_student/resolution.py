@@ -120,6 +120,7 @@ def fix_resolution(
     """Fine-tune the last layers at a larger size on un-augmented labeled images (arXiv 1906.06423; 1911.04252, 3.1).
 
     Raises ValueError for settings, data or networks that this cannot work with, before anything is trained."""
+    if not isinstance(data, Splits): raise ValueError(f"data must be Splits, such as from_folder(...), not {type(data).__name__}")
     stats = _stats(learn.dls)
     now = getattr(learn.dls, 'size', None) or max(learn.dls.valid.one_batch()[0].shape[-2:])
     if size <= now: raise ValueError(f"size={size} must be larger than the {now} px that the learner's images have now")

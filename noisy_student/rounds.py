@@ -10,6 +10,7 @@ import hashlib, json, os, platform, random, sys, time, warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from fastai.learner import Learner
 from fastai.vision.augment import aug_transforms
 from fastcore.basics import patch
 from fastcore.imports import IN_NOTEBOOK
+from PIL import Image
 from torch import nn
 
 from .dataloaders import MixedDL, PadCropFlip, ResizedCropFlip, mixed_dataloaders
@@ -128,6 +130,7 @@ class RunState(Callback):
             _set_rng_state(self.rng)
             self.recorder.smooth_loss.val, self.recorder.smooth_loss.count = self.smooth
         if isinstance(self.dls.train, MixedDL): self.dls.train.epoch = self.epoch
+        if self.progress: self.progress(self.epoch * len(self.dls.train), self.n_epoch * len(self.dls.train))
 
     def after_batch(self):
         if self.training and self.progress: self.progress(self.epoch * self.n_iter + self.iter + 1, self.n_epoch * self.n_iter)
@@ -172,7 +175,7 @@ def _train(learn, epochs, recipe, folder, progress): # -> history, seconds; goes
         if recipe.schedule == 'one-cycle': learn.fit_one_cycle(epochs, recipe.rate, cbs=cbs, **fit)
         elif recipe.schedule == 'plateau': learn.fit(epochs, recipe.rate, cbs=[Plateau(round(epochs * 5 / 6)), *cbs], **fit)
         else:
-            stairs = staircase(recipe.rate, epochs, recipe.decay_every or 2.4 * epochs / 350, warmup=min(recipe.warmup, epochs / 2))
+            stairs = staircase(recipe.rate, epochs, **recipe.stairs(epochs))
             learn.fit(epochs, recipe.rate, cbs=[ParamScheduler({'lr': stairs}), *cbs], **fit)
     return state.history, time.perf_counter() - state.begun
 
@@ -216,10 +219,12 @@ def _best_round(summary): # highest validation accuracy, the latest of several; 
 def _default_size(data): # px
     images = data.labeled.images
     if isinstance(images, np.ndarray): return images.shape[1]
-    from PIL import Image
-    try:
-        with Image.open(images[0]) as im: return min(min(im.size), 128)
-    except (OSError, Image.DecompressionBombError): return 128 # load_images will name the file
+    sides = [] # of some images: the first may be an odd one
+    for i in np.linspace(0, len(images) - 1, min(len(images), 50)).astype(int):
+        try:
+            with Image.open(images[i]) as im: sides.append(min(im.size))
+        except (OSError, Image.DecompressionBombError): pass # load_images will name the file
+    return min(int(np.median(sides)), 128) if sides else 128
 
 # %% ../nbs/09_rounds.ipynb #0d458502
 class NoisyStudent:
@@ -263,6 +268,12 @@ class NoisyStudent:
         for i, arch in enumerate(self.archs): # a misspelled student must not wait for its teacher's training
             with torch.device('meta'): model = create_model(arch, len(data.classes), n_in)
             (self.recipe.noise if i else self.recipe.teacher_noise or self.recipe.noise).callbacks(model)
+            _SPLITTERS[self.recipe.wd_on](model)
+            try:
+                with torch.no_grad(): model(torch.empty(2, n_in, self.size, self.size, device='meta'))
+            except NotImplementedError: pass # an operation that cannot be tried without computing it
+            except (RuntimeError, AssertionError, ValueError) as e:
+                raise ValueError(f"{arch} cannot take images of {self.size} px ({str(e).splitlines()[0]}): choose another size") from None
 
     def arch(self, k: int # Round
             ) -> str: # Name of its architecture
@@ -271,7 +282,7 @@ class NoisyStudent:
     @property
     def config(self) -> dict:
         "What must be equal for a run directory to be gone on with, as JSON types."
-        recipe = {k: v for k, v in self.recipe.to_json().items() if k not in ('archs', 'unlabeled', 'source')} # defaults and remarks
+        recipe = {k: v for k, v in self.recipe.to_json().items() if k not in ('archs', 'unlabeled', 'size', 'source')} # defaults and remarks; size stands for itself
         return json.loads(json.dumps(dict(archs=self.archs, size=self.size, seed=self.seed, recipe=recipe, classes=self.data.classes,
                                           data=_fingerprint(self.data), pseudo_labels=self.given and self.given.digest)))
 
@@ -333,9 +344,10 @@ def _open(self: NoisyStudent): # make the directory, or check that it holds this
     def describe(k):
         if k == 'data': return "data: other images or labels, by changed files, labels, seed or pool"
         return f"{k.removeprefix('recipe.')}: {a.get(k)} there, {b.get(k)} here"
+    if not any(f.is_file() for f in self.path.glob('round_*/**/*')): free = set(diff) # nothing has been made yet
     if bad := [k for k in diff if k not in free]:
         raise ValueError(f"{self.path} holds a run with other settings ({'; '.join(map(describe, bad))}): "
-                         "choose another folder, or the same settings to go on with it")
+                         "choose another folder, remove this one to start over, or give the same settings to go on with it")
     if diff: self._write_run(config)
 
 @patch
@@ -364,10 +376,10 @@ def _images(self: NoisyStudent, name): # Decoded images of a split, decoded on f
 @patch
 def _stats(self: NoisyStudent, k): # mean and standard deviation per channel: of the pretraining, or of (some of) the labeled images
     if self.recipe.pretrained:
-        from timm.models import get_pretrained_cfg
-        if cfg := get_pretrained_cfg(self.arch(k)):
+        with torch.device('meta'): cfg = getattr(create_model(self.arch(k), len(self.data.classes)), 'pretrained_cfg', None)
+        if cfg:
             gray = self._images('labeled').images.shape[-1] == 1
-            return tuple([sum(o) / len(o)] if gray else list(o) for o in (cfg.mean, cfg.std))
+            return tuple([sum(cfg[o]) / len(cfg[o])] if gray else list(cfg[o]) for o in ('mean', 'std'))
     images = self._images('labeled').images
     sample = images[np.linspace(0, len(images) - 1, min(len(images), 2000)).astype(int)] / 255.
     return sample.mean((0, 1, 2)).tolist(), (sample.std((0, 1, 2)) + 1e-6).tolist()
@@ -435,8 +447,8 @@ class _Rows: # some rows of an array, fetched when they are asked for: the array
 def _rows(self: NoisyStudent, items): # positions in the decoded pool of the items of a table
     if isinstance(self.data.unlabeled.images, np.ndarray): return np.asarray(items, dtype=np.int64)
     good = self._images('unlabeled').good
-    row = {self.data.unlabeled.images[i]: j for j, i in enumerate(good)}
-    try: return np.array([row[o] for o in items], dtype=np.int64)
+    row = {os.path.abspath(self.data.unlabeled.images[i]): j for j, i in enumerate(good)} # `label` may have been given a relative folder
+    try: return np.array([row[os.path.abspath(o)] for o in items], dtype=np.int64)
     except KeyError as e: raise ValueError(f"{e.args[0]} has a pseudo label but is not among the usable unlabeled images of these data") from None
 
 @patch
@@ -530,12 +542,13 @@ def suspects(self: NoisyStudent, # After `fit`
              pictures: int = 16 # Suspects to draw, flagged ones in red; 0: none
             ) -> pd.DataFrame: # kind, item, label, predicted, confidence, quality, issue
     """Items whose label is probably wrong: labeled ones that a network trained without them contradicts, the most suspicious
-    first (`quality` in 0..1, `issue` by cleanlab's verdict), then pseudo-labeled ones whose label the last round changed.
+    first (`quality` in 0..1, `issue` by cleanlab's verdict), then pseudo-labeled ones whose label changed since the pool was labeled last.
 
     Raises ValueError before the first round is done or without a pool, ImportError without cleanlab. Northcutt et al. 2021."""
     from noisy_student.suspects import flipped_labels, rank_suspects, show_suspects
     if not len(self.summary): raise ValueError(f"no round of {self.path} is finished: call fit() first")
     if not len(self.data.unlabeled): raise ValueError("suspects are found by a network trained on unlabeled images alone, and there are none")
+    if find_spec('cleanlab') is None: raise ImportError("finding suspects needs cleanlab: pip install 'noisy_student[eval]'") # before the training
     k = int(self.summary['round'].max())
     folder, names, images = self.path/'suspects'/f'round_{k}', np.array(self.data.classes), self.data.labeled.images
     probs = self._unseen_probs(k, folder)
@@ -544,7 +557,8 @@ def suspects(self: NoisyStudent, # After `fit`
     item = ranked.position if isinstance(images, np.ndarray) else [images[i] for i in ranked.position]
     table = pd.DataFrame(dict(kind='labeled', item=item, label=names[ranked.label], predicted=names[ranked.predicted],
                               confidence=probs.max(1)[ranked.position], quality=ranked.quality, issue=ranked.issue))
-    if (before := self._round(k)/'pseudo_labels').exists() and len(f := flipped_labels(before, folder/'pseudo_labels')):
+    before = [o for i in range(k, 0, -1) if (o := self._round(i)/'pseudo_labels').exists()] # the latest time that all of the pool was labeled
+    if before and len(f := flipped_labels(before[0], folder/'pseudo_labels')):
         table = pd.concat([table, pd.DataFrame(dict(kind='pseudo-labeled', item=f['item'], label=f.label_before, predicted=f.label_after,
                                                     confidence=f.confidence_after))], ignore_index=True)
     _write_text(folder/'suspects.csv', table.to_csv(index=False))
@@ -555,12 +569,11 @@ def suspects(self: NoisyStudent, # After `fit`
 def _unseen_probs(self: NoisyStudent, k, folder): # float32 (N, K) of the labeled images, by a network that was not trained on them
     r, seed, tell = self.recipe, self.seed * 1000 + 999, lambda done, total: self._tell('suspects: labeling', done, total)
     sel = read_selection(folder/'selected.parquet') if (folder/'selected.parquet').exists() else self._label_pool(k, folder, tell)
-    pool = _Rows(self._images('unlabeled').images, np.repeat(self._rows(sel.items), sel.copies))
-    valid = self._images('valid').images, self.data.valid.labels
+    pool, valid = _Rows(self._images('unlabeled').images, self._rows(sel.items)), (self._images('valid').images, self.data.valid.labels)
+    parts, pile = r.accumulate, len(self.data.labeled) + (int(sel.copies.sum()) if r.ratio is None else 0) # batches and epochs as long as a student's
     with _seeded(seed):
-        dls = mixed_dataloaders((pool, np.repeat(self._targets(sel), sel.copies, 0)), valid, self.data.classes, bs=r.bs // r.accumulate,
-                                steps=(r.steps or -(-len(self.data.labeled) // r.bs)) * r.accumulate, augment=_student_view(r),
-                                stats=self._stats(k), seed=seed, device=self.device)
+        dls = mixed_dataloaders((pool, self._targets(sel)), valid, self.data.classes, copies=sel.copies, bs=r.bs * (1 + (r.ratio or 0)) // parts,
+                                steps=(r.steps or -(-pile // r.bs)) * parts, augment=_student_view(r), stats=self._stats(k), seed=seed, device=self.device)
         learn = self._network(k, dls, r.noise, r.pretrained)
         _train(learn, r.epochs, r, folder, lambda done, total: self._tell('suspects: training a network without the labeled images', done, total))
     learn.model.eval()

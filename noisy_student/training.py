@@ -20,6 +20,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from .losses import temperature_softmax
+from .stochastic_depth import StochasticDepth
 
 # %% ../nbs/06a_training.ipynb #a40dd6f9
 OPTIMIZERS = { # name: what fastai's `Learner` takes as `opt_func`
@@ -74,14 +75,18 @@ class Plateau(Callback):
                  patience: int = 3, # As `plateau`
                  stop: int = 10 # Likewise
                 ): self.start, self.factor, self.patience, self.stop, self.losses = start, factor, patience, stop, []
-    def before_fit(self): self.highest, self.losses = self.opt.hypers[-1]['lr'], []
+    def before_fit(self):
+        self.run = self.opt is not None and not hasattr(self.learn, 'lr_finder') # not for `validate` and `lr_find`
+        if self.run: self.highest, self.losses = [h['lr'] for h in self.opt.hypers], []
     def before_epoch(self):
         falls, end = plateau(self.losses[self.start:], self.patience, self.stop)
-        self.opt.set_hyper('lr', self.highest * self.factor ** falls)
+        self.opt.set_hyper('lr', [lr * self.factor ** falls for lr in self.highest])
         if end: raise CancelFitException()
     def after_epoch(self):
         if self.epoch == len(self.losses): self.losses.append(float(self.recorder.values[-1][1])) # not an epoch that was skipped
-    def after_fit(self): self.opt.set_hyper('lr', self.highest)
+    def after_fit(self):
+        if self.run: self.opt.set_hyper('lr', self.highest)
+        self.run = True
     def state_dict(self) -> dict: return dict(losses=self.losses)
     def load_state_dict(self, state: dict # From `state_dict`
                        ): self.losses = list(state['losses'])
@@ -94,8 +99,9 @@ class EMA(Callback):
     """Averages weights and batch-norm statistics over the steps; validation and the finished model use the average.
 
     When training is interrupted, the model holds what it held at that moment: the raw weights within an epoch, the
-    average within validation. Source: TensorFlow's `ExponentialMovingAverage` with `num_updates`, .9999 in the paper's
-    recipe; timm's `ModelEmaV3` does the arithmetic. Raises ValueError for a decay out of range."""
+    average within validation. Raises ValueError together with stochastic depth that scales at test time, whose
+    training weights are not those of the model. Source: TensorFlow's `ExponentialMovingAverage` with `num_updates`, .9999 in the paper's
+    recipe; timm's `ModelEmaV3` does the arithmetic. Raises ValueError for a decay out of range, too."""
     order = 70 # the model is where it will train, and not yet noised
     def __init__(self, decay: float = 0.9999 # d, in [0, 1)
                 ):
@@ -104,14 +110,17 @@ class EMA(Callback):
 
     def before_fit(self):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
-        if self.run: self.average, self.t, self.swapped = _Average(self.model, self.decay), 0, False
+        if not self.run: return
+        if any(isinstance(cb, StochasticDepth) and cb.scale == 'test' for cb in self.learn.cbs):
+            raise ValueError("averaged weights and stochastic depth with scale='test' (Noise(style='keras')) do not go together: leave one out")
+        self.average, self.t, self.swapped = _Average(self.model, self.decay), 0, False
     def after_step(self):
         self.average.update(self.model, self.t)
         self.t += 1
     def before_validate(self): self._swap()
     def after_validate(self): self._swap()
     def after_fit(self):
-        if self.run and self.t: self._swap()
+        if self.run and self.t and not self.swapped: self._swap() # it is swapped already if a callback ended the fit in validation
         self.run, self.average = True, None
 
     @torch.no_grad()
@@ -120,6 +129,7 @@ class EMA(Callback):
             held = a.clone()
             a.copy_(b)
             b.copy_(held)
+        self.swapped = not self.swapped
 
     def state_dict(self) -> dict: return dict(t=self.t, average=self.average.module.state_dict())
     def load_state_dict(self, state: dict # From `state_dict`
