@@ -175,23 +175,15 @@ def _affine_args(op, v, center, size, reference):
     """Source positions in Pillow's 16.16 fixed point, in the framed image: (B, 2, W + H) int32.
 
     A pixel's x is the sum of what its column gives, [:, 0, :W], and its row, [:, 0, W:]; its y that of [:, 1]."""
-    h, w = size
-    mat = np.tile(np.array([1., 0, 0, 0, 1, 0]), (len(v), 1))
-    bounded = v.clip(-2**15, 2**15)  # further out there is only fill; keeps the integers small
-    for k in np.unique(op):
-        i, name = op == k, OPS[k]
-        if name == 'ShearX': mat[i, 1], mat[i, 2] = bounded[i], -.5 * bounded[i]
-        elif name == 'ShearY': mat[i, 3], mat[i, 5] = bounded[i], -.5 * bounded[i]
-        elif name == 'TranslateX': mat[i, 2] = np.floor(bounded[i] + .5)  # Pillow moves by whole pixels
-        elif name == 'TranslateY': mat[i, 5] = np.floor(bounded[i] + .5)
-        else:
-            angle = -np.radians(v[i] % 360)
-            cos, sin = np.cos(angle).round(15), np.sin(angle).round(15)
-            mat[i] = np.stack([cos, sin, cos * (-w / 2) + sin * (-h / 2) + w / 2,
-                               -sin, cos, -sin * (-w / 2) + cos * (-h / 2) + h / 2], 1)
-    mat[:, 2] += mat[:, 0] * .5 + mat[:, 1] * .5
-    mat[:, 5] += mat[:, 3] * .5 + mat[:, 4] * .5
-    a, b, c = np.moveaxis(np.floor(mat * 65536 + .5).astype(np.int64).reshape(-1, 2, 3, 1), 2, 0)
+    (h, w), bounded = size, v.clip(-2**15, 2**15)  # further out there is only fill; keeps the integers small
+    shear_x, shear_y, move_x, move_y = (np.where(op == OPS.index(o), bounded, 0.)
+                                        for o in ('ShearX', 'ShearY', 'TranslateX', 'TranslateY'))
+    angle = np.where(op == OPS.index('Rotate'), -np.radians(v % 360), 0.)
+    cos, sin = np.cos(angle).round(15), np.sin(angle).round(15)
+    a, b = np.stack([cos, shear_y - sin], 1), np.stack([sin + shear_x, cos], 1)
+    c = np.stack([np.floor(move_x + .5) - .5 * shear_x + (cos * (-w / 2) + sin * (-h / 2) + w / 2),  # whole pixels
+                  np.floor(move_y + .5) - .5 * shear_y + (-sin * (-w / 2) + cos * (-h / 2) + h / 2)], 1)
+    a, b, c = (np.floor(i * 65536 + .5).astype(np.int64)[..., None] for i in (a, b, c + (a * .5 + b * .5)))
     bound = 2**29  # 8192 px: outside any image, and two of them still fit int32
     steps = np.concatenate([a * np.arange(w) + c + 65536, b * np.arange(h)], -1)  # 65536: the frame
     return steps.clip(-bound, bound).astype(np.int32)
@@ -275,7 +267,7 @@ def _sharpness(x, factor, reference):
 def _cut(x, hit, reference):
     rows, columns = hit.split(x.shape[2:], dim=1)
     keep = (rows[:, None, :, None] & columns[:, None, None]).sub_(1)  # 255 keeps a pixel, 0 cuts it
-    return (x & keep).bitwise_or_(keep.bitwise_not().bitwise_and_(128))  # a CPU takes 30 times as long for masked_fill
+    return (x & keep).bitwise_or_(~keep & 128)  # a CPU takes 30 times as long for masked_fill
 
 
 KERNELS = {'value': (_value_args, _lookup), 'contrast': (_factor_args, _mean_blend), 'stretch': (_factor_args, _stretch),
@@ -292,9 +284,12 @@ def _apply(x, out, op, v, center, reference):
     block = max(1, 2**16 // size.numel()) if on_cpu else len(x)
     for k, (make_args, kernel) in enumerate(KERNELS.values()):
         group = np.flatnonzero(family == k)
+        if not len(group): continue
         args, rows = (_send(a, x) for a in (make_args(op[group], v[group], center[group], size, reference), group))
         for i in (slice(start, start + block) for start in range(0, len(group), block)):
-            made = kernel(x.index_select(0, rows[i]), args[i], reference)
+            only = group[i.start]  # a single image is a view, many are a copy; kernels leave both as they are
+            images = x[only:only + 1] if len(group[i]) == 1 else x.index_select(0, rows[i])
+            made = kernel(images, args[i], reference)
             if on_cpu: out.numpy()[group[i]] = made.numpy()  # index_copy_ takes 20 times as long
             else: out.index_copy_(0, rows[i], made)
     return out
