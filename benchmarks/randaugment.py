@@ -3,8 +3,8 @@
     taskset -c 1 python benchmarks/randaugment.py
 
 The candidates: timm on PIL images with p=1, so that it too applies two operations to every image, as it comes
-(bilinear or bicubic by chance) and with the nearest pixel, as ours; torchvision's v2 image by image and on a batch, where
-one draw serves all images; kornia, if it is installed; and BatchRandAugment. Each repetition times every candidate
+(bilinear or bicubic by chance) and with the nearest pixel, as ours; torchvision's v2 image by image and on a batch,
+where one draw serves all images; kornia, if it is installed; and BatchRandAugment. Each repetition times every candidate
 once, and medians of many repetitions are compared, because machines are noisy. On the CPU one thread is used and its
 CPU time is counted, which waits for other processes are not part of; on a GPU, the time until the GPU is done.
 `op_pairs` is the number of distinct pairs of operations drawn in one batch. Rows that this machine cannot measure say
@@ -28,7 +28,8 @@ try: from kornia.augmentation.auto import RandAugment as KorniaRandAugment
 except ImportError: KorniaRandAugment = None
 
 CASES = {"cpu": ((32, 64), (32, 256), (32, 1024), (224, 64), (224, 128)), "cuda": ((32, 2048), (224, 256))}
-NAMES = ("timm", "timm nearest", "torchvision per image", "torchvision per batch", "kornia", "ours")
+GPU_NAMES = ("torchvision per batch", "kornia", "ours")
+NAMES = {"cpu": ("timm", "timm nearest", "torchvision per image", *GPU_NAMES), "cuda": GPU_NAMES}
 
 
 class Logged:
@@ -92,13 +93,15 @@ def measure(device, size, batch, budget) -> list:
     fs = candidates(x, size)
     for f, _, _ in fs.values(): f()
     times, start = [], time.monotonic()
-    while len(times) < 7 or time.monotonic() - start < budget: times.append([seconds(f, device) for f, _, _ in fs.values()])
+    while len(times) < 7 or time.monotonic() - start < budget:
+        times.append([seconds(f, device) for f, _, _ in fs.values()])
     speed = {name: n / t for (name, (_, n, _)), t in zip(fs.items(), np.median(times, axis=0))}
-    timm = speed.get("timm", np.nan)
-    return [dict(device=device, size=size, batch=batch, candidate=o, images_per_s=round(speed[o]), to_timm=round(speed[o] / timm, 2),
-                 to_timm_nearest=round(speed[o] / speed.get("timm nearest", np.nan), 2), op_pairs=fs[o][2](), repetitions=len(times))
-            if o in speed else dict(device=device, size=size, batch=batch, candidate=o, images_per_s="not measured")
-            for o in NAMES if device == "cpu" or o in ("torchvision per batch", "kornia", "ours")]
+    def row(name):
+        if name not in speed: return dict(images_per_s="not measured")
+        to_timm, to_nearest = (round(speed[name] / speed.get(o, np.nan), 2) for o in ("timm", "timm nearest"))
+        return dict(images_per_s=round(speed[name]), to_timm=to_timm, to_timm_nearest=to_nearest, op_pairs=fs[name][2](),
+                    repetitions=len(times))
+    return [dict(device=device, size=size, batch=batch, candidate=o, **row(o)) for o in NAMES[device]]
 
 
 if __name__ == "__main__":
@@ -109,10 +112,11 @@ if __name__ == "__main__":
     rows = []
     for device, cases in CASES.items():
         for size, batch in cases:
-            if device == "cpu" or torch.cuda.is_available(): rows += measure(device, size, batch, a.seconds)
-            else: rows += [dict(device=device, size=size, batch=batch, candidate=o, images_per_s="not measured")
-                           for o in ("torchvision per batch", "kornia", "ours")]
-            print(pd.DataFrame(rows[-6:]).query("device == @device and size == @size and batch == @batch").to_string(index=False), flush=True)
+            if device == "cpu" or torch.cuda.is_available(): made = measure(device, size, batch, a.seconds)
+            else: made = [dict(device=device, size=size, batch=batch, candidate=o, images_per_s="not measured")
+                          for o in NAMES[device]]
+            rows += made
+            print(pd.DataFrame(made).to_string(index=False), flush=True)
     table = pd.DataFrame(rows).assign(**machine(), torchvision=version("torchvision"), pillow=version("pillow"),
                                       kornia=version("kornia") if KorniaRandAugment else "not installed")
     table = table.astype(dict(op_pairs="Int64", repetitions="Int64"))

@@ -132,7 +132,10 @@ PIL_OPS = {  # (img, value, center, reference) -> image
     'Cutout': lambda img, v, c, ref: _cutout(img, v, c),
 }
 
-# %% ../nbs/01_randaugment.ipynb #8a9f6c2a
+# %% ../nbs/01_randaugment.ipynb #3f708b51
+def _on_cpu(x): return x.device.type == 'cpu'
+
+
 def _send(a, x):
     "Host array to the device of `x`, without waiting for it"
     return torch.as_tensor(a).to(x.device, non_blocking=True)
@@ -155,16 +158,17 @@ def _luma(x):
 
 def _lookup(x, lut, reference=False):
     "Pixels of (B, C, H, W) through tables of 256 entries, (B, 1 or C, 256), all uint8"
-    if x.device.type != 'cpu': return lut.expand(-1, x.shape[1], -1).gather(2, x.flatten(2).long()).view(x.shape)
-    planes, tables = x.numpy().reshape(lut.shape[0] * lut.shape[1], -1), lut.numpy().reshape(-1, 256)
-    out = bytearray().join([p.tobytes().translate(t.tobytes()) for p, t in zip(planes, tables)])
+    if not _on_cpu(x): return lut.expand(-1, x.shape[1], -1).gather(2, x.flatten(2).long()).view(x.shape)
+    pixels, tables, n = x.numpy().tobytes(), lut.numpy().tobytes(), 256 * x.numel() // lut.numel()  # n in one plane
+    planes = zip(range(0, x.numel(), n), range(0, lut.numel(), 256))
+    out = bytearray().join([pixels[i:i + n].translate(tables[j:j + 256]) for i, j in planes])
     return torch.frombuffer(out, dtype=torch.uint8).view(x.shape)
 
 
 def _histogram(x):
     "How often each value occurs: (B, C, 256) int64"
     b, c = x.shape[:2]
-    if x.device.type == 'cpu':
+    if _on_cpu(x):
         apart = x.flatten(2) + torch.arange(0, 256 * b * c, 256, dtype=torch.int32).view(b, c, 1)
         return apart.view(-1).bincount(minlength=256 * b * c).view(b, c, 256)
     one = torch.ones((), dtype=torch.int64, device=x.device)  # bincount would make the host wait
@@ -234,17 +238,16 @@ def _stretch(x, _, reference):
     lo, hi, level = x.flatten(2).amin(2, True), x.flatten(2).amax(2, True), torch.arange(256, device=x.device)
     # Pillow computes in double, which mps lacks: there the result may be off by one
     lo, hi, level = (i.to(torch.float32 if x.device.type == 'mps' else torch.float64) for i in (lo, hi, level))
-    extent = (hi - lo).clamp_(min=1)
-    scale = torch.full_like(extent, 255) / extent  # 255. / extent would round twice
-    return _lookup(x, _bytes(torch.where(hi > lo, (level * scale).add_(-lo * scale), level)))
+    single = hi == lo  # a single value stays
+    scale = torch.full_like(hi, 255) / (hi - lo).masked_fill_(single, 255)  # 255. / extent would round twice
+    return _lookup(x, _bytes((level * scale).sub_(lo.masked_fill_(single, 0) * scale)))
 
 
 def _equalize(x, _, reference):
     hist, hi = _histogram(x), x.flatten(2).amax(2, keepdim=True).long()
     step = (x[0, 0].numel() - hist.gather(2, hi)).div_(255, rounding_mode='floor')
-    some = step.clamp(min=1)
-    # float32 divides exactly here: images below 2**24 px, and quotients of interest below 256
-    equal = hist.cumsum(2).sub_(hist).add_(some // 2).float().div_(some.float()).floor_()
+    some, hist = step.clamp(min=1), hist.float()  # exact in images below 2**24 px, where quotients up to 255 matter
+    equal = hist.cumsum(2).sub_(hist).add_(some // 2).div_(some).floor_()
     return _lookup(x, _bytes(torch.where(step > 0, equal, torch.arange(256., device=x.device))))
 
 
@@ -270,16 +273,17 @@ def _cut(x, hit, reference):
     return (x & keep).bitwise_or_(~keep & 128)  # a CPU takes 30 times as long for masked_fill
 
 
-KERNELS = {'value': (_value_args, _lookup), 'contrast': (_factor_args, _mean_blend), 'stretch': (_factor_args, _stretch),
-           'equalize': (_factor_args, _equalize), 'geometry': (_affine_args, _geometry),
-           'color': (_factor_args, _color), 'sharpness': (_factor_args, _sharpness), 'cutout': (_cut_args, _cut)}
+KERNELS = {  # family: (arguments for a group of images, made on the host; what is done to a block of them)
+    'value': (_value_args, _lookup), 'contrast': (_factor_args, _mean_blend), 'stretch': (_factor_args, _stretch),
+    'equalize': (_factor_args, _equalize), 'geometry': (_affine_args, _geometry), 'color': (_factor_args, _color),
+    'sharpness': (_factor_args, _sharpness), 'cutout': (_cut_args, _cut)}
 FAMILY = np.array([list(KERNELS).index(op.family) for op in OP_TABLE.values()])
 SIGNED = np.array([op.signed for op in OP_TABLE.values()])
 
 
 def _apply(x, out, op, v, center, reference):
     "Image i of (B, C, H, W) uint8 through operation `OPS[op[i]]` with argument `v[i]`, into `out`, which may be `x`"
-    family, size, on_cpu = FAMILY[op], x.shape[2:], x.device.type == 'cpu'
+    family, size, on_cpu = FAMILY[op], x.shape[2:], _on_cpu(x)
     # a CPU is fastest on a block of images that fits its cache, a GPU on all at once
     block = max(1, 2**16 // size.numel()) if on_cpu else len(x)
     for k, (make_args, kernel) in enumerate(KERNELS.values()):
@@ -401,7 +405,8 @@ class _Policy(DisplayedTransform):
         if self.schedule in ('random', 'growing'): m *= u[..., 1]
         value = np.empty(op.shape)
         for k in np.unique(op):
-            value[op == k] = op_argument(OPS[k], m[op == k], min(size), self.reference, self.translate, self.cutout)
+            i = op == k
+            value[i] = op_argument(OPS[k], m[i], min(size), self.reference, self.translate, self.cutout)
         value[SIGNED[op] & (u[..., 2] < .5)] *= -1
         return Draws(op, value, (u[..., 3:] * size).astype(int))
 
