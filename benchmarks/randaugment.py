@@ -5,19 +5,20 @@
 The candidates: timm on PIL images with p=1, so that it too applies two operations to every image, as it comes
 (bilinear or bicubic by chance) and with the nearest pixel, as ours; torchvision's v2 image by image and on a batch,
 where one draw serves all images; kornia, if it is installed; and BatchRandAugment. Each repetition times every
-candidate once, and medians of many repetitions are compared, because machines are noisy. On the CPU one thread is used and its
-CPU time is counted, which waits for other processes are not part of; on a GPU, the time until the GPU is done.
-`op_pairs` is the number of distinct pairs of operations drawn in one batch. Rows that this machine cannot measure say
-"not measured". Writes results/randaugment.csv with the machine, the versions and the commit.
+candidate once, and medians of many repetitions are compared, because machines are noisy. On the CPU one thread is
+used and its CPU time is counted, which waits for other processes are not part of; on a GPU, the time until the GPU is
+done. `op_pairs` is the number of distinct pairs of operations drawn in one batch. Rows that this machine cannot measure
+say "not measured". Writes results/randaugment.csv with the machine, the versions and the commit.
 
 Notes on the CPU rows. Against timm as it comes, the targets (5 at 32 px, 2 at 224 px) are met from batches of 256 on at
 32 px, and at 224 px; they are missed at 32 px with a batch of 64. A batch costs about 2.3 ms (some 470 calls of small
 tensor operations) plus 13 us per image of 32 px, a line through the batches of 64 and 1024, so small batches pay mostly
-calls. Against timm with the nearest pixel, ours is slower at 224 px: Pillow resamples one pixel of four bytes where
-planes need three gathers. The floor at 224 px, 150,528 bytes per image: warm in the cache, a byte takes .03 ns to copy,
-.45 to look up, .75 to count, .85 to gather from another place (half of it for index and frame), .75 for Color and 1.4
-for Sharpness, in the mean over the 14 operations .76 ns, 230 us per image for two. Measured are 455 us: the rest is
-memory that is not in the cache, page faults of the output, and calls.
+calls. Against timm with the nearest pixel, ours is slower at 224 px, where a rotation by Pillow took .41 ns per byte.
+
+The floor at 224 px, 150,528 bytes per image: with everything warm in the cache, a byte took .03 ns to copy, .45 to look
+up, .75 to count, .85 to gather from another place (half of it for index and frame), .75 for Color and 1.4 for Sharpness,
+each measured by itself; in the mean over the 14 operations .76 ns, 230 us per image for two. The whole takes 455 us,
+twice that; memory outside of the cache, page faults of the output and calls are what the single steps leave out.
 """
 import argparse, time
 from importlib.metadata import version
