@@ -16,7 +16,7 @@ tensor operations) plus 13 us per image of 32 px, a line through the batches of 
 calls. Against timm with the nearest pixel, ours is slower at 224 px, where a rotation by Pillow took .41 ns per byte.
 
 The floor at 224 px, 150,528 bytes per image: with everything warm in the cache, a byte took .03 ns to copy, .45 to look
-up, .75 to count, .85 to gather from another place (half of it for index and frame), .75 for Color and 1.4 for Sharpness,
+up, .75 to count, .85 to gather from elsewhere (half of it for index and frame), .75 for Color and 1.4 for Sharpness,
 each measured by itself; in the mean over the 14 operations .76 ns, 230 us per image for two. The whole takes 455 us,
 twice that; memory outside of the cache, page faults of the output and calls are what the single steps leave out.
 """
