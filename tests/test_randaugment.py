@@ -10,6 +10,7 @@ from fastai.data.transforms import IntToFloatTensor, ToTensor
 from fastai.vision.core import PILImage, PILMask, TensorImage
 from PIL import Image, ImageOps
 
+from noisy_student import randaugment
 from noisy_student.randaugment import KERAS_OPS, OPS, PAPER_OPS, BatchRandAugment, RandAugment, apply_op, op_argument
 
 torch.set_num_threads(1)
@@ -125,6 +126,20 @@ def test_arguments_of_the_presets():
         for reference in (False, True):
             one_by_one = [op_argument(name, i, 96, reference) for i in m]
             assert np.array_equal(op_argument(name, m, 96, reference), one_by_one)
+
+
+def test_the_way_of_other_devices_is_the_same(monkeypatch):
+    "What a CPU does in a way of its own (lookup, histogram, write) equals what tensors of other devices go through"
+    for c, size in ((1, (7, 9)), (3, (32, 32)), (3, (260, 260))):  # the last: blocks of one image
+        batch = images(*size, c)[0].repeat(12 if size[0] < 64 else 4, 1, 1, 1)
+        tfm = BatchRandAugment(n=3, m=8, ops=OPS, seed=0)
+        draws = tfm.draw(len(batch), size)
+        expected, before = tfm.apply(batch, draws), batch.clone()
+        with monkeypatch.context() as patch:
+            patch.setattr(randaugment, '_on_cpu', lambda x: False)
+            assert torch.equal(tfm.apply(batch, draws), expected)
+        assert torch.equal(batch, before)
+        assert tfm.apply(batch.to('meta'), draws).shape == batch.shape  # has no data: nothing may wait for any
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
