@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-# %% ../nbs/09b_corruptions.ipynb #5b9d2ada
-CORRUPTIONS = ('gaussian_noise', 'shot_noise', 'impulse_noise', 'defocus_blur', 'glass_blur', 'motion_blur', 'zoom_blur', 'snow', 'frost',
-               'fog', 'brightness', 'contrast', 'elastic_transform', 'pixelate', 'jpeg_compression') # in the order of the paper
+# %% ../nbs/09b_corruptions.ipynb #0e6a072f
+CORRUPTIONS = ('gaussian_noise', 'shot_noise', 'impulse_noise', 'defocus_blur', 'glass_blur', 'motion_blur',
+               'zoom_blur', 'snow', 'frost', 'fog', 'brightness', 'contrast', 'elastic_transform', 'pixelate',
+               'jpeg_compression') # in the order of the paper
 
 @lru_cache(1)
 def _library(): # imagecorruptions as a private module: its functions, and `np`, whose `random` is to be set
@@ -30,13 +31,15 @@ def _library(): # imagecorruptions as a private module: its functions, and `np`,
         where = find_spec('imagecorruptions')
         if where is None: raise ImportError("No module named 'imagecorruptions'")
     except ImportError as e:
-        raise ImportError(f"corrupting images needs imagecorruptions and what it needs ({e}): pip install 'noisy_student[eval]'") from None
+        raise ImportError(f"corrupting images needs imagecorruptions and what it needs ({e}): pip install "
+                          "'noisy_student[eval]'") from None
     file = Path(where.submodule_search_locations[0])/'corruptions.py'
     def gaussian(x, sigma, multichannel=False, **kw): # blurs colors apart from each other
         return skimage.filters.gaussian(x, sigma=sigma, channel_axis=-1 if multichannel else None, **kw)
     def random_noise(x, **kw): return skimage.util.random_noise(x, rng=numpy.random.randint(2**31), **kw)
     numpy = SimpleNamespace(**{**vars(np), 'float_': np.float64})
-    given = {'numpy': numpy, 'skimage.filters': SimpleNamespace(gaussian=gaussian), 'scipy.ndimage.interpolation': scipy.ndimage,
+    given = {'numpy': numpy, 'scipy.ndimage.interpolation': scipy.ndimage,
+             'skimage.filters': SimpleNamespace(gaussian=gaussian),
              'skimage': SimpleNamespace(color=skimage.color, util=SimpleNamespace(random_noise=random_noise)),
              'pkg_resources': SimpleNamespace(resource_filename=lambda _, name: str(file.parent/name))}
     def imports(name, *args): return given.get(name) or builtins.__import__(name, *args)
@@ -45,7 +48,8 @@ def _library(): # imagecorruptions as a private module: its functions, and `np`,
     exec(compile(file.read_text(encoding='utf-8'), file, 'exec'), vars(module))
     return module
 
-def _entropy(seed, name, i): return np.random.SeedSequence([seed, zlib.crc32(name.encode()), i]) # an image's own randomness
+def _entropy(seed, name, i): # an image's own randomness
+    return np.random.SeedSequence([seed, zlib.crc32(name.encode()), i])
 
 def corrupt(
     image: np.ndarray, # uint8 (H, W, C), C = 1 or 3, H and W at least 32
@@ -53,10 +57,11 @@ def corrupt(
     severity: int = 1, # 1..5
     seed: int | np.random.SeedSequence = 0, # Decides noise, direction of the blur, place of the frost
 ) -> np.ndarray: # uint8 (H, W, C)
-    """The image, corrupted as in ImageNet-C (arXiv 1903.12261, sec. 3). A gray one becomes RGB, is corrupted and turned gray again.
+    """The image, corrupted as in ImageNet-C (arXiv 1903.12261, sec. 3); a gray one by way of RGB.
 
     Raises ValueError for an image or a corruption that is not provided for, ImportError without imagecorruptions."""
-    if corruption not in CORRUPTIONS: raise ValueError(f"there is no corruption {corruption!r}: use one of {', '.join(CORRUPTIONS)}")
+    if corruption not in CORRUPTIONS:
+        raise ValueError(f"there is no corruption {corruption!r}: use one of {', '.join(CORRUPTIONS)}")
     if severity not in (1, 2, 3, 4, 5): raise ValueError(f"severity={severity} must be one of 1, 2, 3, 4, 5")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3):
         raise ValueError(f"an image must be uint8 (H, W, C) with C = 1 or 3, not {image.dtype} {image.shape}")
@@ -65,7 +70,7 @@ def corrupt(
                          "leave them out, or train on larger images")
     library, gray = _library(), image.shape[2] == 1
     seed = seed if isinstance(seed, np.random.SeedSequence) else _entropy(seed, corruption, 0)
-    library.np.random = np.random.RandomState(seed.generate_state(4)) # the kind of generator the library was written for
+    library.np.random = np.random.RandomState(seed.generate_state(4)) # the kind it was written for
     out = np.uint8(getattr(library, corruption)(Image.fromarray(image.repeat(3, 2) if gray else image), severity))
     return np.asarray(Image.fromarray(out).convert('L'))[..., None] if gray else out
 
@@ -78,7 +83,9 @@ def corrupted_set(
     seed: int = 0, # Decides everything random
     progress: Callable[[int, int], None] | None = None, # Called with (done, total) images
 ) -> np.ndarray: # uint8 (N, H, W, C); with a folder a read-only memory map
-    "All images, corrupted; from the folder if they are there. Raises what `corrupt` raises, OSError if the folder cannot be written."
+    """All images, corrupted; from the folder if they are there.
+
+    Raises what `corrupt` raises, OSError if the folder cannot be written."""
     images = np.asanyarray(images)
     file = None
     if folder is not None:
@@ -89,7 +96,8 @@ def corrupted_set(
         file.parent.mkdir(parents=True, exist_ok=True)
     tmp = file and file.with_name(f"{file.name}.{os.getpid()}.tmp") # two processes may be making it
     try:
-        out = np.empty(images.shape, np.uint8) if file is None else np.lib.format.open_memmap(tmp, 'w+', np.uint8, images.shape)
+        if file is None: out = np.empty(images.shape, np.uint8)
+        else: out = np.lib.format.open_memmap(tmp, 'w+', np.uint8, images.shape)
         for i, image in enumerate(images):
             out[i] = corrupt(image, corruption, severity, _entropy(seed, f'{corruption} {severity}', i))
             if progress: progress(i + 1, len(images))
@@ -105,11 +113,12 @@ def _open(file, shape): # the memory map; None if there is none that can be used
     except (FileNotFoundError, ValueError, EOFError): return None # damaged ones are made again
     return a if a.shape == shape and a.dtype == np.uint8 else None
 
-# %% ../nbs/09b_corruptions.ipynb #1265565d
-PERTURBATIONS = ('gaussian_noise', 'shot_noise', 'motion_blur', 'zoom_blur', 'snow', 'brightness', 'translate', 'rotate', 'tilt', 'scale')
+# %% ../nbs/09b_corruptions.ipynb #d2dabe25
+PERTURBATIONS = ('gaussian_noise', 'shot_noise', 'motion_blur', 'zoom_blur', 'snow', 'brightness', 'translate',
+                 'rotate', 'tilt', 'scale')
 NOISE_SEQUENCES = ('gaussian_noise', 'shot_noise') # the first frame is clean, the others are independent
 
-def _warp(x, matrix): # x (B, C, H, W) seen through a 3x3 matrix, from output to input in units of half a side; black outside
+def _warp(x, matrix): # (B, C, H, W) seen through a 3x3 matrix, output to input, in half sides; black outside
     B, C, H, W = x.shape
     v, u = torch.meshgrid((torch.arange(H) + .5) * 2 / H - 1, (torch.arange(W) + .5) * 2 / W - 1, indexing='ij')
     p = torch.stack([u, v, torch.ones_like(u)], -1) @ torch.as_tensor(matrix, dtype=torch.float32).T
@@ -125,15 +134,18 @@ def _tilt(degrees): # the plane is turned about both axes and seen from as far a
     c, s = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
     turn = np.array([[1, 0, 0], [0, c, -s], [0, s, c]]) @ np.array([[c, 0, -s], [0, 1, 0], [s, 0, c]])
     f = 2 * np.sqrt(2) # the diagonal of a square with half a side as unit
-    return np.linalg.inv(np.array([[f, 0, 0], [0, f, 0], [0, 0, 1]]) @ np.column_stack([turn[:, 0], turn[:, 1], [0, 0, f]]))
+    plane = np.column_stack([turn[:, 0], turn[:, 1], [0, 0, f]])
+    return np.linalg.inv(np.diag([f, f, 1]) @ plane)
 
-def _smear(x, length, sigma, degrees): # motion blur: a one-sided gaussian of weights along a direction; the border is repeated
+def _smear(x, length, sigma, degrees): # motion: a one-sided gaussian along a direction; the border is repeated
     w = torch.exp(-(torch.arange(length + 1.) / sigma)**2 / 2)
     dx, dy = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
     H, W = x.shape[2:]
     v, u = torch.meshgrid(torch.arange(H) + .5, torch.arange(W) + .5, indexing='ij')
-    grids = (torch.stack([(u + i * dx) * 2 / W - 1, (v + i * dy) * 2 / H - 1], -1) for i in range(length + 1))
-    return sum(o * F.grid_sample(x, g.expand(len(x), H, W, 2), padding_mode='border', align_corners=False) for o, g in zip(w / w.sum(), grids))
+    def moved(i):
+        grid = torch.stack([(u + i * dx) * 2 / W - 1, (v + i * dy) * 2 / H - 1], -1).expand(len(x), H, W, 2)
+        return F.grid_sample(x, grid, padding_mode='border', align_corners=False)
+    return sum(o * moved(i) for i, o in enumerate(w / w.sum()))
 
 def _brighten(x, c): # add c to the value of HSV, hue and saturation stay
     v = x.amax(1, keepdim=True)
@@ -146,11 +158,15 @@ def perturbation_frames(
     seed: int = 0, # Decides noise and snow
     start: int = 0, # Number of the first image in its set: each image has its own noise, whatever the batch
 ) -> Iterator[np.ndarray]: # uint8 (B, H, W, C), frame after frame: 31, of motion_blur 21, of translate 16
-    "The frames of a sequence in the manner of ImageNet-P (arXiv 1903.12261, sec. 3). Raises ValueError for another perturbation."
-    if perturbation not in PERTURBATIONS: raise ValueError(f"there is no perturbation {perturbation!r}: use one of {', '.join(PERTURBATIONS)}")
+    """The frames of a sequence in the manner of ImageNet-P (arXiv 1903.12261, sec. 3).
+
+    Raises ValueError for another perturbation."""
+    if perturbation not in PERTURBATIONS:
+        raise ValueError(f"there is no perturbation {perturbation!r}: use one of {', '.join(PERTURBATIONS)}")
     x = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 255
     unit = x.shape[-1] / 32 # lengths are given for 32 px
-    rngs = [torch.Generator().manual_seed(int(_entropy(seed, perturbation, start + i).generate_state(1)[0])) for i in range(len(x))]
+    seeds = (_entropy(seed, perturbation, start + i).generate_state(1)[0] for i in range(len(x)))
+    rngs = [torch.Generator().manual_seed(int(o)) for o in seeds]
     for f in _FRAMES[perturbation](x, unit, rngs):
         yield f.clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).numpy()
 
@@ -174,13 +190,14 @@ def _snow(x, unit, rngs):
     flakes = torch.stack([.05 + .3 * torch.randn(1, -(-H // 2), -(-W // 2), generator=r) for r in rngs])
     flakes = F.interpolate(flakes, size=(H, W), mode='bilinear')
     flakes = torch.where(flakes < .5, 0., flakes).clamp(0, 1)
-    light = x.mean(1, keepdim=True) if x.shape[1] == 1 else (x * torch.tensor([.299, .587, .114]).view(3, 1, 1)).sum(1, keepdim=True)
+    light = x if x.shape[1] == 1 else (x * torch.tensor([.299, .587, .114]).view(3, 1, 1)).sum(1, keepdim=True)
     white = .85 * x + .15 * torch.maximum(x, light * 1.5 + .5)
     for i in range(31):
         falling = _smear(flakes, round(20 * unit), 2 * unit, i * 4 - 150)
         yield white + falling + falling.flip(2, 3)
 
-_FRAMES = dict(gaussian_noise=_gaussian_noise, shot_noise=_shot_noise, motion_blur=_motion_blur, zoom_blur=_zoom_blur, snow=_snow,
+_FRAMES = dict(
+    gaussian_noise=_gaussian_noise, shot_noise=_shot_noise, motion_blur=_motion_blur, zoom_blur=_zoom_blur, snow=_snow,
     brightness=lambda x, unit, rngs: (_brighten(x, (i - 15) * .015) for i in range(31)),
     translate=lambda x, unit, rngs: (_warp(x, [[1, 0, (7 - i) / 16], [0, 1, 0], [0, 0, 1]]) for i in range(16)),
     rotate=lambda x, unit, rngs: (_warp(x, _turn(15 - i)) for i in range(31)),

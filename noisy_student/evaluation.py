@@ -35,9 +35,10 @@ class Network(nn.Module):
                  subset: Sequence[int] | None = None # Columns to choose from; None: all
                 ):
         super().__init__()
-        p = next(model.parameters(), torch.zeros(()))
+        where = next(model.parameters(), torch.zeros(())).device
         self.model, self.size = model, size
-        for name, o in (('mean', mean), ('std', std)): self.register_buffer(name, torch.as_tensor(o, dtype=torch.float32, device=p.device).view(-1, 1, 1))
+        for name, o in (('mean', mean), ('std', std)):
+            self.register_buffer(name, torch.as_tensor(o, dtype=torch.float32, device=where).view(-1, 1, 1))
         self.subset = None if subset is None else list(subset)
 
     @property
@@ -45,15 +46,16 @@ class Network(nn.Module):
 
     def forward(self, x: torch.Tensor # float (B, C, H, W), 0..255
                ) -> torch.Tensor: # float32 (B, K)
-        z = self.model((x / 255 - self.mean) / self.std)
-        return torch.as_tensor(z).as_subclass(torch.Tensor).float() if self.subset is None else z.float()[:, self.subset]
+        z = self.model((x / 255 - self.mean) / self.std).float()
+        return z if self.subset is None else z[:, self.subset]
 
     def scores(self, images: np.ndarray, # uint8 (N, H, W, C), may be a memory map
                bs: int = 256 # Images at a time
               ) -> np.ndarray: # float32 (N, K) logits
-        "Logits of any number of images, in evaluation mode and without gradients; every module is as it was afterwards."
+        "Logits of any number of images, in evaluation mode, without gradients; each module is as it was afterwards."
         with evaluating(self), torch.inference_mode():
-            return np.concatenate([self(_pixels(images[i:i + bs], self.device)).cpu().numpy() for i in range(0, len(images), bs)])
+            batches = (_pixels(images[i:i + bs], self.device) for i in range(0, len(images), bs))
+            return np.concatenate([self(x).cpu().numpy() for x in batches])
 
 def _pixels(images, device): return torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).float()
 
@@ -67,8 +69,8 @@ def evaluating(module: nn.Module # Its modules may be in different modes
         for m, training in modes: m.training = training
 
 def as_network(
-    net: Network | Trained | Learner | nn.Module | str | Path, # A path is a run directory, a round_K folder or a model.safetensors
-    stats: tuple[Sequence[float], Sequence[float]] | None = None, # Mean and standard deviation per channel: of a bare module
+    net: Network | Trained | Learner | nn.Module | str | Path, # A path: run, round_K folder or model.safetensors
+    stats: tuple[Sequence[float], Sequence[float]] | None = None, # Mean and std per channel: of a bare module
     subset: Sequence[int] | None = None, # Columns to choose from, as in `restrict`; None: all
     device: str | torch.device = 'cpu', # For a path
 ) -> Network: # Shares its weights with `net`
@@ -80,12 +82,14 @@ def as_network(
     if isinstance(net, Trained): return Network(net.model, net.mean, net.std, net.size, subset)
     if isinstance(net, Learner):
         return Network(net.model, *(stats or _stats(net.dls) or ([0.], [1.])), getattr(net.dls, 'size', None), subset)
-    if stats is None: raise ValueError(f"a bare {type(net).__name__} needs stats=(mean, std) of its pixels in 0..1, or ([0.], [1.]) for none")
+    if stats is None:
+        raise ValueError(f"a bare {type(net).__name__} needs stats=(mean, std) of its pixels in 0..1, or ([0.], [1.]) "
+                         "for none")
     return Network(net, *stats, subset=subset)
 
-# %% ../nbs/10_evaluation.ipynb #8c35b81a
-ALEXNET_ERRORS = pd.Series([.886428, .894468, .922640, .819880, .826268, .785948, .798360, .866816, .826572, .819324, .564592, .853204,
-                            .646056, .717840, .606500], CORRUPTIONS) # on ImageNet-C, means of the five severities; in the paper rounded
+# %% ../nbs/10_evaluation.ipynb #49ca7961
+ALEXNET_ERRORS = pd.Series([.886428, .894468, .922640, .819880, .826268, .785948, .798360, .866816, .826572, .819324,
+                            .564592, .853204, .646056, .717840, .606500], CORRUPTIONS) # means over the severities
 
 def corruption_error(
     net: Network, # From `as_network`
@@ -116,15 +120,18 @@ def mce(
 ) -> float: # 1 is as good as the baseline, 0 perfect
     """Mean corruption error relative to a baseline (arXiv 1903.12261, sec. 4.1).
 
-    Raises ValueError if the two are not of the same corruptions and severities, or the baseline makes no error in a row."""
+    Raises ValueError if the two are not of the same corruptions and severities, or the baseline makes no error."""
     if isinstance(baseline, pd.Series) and len(errors.columns) != 5:
-        raise ValueError(f"AlexNet's errors are means over five severities, these are of {len(errors.columns)}: give a baseline of the same severities")
+        raise ValueError(f"AlexNet's errors are means over five severities, these are of {len(errors.columns)}: give "
+                         "a baseline of the same severities")
     missing = set(errors.index) - set(baseline.index)
     if missing or (isinstance(baseline, pd.DataFrame) and list(baseline.columns) != list(errors.columns)):
         raise ValueError("the baseline must have been measured on the same corruptions and severities")
     below = baseline.loc[list(errors.index)]
     below = below if isinstance(below, pd.Series) else below.mean(axis=1)
-    if (below == 0).any(): raise ValueError(f"the baseline makes no error on {below.index[below == 0][0]}: nothing is relative to 0, use mean_error")
+    if (below == 0).any():
+        raise ValueError(f"the baseline makes no error on {below.index[below == 0][0]}: nothing is relative to 0, use "
+                         "mean_error")
     return float((errors.mean(axis=1) / below).mean())
 
 # %% ../nbs/10_evaluation.ipynb #b630228a
@@ -134,7 +141,8 @@ def flip_rate(
 ) -> float: # 0..1
     "Share of frames whose class differs from the frame before, or the first one (arXiv 1903.12261, sec. 4.2)."
     p = np.asarray(predictions)
-    if p.ndim != 2 or p.shape[1] < 2 or not len(p): raise ValueError(f"predictions of shape {p.shape}: (sequences, frames) with two frames or more are needed")
+    if p.ndim != 2 or p.shape[1] < 2 or not len(p):
+        raise ValueError(f"predictions of shape {p.shape}: (sequences, frames) with two frames or more are needed")
     return float((p[:, 1:] != (p[:, :1] if noise else p[:, :-1])).mean())
 
 def flip_rates(
@@ -160,10 +168,14 @@ def mfr(
     rates: pd.Series, # From `flip_rates`
     baseline: pd.Series, # Likewise, of the baseline
 ) -> float: # 1 is as stable as the baseline
-    "Mean flip rate relative to a baseline. Raises ValueError if that was not measured on the same perturbations, or never flips in one."
-    if set(rates.index) - set(baseline.index): raise ValueError("the baseline must have been measured on the same perturbations")
+    """Mean flip rate relative to a baseline.
+
+    Raises ValueError if that was not measured on the same perturbations, or never flips in one."""
+    if set(rates.index) - set(baseline.index):
+        raise ValueError("the baseline must have been measured on the same perturbations")
     below = baseline[rates.index]
-    if (below == 0).any(): raise ValueError(f"the baseline never flips in {below.index[below == 0][0]}: nothing is relative to 0")
+    if (below == 0).any():
+        raise ValueError(f"the baseline never flips in {below.index[below == 0][0]}: nothing is relative to 0")
     return float((rates / below).mean())
 
 # %% ../nbs/10_evaluation.ipynb #d607b02b
@@ -188,10 +200,12 @@ def pgd(
     bs: int = 256, # Images at a time
 ) -> np.ndarray: # float32 (N, H, W, C), 0..255, not rounded
     "Images changed by projected gradient descent from a random start (arXiv 1706.06083, sec. 2.1)."
-    return _attack(net, images, labels, eps, steps, 2.5 * eps / steps if step is None else step, torch.Generator().manual_seed(seed), bs)
+    step, rng = 2.5 * eps / steps if step is None else step, torch.Generator().manual_seed(seed)
+    return _attack(net, images, labels, eps, steps, step, rng, bs)
 
 def _attack(net, images, labels, eps, steps, step, rng, bs): # without `rng` from the images themselves
-    if eps < 0 or steps < 1: raise ValueError(f"eps={eps} must be 0 or more, in pixel units of 0..255, and steps={steps} at least 1")
+    if eps < 0 or steps < 1:
+        raise ValueError(f"eps={eps} must be 0 or more, in pixel units of 0..255, and steps={steps} at least 1")
     out = np.empty(images.shape, np.float32)
     with evaluating(net), torch.inference_mode(False), torch.enable_grad():
         for i in range(0, len(images), bs):
@@ -207,9 +221,9 @@ def _attack(net, images, labels, eps, steps, step, rng, bs): # without `rng` fro
             out[i:i + bs] = x.detach().permute(0, 2, 3, 1).cpu().numpy()
     return out
 
-# %% ../nbs/10_evaluation.ipynb #39a7ac7c
+# %% ../nbs/10_evaluation.ipynb #5355a8d5
 def evaluate_run(
-    run: NoisyStudent | str | Path | Mapping, # A run, its directory, or networks by name, the baseline first: what `as_network` takes
+    run: NoisyStudent | str | Path | Mapping, # A run, its directory, or networks by name, baseline first
     split: Split, # Labeled images, such as `data.test`
     limit: int = 200, # Images at most that robustness is measured on
     corruptions: Sequence[str] | None = None, # None: all 15, if the images have 32 px; (): none
@@ -218,21 +232,24 @@ def evaluate_run(
     eps: float | None = 4., # Of FGSM, in 0..255; None: no attack
     folder: str | Path | None = None, # For corrupted images; None: the run's cache, or memory
     seed: int = 0, # Decides the sample and everything random
-    device: str | torch.device = 'cpu', # For a run
+    device: str | torch.device = 'cpu', # For networks that are read from files
     progress: Callable[[str, int, int], None] | None = None, # Called with (stage, done, total)
-) -> pd.DataFrame: # A row per network, indexed by round or name; see the columns in the notebook
-    """Accuracy with its 95 % interval, ECE, mean error on corrupted images, mCE, flip rate, mFR and accuracy under FGSM.
+) -> pd.DataFrame: # A row per network, indexed by round or name
+    """Accuracy with its 95 % interval, ECE, mean error on corrupted images, mCE, flip rate, mFR, accuracy under FGSM.
 
     Raises ValueError if there is no finished round, an image cannot be read or there are no labels."""
     nets, base = _networks(run, device)
-    if split is None or split.labels is None or not len(split): raise ValueError("there are no images with labels to evaluate on: name a split that has some")
+    if split is None or split.labels is None or not len(split):
+        raise ValueError("there are no images with labels to evaluate on: name a split that has some")
     if limit < 1: raise ValueError(f"limit={limit}: robustness needs at least one image")
     images, labels = _images(split, next(iter(nets.values())).size, base)
     sample = np.sort(np.random.default_rng(seed).permutation(len(images))[:limit])
     few, few_labels = np.ascontiguousarray(images[sample]), labels[sample]
     if corruptions is None:
         corruptions = CORRUPTIONS if min(few.shape[1:3]) >= 32 else ()
-        if not corruptions: warnings.warn(f"images of {few.shape[2]}x{few.shape[1]} px: corruptions are made for 32 px or more, so their columns stay empty")
+        if not corruptions:
+            warnings.warn(f"images of {few.shape[2]}x{few.shape[1]} px: corruptions are made for 32 px or more, so "
+                          "their columns stay empty")
     if folder is None and base is not None: folder = base/'cache'/'corrupted'
     rows, first_errors, first_rates = {}, None, None
     for k, net in nets.items():
@@ -249,13 +266,15 @@ def evaluate_run(
             row |= dict(flip_rate=rates.mean(), mfr_vs_first=_or_nan(mfr, rates, first_rates))
         if eps is not None: row |= _accuracy('fgsm_', net.scores(fgsm(net, few, few_labels, eps)), few_labels)
         rows[k] = row
-    columns = ['n', 'accuracy', 'low', 'high', 'ece', 'corrupted_error', 'mce_vs_first', 'flip_rate', 'mfr_vs_first', 'fgsm_accuracy', 'fgsm_low', 'fgsm_high']
-    return pd.DataFrame.from_dict(rows, orient='index').reindex(columns=columns).rename_axis('name' if base is None else 'round')
+    columns = ['n', 'accuracy', 'low', 'high', 'ece', 'corrupted_error', 'mce_vs_first', 'flip_rate', 'mfr_vs_first',
+               'fgsm_accuracy', 'fgsm_low', 'fgsm_high']
+    table = pd.DataFrame.from_dict(rows, orient='index').reindex(columns=columns)
+    return table.rename_axis('name' if base is None else 'round')
 
 def _networks(run, device): # in order by round or name, and the directory of the run
     if isinstance(run, Mapping):
         if not run: raise ValueError("there is no network to evaluate")
-        return {k: as_network(v) for k, v in run.items()}, None
+        return {k: as_network(v, device=device) for k, v in run.items()}, None
     base = Path(getattr(run, 'path', run))
     rounds = sorted(int(o.parent.name.removeprefix('round_')) for o in base.glob('round_*/metrics.json'))
     if not rounds: raise ValueError(f"{base} holds no finished round: give the directory of a run, or networks by name")
@@ -263,14 +282,17 @@ def _networks(run, device): # in order by round or name, and the directory of th
 
 def _images(split, size, base): # uint8 (N, S, S, C), labels
     if isinstance(split.images, np.ndarray) and size in (None, split.images.shape[1]): return split.images, split.labels
-    if size is None: raise ValueError("image files, but it is not known how large the network wants them: give arrays, or networks that know their size")
+    if size is None:
+        raise ValueError("image files, but it is not known how large the network wants them: give arrays, or networks "
+                         "that know their size")
     d = load_images(split.images, size, None if base is None else base/'cache')
     if d.bad: raise ValueError(f"{d.bad[0].item}: {d.bad[0].reason}; mend or remove it")
     return d.images, split.labels
 
 def _accuracy(prefix, scores, labels):
     hits = correct_in_top(scores, labels)
-    return {f'{prefix}{k}': float(v) for k, v in zip(('accuracy', 'low', 'high'), (hits.mean(), *wilson(hits.sum(), len(hits))))}
+    low, high = wilson(hits.sum(), len(hits))
+    return {f'{prefix}accuracy': hits.mean(), f'{prefix}low': low, f'{prefix}high': high}
 
 def _or_nan(measure, *args): # where the baseline makes no error, a relative figure is not defined
     try: return measure(*args)
