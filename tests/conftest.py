@@ -1,4 +1,8 @@
 "Settings that hold for every test."
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the tests run side by side, a process per core
+
 from hypothesis import settings
 
 # The first call of a fastai or torch function loads what it needs and is slow: a deadline would blame the test for it.
