@@ -314,3 +314,24 @@ def test_a_published_recipe_keeps_all_labels_and_names_its_pool(monkeypatch):
     cli.load_data('cifar10', recipe='svhn')
     assert seen == [('cifar10', 4000, 'rest', 0), ('cifar10', None, 'imagenet32', 0), ('cifar10', 4000, 'rest', 1), ('svhn', None, 'extra', 0),
                     ('cifar10', 4000, 'rest', 0)]
+
+
+def test_stages_with_relative_folders(call, tmp_path, monkeypatch):
+    make_folder(tmp_path/'mine')
+    monkeypatch.chdir(tmp_path)
+    call('train', 'mine', '--out', 'teacher', *SMALL)
+    call('label', 'teacher', 'mine/unlabeled', '--out', 'labels', '--device', 'cpu')
+    call('select', 'labels', '--threshold', '0')
+    out, _ = call('train', 'mine', '--pseudo', 'selected.parquet', '--out', 'student', *SMALL)
+    assert 'student' in out
+
+
+def test_a_folder_without_results_takes_other_settings(mistake, call, tmp_path):
+    root = make_folder(tmp_path/'mine')
+    whole = (root/'train'/'red'/'0.png').read_bytes()
+    (root/'train'/'red'/'0.png').write_bytes(whole[:50])
+    line = ['run', root, '--out', tmp_path/'run', '--rounds', '0', *SMALL]
+    mistake(r"0.png: .*mend or remove it", *line)
+    (root/'train'/'red'/'0.png').write_bytes(whole)
+    call(*line) # no other folder is needed
+    mistake(r"remove this one to start over", *line, '--seed', '1')
