@@ -570,9 +570,9 @@ def _unseen_probs(self: NoisyStudent, k, folder): # float32 (N, K) of the labele
     r, seed, tell = self.recipe, self.seed * 1000 + 999, lambda done, total: self._tell('suspects: labeling', done, total)
     sel = read_selection(folder/'selected.parquet') if (folder/'selected.parquet').exists() else self._label_pool(k, folder, tell)
     pool, valid = _Rows(self._images('unlabeled').images, self._rows(sel.items)), (self._images('valid').images, self.data.valid.labels)
-    parts, pile = r.accumulate, len(self.data.labeled) + (int(sel.copies.sum()) if r.ratio is None else 0) # batches and epochs as long as a student's
+    parts, pile = r.accumulate, len(self.data.labeled) + (int(sel.copies.sum()) if r.ratio is None else 0) # as many steps as a student
     with _seeded(seed):
-        dls = mixed_dataloaders((pool, self._targets(sel)), valid, self.data.classes, copies=sel.copies, bs=r.bs * (1 + (r.ratio or 0)) // parts,
+        dls = mixed_dataloaders((pool, self._targets(sel)), valid, self.data.classes, copies=sel.copies, bs=r.bs // parts,
                                 steps=(r.steps or -(-pile // r.bs)) * parts, augment=_student_view(r), stats=self._stats(k), seed=seed, device=self.device)
         learn = self._network(k, dls, r.noise, r.pretrained)
         _train(learn, r.epochs, r, folder, lambda done, total: self._tell('suspects: training a network without the labeled images', done, total))
