@@ -6,12 +6,15 @@
 __all__ = ['EFFICIENTNETS', 'ResidualPair', 'ResNet9', 'EfficientNetSize', 'save_weights', 'save_tensors', 'load_tensors',
            'load_weights', 'read_checkpoint', 'load_pretrained', 'create_model', 'n_parameters']
 
-# %% ../nbs/04_models.ipynb #97303cae
-import os, re, warnings
+# %% ../nbs/04_models.ipynb #ba5a6c06
+import os, re, socket, warnings
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import nn
@@ -233,13 +236,25 @@ def _build(arch, n_out, c_in, pretrained):
         near = get_close_matches(name, known, n=3)
         raise ValueError(f"unknown architecture {arch!r}: use a timm name or resnet9_24"
                          f"{' (did you mean ' + ', '.join(near) + '?)' if near else ''}")
-    try: return timm.create_model(arch, pretrained=pretrained, num_classes=n_out, in_chans=c_in)
+    try:
+        with _hub_cache_if_unreachable() if pretrained else nullcontext():
+            return timm.create_model(arch, pretrained=pretrained, num_classes=n_out, in_chans=c_in)
     except Exception as e: # timm raises whatever the download, the file or the architecture raise
         why = ' '.join(f"{type(e).__name__}: {e}".split())[:300]
         if not pretrained:
             raise ValueError(f"timm cannot make {arch!r} for {n_out} classes and {c_in} channels: {why}") from e
         raise ValueError(f"cannot load pretrained weights of {arch!r} ({why}): without internet, leave pretrained off "
                          "or give a weight file") from e
+
+@contextmanager
+def _hub_cache_if_unreachable(): # without a network the hub's library tries again for minutes; in offline mode it looks in its cache at once
+    from huggingface_hub import constants
+    before = constants.HF_HUB_OFFLINE
+    if not getproxies(): # behind a proxy names need not resolve here
+        try: socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+        except OSError: constants.HF_HUB_OFFLINE = True
+    try: yield
+    finally: constants.HF_HUB_OFFLINE = before
 
 def create_model(
     arch: str | nn.Module, # timm name, a name of this notebook, or a module, which is returned as it is

@@ -430,3 +430,17 @@ def test_hub(tmp_path, monkeypatch):
 def test_hub_takes_what_timm_knows(arch):
     with pytest.raises(ValueError, match='timm cannot load'):
         push_to_hub(meta(arch, 3), 'me/mine', list('abc'), 32, [.5] * 3, [.5] * 3)
+
+@pytest.mark.parametrize('reachable', [True, False])
+def test_pretrained_weights_are_sought_in_the_cache_alone_when_the_hub_cannot_be_reached(monkeypatch, reachable):
+    import socket
+    import timm
+    from huggingface_hub import constants
+    def no_network(*_): raise socket.gaierror(-2, 'Name or service not known')
+    def look(*_, **__): seen.append(constants.HF_HUB_OFFLINE); raise OSError('nothing there')
+    seen, before = [], constants.HF_HUB_OFFLINE
+    monkeypatch.setattr(socket, 'getaddrinfo', (lambda *_: []) if reachable else no_network)
+    monkeypatch.setattr('noisy_student.models.getproxies', dict)
+    monkeypatch.setattr(timm, 'create_model', look)
+    with pytest.raises(ValueError, match='nothing there'): create_model('resnet18', 10, pretrained=True)
+    assert seen == [before if reachable else True] and constants.HF_HUB_OFFLINE == before
