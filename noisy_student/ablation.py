@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['variants', 'n_images', 'same_images', 'ablation_table', 'plot_ablation', 'ablate']
 
-# %% ../nbs/10a_ablation.ipynb #dc58511d
+# %% ../nbs/10a_ablation.ipynb #23699a5b
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 
-from dataclasses import replace
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ import pandas as pd
 from .datasets import Splits
 from .learner import Noise
 from .recipes import Recipe, _describe, get_recipe
-from .rounds import NoisyStudent, _write_text
+from .rounds import NoisyStudent, _one_line, _write_text
 
 # %% ../nbs/10a_ablation.ipynb #e6690e88
 def variants(full: Recipe # With its architectures
@@ -93,13 +93,13 @@ def plot_ablation(runs: pd.DataFrame, # As `ablation_table` takes them
     "The same as a picture; the dashed line is the full recipe."
     t = ablation_table(runs)
     on = 'test_accuracy' if runs.test_accuracy.notna().all() else 'valid_accuracy'
-    fig, ax = plt.subplots(figsize=(5.5, .6 + .27 * len(t)), layout='constrained')
+    fig, ax = plt.subplots(figsize=(5.5, .9 + .27 * len(t)), layout='constrained')
     y = {o: i for i, o in enumerate(t.variant)}
     ax.axvline(100 * t[on][0], color='tab:gray', ls='--', lw=1)
     ax.errorbar(100 * t[on], t.index, xerr=100 * t[f'{on}_std'].fillna(0), fmt='o', color='tab:blue', capsize=3, label='mean, standard deviation')
     ax.scatter(100 * runs[on], [y[o] for o in runs.variant], s=9, color='tab:orange', zorder=3, label='a seed')
     ax.set(yticks=t.index, yticklabels=t.variant, xlabel=f"{'test' if on == 'test_accuracy' else 'validation'} accuracy of the last network (%)")
-    ax.invert_yaxis(); ax.legend(fontsize=7, loc='best'); ax.grid(axis='x', alpha=.3)
+    ax.set_ylim(len(t) - .5, -.5); ax.grid(axis='x', alpha=.3); fig.legend(fontsize=7, loc='outside lower right', ncols=2)
     return fig
 
 # %% ../nbs/10a_ablation.ipynb #18cbc041
@@ -158,12 +158,12 @@ def ablate(
     if not full.rounds: raise ValueError("rounds=0 trains no student: there is nothing to leave out")
     if not seeds or len(set(seeds)) < len(seeds): raise ValueError(f"seeds={seeds}: give at least one seed, each of them once")
     changes, skipped = _chosen(only, full)
-    rows, table = [], None
+    rows, table, progress = [], None, progress or _one_line()
     for seed in seeds:
         d, first, decoded = data(seed) if callable(data) else data, None, {}
         recipes = {k: same_images(full, c, len(d.labeled)) for k, c in {'full': {}, **changes}.items()}
         for name, r in recipes.items():
-            tell = progress and (lambda stage, done, total: progress(f'{name}, seed {seed}: {stage}', done, total))
+            def tell(stage, done, total, run=f'{name}, seed {seed}'): progress(f'{run}: {stage}', done, total)
             run = NoisyStudent(d, None, out/name/f'seed_{seed}', seed=seed, recipe=r, device=device, progress=tell)
             run._decoded = decoded.setdefault(run.size, {}) # images are decoded once for all runs of a seed
             first = first or run

@@ -104,6 +104,7 @@ class RunState(Callback):
                 ):
         self.file, self.progress = Path(file), progress
         self.start, self.history, self.seconds = 0, [], 0.
+        self.rng = _rng_state() # kept from one epoch to the next: what loggers draw in between changes nothing
 
     def load(self, learn: Learner # Not yet trained, with an optimizer
             ) -> int: # The first epoch still to be trained
@@ -129,8 +130,8 @@ class RunState(Callback):
             for cb in self._stateful(): cb.load_state_dict(self.cbs[cb.name])
     def _stateful(self): return [cb for cb in self.learn.cbs if hasattr(type(cb), 'state_dict')] # such as EMA; an instance passes unknown names on to the model
     def before_epoch(self):
+        _set_rng_state(self.rng)
         if self.start and self.epoch == self.start:
-            _set_rng_state(self.rng)
             self.recorder.smooth_loss.val, self.recorder.smooth_loss.count = self.smooth
         if isinstance(self.dls.train, MixedDL): self.dls.train.epoch = self.epoch
         if self.progress: self.progress(self.epoch * len(self.dls.train), self.n_epoch * len(self.dls.train))
@@ -138,13 +139,15 @@ class RunState(Callback):
     def after_batch(self):
         if self.training and self.progress: self.progress(self.epoch * self.n_iter + self.iter + 1, self.n_epoch * self.n_iter)
 
+    def after_validate(self): self.rng = _rng_state()
+
     def after_epoch(self):
         if self.epoch < self.start: return
         loss, valid, acc = (float(o) for o in self.recorder.log[1:4])
         if not np.isfinite([loss, valid]).all():
             raise FloatingPointError(f"the loss is {loss} in training and {valid} in validation after epoch {self.epoch}: training diverged; the last good epoch is kept, try a lower lr in a new run")
         self.history.append(dict(epoch=self.epoch, train_loss=loss, valid_loss=valid, valid_accuracy=acc))
-        state = dict(model=self.model.state_dict(), opt=self.opt.opt.state_dict(), rng=_rng_state(), history=self.history, epoch=self.epoch,
+        state = dict(model=self.model.state_dict(), opt=self.opt.opt.state_dict(), rng=self.rng, history=self.history, epoch=self.epoch,
                      cbs={cb.name: cb.state_dict() for cb in self._stateful()}, seconds=time.perf_counter() - self.begun, smooth=(self.recorder.smooth_loss.val, self.recorder.smooth_loss.count))
         tensors = {}
         skeleton = json.dumps(pack(state, tensors))
