@@ -28,11 +28,10 @@ if __name__ == "__main__":
     tables, about, test = [], machine(), load_data("cifar10").test
     with show_progress() as progress:
         for run in map(Path, a.runs):
-            t = evaluate_run(run, test, a.limit, device=a.device, progress=progress).reset_index()
+            t = evaluate_run(run, test, a.limit, folder=Path(a.runs[0]) / "cache" / "corrupted", device=a.device, progress=progress).reset_index()
             seed = json.loads((run / "run.json").read_text())["config"]["seed"]
             tables.append(t.assign(seed=seed, role=pd.read_csv(run / "summary.csv").role, limit=a.limit))
             print(tables[-1].round(4).T.to_string(), flush=True)
-    table = pd.concat(tables).assign(**about)
-    first = ["seed", "round", "role"]
-    table = table[first + [o for o in table if o not in first]]
-    table.to_csv(Path(__file__).parent / "results" / "robustness_cifar10.csv", index=False)
+            table, first = pd.concat(tables).assign(**about), ["seed", "round", "role"]
+            table = table[first + [o for o in table if o not in first]]
+            table.to_csv(Path(__file__).parent / "results" / "robustness_cifar10.csv", index=False)
