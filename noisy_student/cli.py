@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DATA', 'FOLDER', 'app', 'DataArg', 'ModelArg', 'LabelsOpt', 'SizeOpt', 'EpochsOpt', 'RecipeOpt', 'SeedOpt',
            'DeviceOpt', 'BatchOpt', 'JsonOpt', 'Data', 'load_data', 'show_progress', 'print_table', 'run', 'label',
-           'select', 'relabel', 'train', 'evaluate', 'predict', 'export', 'recipes', 'main']
+           'select', 'relabel', 'train', 'ablate', 'evaluate', 'predict', 'export', 'recipes', 'main']
 
 # %% ../nbs/13_cli.ipynb #669da197
 import json, os, re, sys, time, warnings
@@ -117,6 +117,7 @@ def print_table(rows: list[dict], # Column name to value; accuracies in 0..1
 def _cell(name, v):
     if v is None: return ''
     if name.endswith('accuracy'): return f"{100 * v:.1f}"
+    if name.endswith('interval'): return f"{100 * v[0]:.1f} to {100 * v[1]:.1f}"
     if isinstance(v, float): return f"{v:,.3f}" if name == 'mean_confidence' else f"{v:,.0f}"
     return f"{v:,}" if isinstance(v, int) else str(v)
 
@@ -337,16 +338,54 @@ def train(
     unlabeled = _items_of(pseudo) if pseudo else None # just the selected files are decoded
     _fit(data, load_data(data, labels, unlabeled, seed, recipe), out, arch and [arch], recipe, epochs, seed, device, as_json, dict(rounds=0, size=size), pseudo)
 
-# %% ../nbs/13_cli.ipynb #5449b14d
-def _accuracy(t, images, labels, name, progress): # share of right answers
+# %% ../nbs/13_cli.ipynb #5a9f873c
+@app.command(short_help='Which ingredient of a recipe did it.')
+def ablate(
+    data: DataArg,
+    out: Annotated[Optional[str], typer.Option(metavar='DIR', show_default=False, help="Folder for all runs, ablation.csv and ablation.png. Default: runs/NAME-ablation.")] = None,
+    only: Annotated[Optional[list[str]], typer.Option(metavar='NAME', show_default=False, help="Variant to try, such as no-noise or supervised; repeat it. Default: all that the recipe has a use for.")] = None,
+    seeds: Annotated[int, typer.Option(metavar='N', min=1, help="Number of seeds, from 0 on: labels, initial weights, order, noise.")] = 3,
+    labels: LabelsOpt = None,
+    arch: Annotated[Optional[list[str]], typer.Option(metavar='NAME', show_default=False, help="Architectures of the full recipe, as in run.")] = None,
+    rounds: Annotated[Optional[int], typer.Option(metavar='N', min=1, show_default=False, help="Students of the full recipe. Default: the recipe's.")] = None,
+    epochs: EpochsOpt = None, size: SizeOpt = None, recipe: RecipeOpt = None, device: DeviceOpt = None, as_json: JsonOpt = False,
+):
+    """Train the full recipe, variants with one thing changed, and supervised, all on the same number of images; show what it makes of the last network.
+
+    \b
+    Example: two variants
+      noisy-student ablate digits --only no-noise --only hard-labels
+
+    Can be interrupted: the same command goes on where it stopped.
+    """
+    from noisy_student.ablation import ablate as run_all
+    from noisy_student.recipes import get_recipe
+    full = get_recipe(recipe or DATA.get(data, FOLDER).recipe)
+    settings = dict(rounds=rounds, size=size, epochs=epochs, teacher_epochs=epochs, archs=tuple(arch or full.archs or ['resnet18']))
+    out = Path(out or Path('runs')/f'{Path(data).resolve().name}-ablation')
+    with show_progress() as progress:
+        table = run_all(lambda seed: load_data(data, labels, None, seed, recipe), out, full, only, range(seeds), device, progress,
+                        **{k: v for k, v in settings.items() if v is not None})
+    rows = _rows(table)
+    if as_json: return print_table(rows, True)
+    def spread(r, name, sign=''): # mean and standard deviation in percent
+        if r[name] is None: return None
+        return f"{100 * r[name]:{sign}.1f}" + ('' if r[f'{name}_std'] is None else f" \u00b1 {100 * r[f'{name}_std']:.1f}")
+    print_table([{'variant': r['variant'], 'seeds': r['seeds'] or None, 'valid %': spread(r, 'valid_accuracy'), 'test %': spread(r, 'test_accuracy'),
+                  'to full': spread(r, 'difference', '+'), 'seconds': r['seconds'], 'changes': r['changes']} for r in rows])
+    print(f"of the last network of each run; differences seed by seed; runs, table and picture: {out}")
+
+# %% ../nbs/13_cli.ipynb #2a677d9f
+def _accuracy(t, images, labels, name, progress): # share of right answers, and its interval
     from noisy_student.datasets import load_images
+    from noisy_student.metrics import wilson
     right = 0
     for i in range(0, len(labels), 256):
         d = load_images(images[i:i + 256], t.size)
         if d.bad: raise ValueError(f"{d.bad[0].item}: {d.bad[0].reason}; mend or remove it")
         right += int((t.predict(d.images).argmax(1).cpu().numpy() == labels[i:i + 256]).sum())
         progress(name, min(i + 256, len(labels)), len(labels))
-    return right / len(labels)
+    return right / len(labels), [float(o) for o in wilson(right, len(labels))]
 
 @app.command(short_help='Accuracy of a network or a run.')
 def evaluate(
@@ -354,22 +393,29 @@ def evaluate(
     data: Annotated[Optional[str], typer.Argument(metavar='DATA', help="As in run. Default: show what was measured during the run.")] = None,
     seed: Annotated[Optional[int], typer.Option(metavar='N', min=0, show_default=False, help="Which images are validation images. Default: the seed of the run.")] = None,
     device: DeviceOpt = None, as_json: JsonOpt = False,
+    robustness: Annotated[bool, typer.Option('--robustness', help="Errors under corruptions, flips under perturbations, FGSM and calibration, on test images (validation images if there are none); writes RUN/robustness.csv.")] = False,
+    limit: Annotated[int, typer.Option(metavar='N', min=1, help="With --robustness: images at most that are corrupted and perturbed.")] = 200,
 ):
-    """Show the accuracy on validation and test images, of one network or of every round of a run.
+    """Show the accuracy on validation and test images with 95 % intervals, of one network or of every round of a run.
 
     \b
-    Example:
+    Examples:
       noisy-student evaluate runs/digits digits
+      noisy-student evaluate runs/cifar10 cifar10 --robustness
+
+    With --robustness it can be interrupted: the same command goes on where it stopped.
     """
     path = Path(model)
     rounds = sorted(path.glob('round_*/model.safetensors'), key=lambda o: int(o.parent.name.split('_')[1]))
     if data is None:
+        if robustness: raise ValueError(f"--robustness needs images: name the data that {model} is to be evaluated on")
         if not (path/'summary.csv').exists(): raise ValueError(f"{model} is not the directory of a run with a finished round: name the data to evaluate it on")
         import pandas as pd
         return _print_run(path, _rows(pd.read_csv(path/'summary.csv')), as_json)
     if seed not in (None, own := _seed_of(path)):
         _to_stderr(f"warning: the run has seed {own}: with --seed {seed} its training images may be among the validation images")
     splits, rows = load_data(data, seed=own if seed is None else seed), []
+    if robustness: return _robustness(path, rounds, data, splits, limit, device, as_json)
     with show_progress() as progress:
         for file in rounds or [path]:
             t, name = _trained(file, device), file.parent.name if rounds else str(path)
@@ -378,9 +424,30 @@ def evaluate(
             row = dict(model=name, arch=t.arch)
             for part in ('valid', 'test'):
                 split = getattr(splits, part)
-                row[f'{part}_accuracy'] = _accuracy(t, split.images, split.labels, f"{name}: {part}", progress) if split else None
+                row[f'{part}_accuracy'], row[f'{part}_interval'] = _accuracy(t, split.images, split.labels, f"{name}: {part}", progress) if split else (None, None)
             rows.append(row)
     print_table(rows, as_json)
+
+def _robustness(path, rounds, name, splits, limit, device, as_json): # all rounds in one table, kept as robustness.csv
+    import torch
+    from noisy_student.evaluation import evaluate_run
+    from noisy_student.rounds import _write_text, load_model
+    for file in rounds or [path]:
+        if (own := load_model(file).classes) != splits.classes:
+            raise ValueError(f"{file} knows the classes {', '.join(own)}, but {name} has {', '.join(splits.classes)}")
+    with show_progress() as progress:
+        table = evaluate_run(path if rounds else {str(path): path}, splits.test or splits.valid, limit, progress=progress,
+                             device=device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    if rounds: _write_text(path/'robustness.csv', table.to_csv())
+    rows = _rows(table.reset_index())
+    if as_json: return print_table(rows, True)
+    def interval(r, pre): return None if r[f'{pre}accuracy'] is None else f"{100 * r[f'{pre}accuracy']:.1f} ({100 * r[f'{pre}low']:.1f} to {100 * r[f'{pre}high']:.1f})"
+    def figure(v, percent=False): return None if v is None else f"{100 * v:.1f}" if percent else f"{v:.3f}"
+    print_table([{table.index.name: r[table.index.name], 'accuracy, 95 %': interval(r, ''), 'ECE': figure(r['ece']),
+                  'corruption error %': figure(r['corrupted_error'], True), 'mCE to first': figure(r['mce_vs_first']),
+                  'flip rate %': figure(r['flip_rate'], True), 'mFR to first': figure(r['mfr_vs_first']), 'FGSM accuracy, 95 %': interval(r, 'fgsm_')}
+                 for r in rows])
+    if rounds: print(f"{path/'robustness.csv'}: of {min(limit, len(splits.test or splits.valid)):,} images; accuracy and ECE of all {table.n.iloc[0]:,}")
 
 def _seed_of(path): # of the run that a network belongs to, 0 if it belongs to none
     for folder in [path, *path.resolve().parents[:2]]:
@@ -467,8 +534,8 @@ def recipes(
         print(f"{chr(10) if i else ''}{name}")
         for row, value in table[name].items(): print(f"  {row:<{width}}  {value}")
 
-# %% ../nbs/13_cli.ipynb #58c03cfe
-_RESUMABLE = ('run', 'train', 'label')
+# %% ../nbs/13_cli.ipynb #f12be7a7
+_RESUMABLE = ('run', 'train', 'label', 'ablate')
 _UsageError = typer.BadParameter.__base__ # Typer has its own copy of Click from 0.26 on; this is right for both
 
 def main(argv: list[str] | None = None # Arguments; None: those of the process

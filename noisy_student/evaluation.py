@@ -6,8 +6,8 @@
 __all__ = ['ALEXNET_ERRORS', 'Network', 'evaluating', 'as_network', 'corruption_error', 'mean_error', 'mce', 'flip_rate',
            'flip_rates', 'mfr', 'fgsm', 'pgd', 'evaluate_run']
 
-# %% ../nbs/10_evaluation.ipynb #1d2c7c40
-import copy, warnings
+# %% ../nbs/10_evaluation.ipynb #ab51d1bf
+import copy, hashlib, json, warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +21,9 @@ from torch import nn
 from .corruptions import CORRUPTIONS, NOISE_SEQUENCES, PERTURBATIONS, corrupted_set, perturbation_frames
 from .datasets import Split, load_images
 from .metrics import correct_in_top, ece, restrict, softmax, wilson
+from .pseudo_labels import model_hash
 from .resolution import _stats
-from .rounds import NoisyStudent, Trained, load_model
+from .rounds import NoisyStudent, Trained, _write_text, load_model
 
 # %% ../nbs/10_evaluation.ipynb #15140ecb
 class Network(nn.Module):
@@ -251,25 +252,40 @@ def evaluate_run(
             warnings.warn(f"images of {few.shape[2]}x{few.shape[1]} px: corruptions are made for 32 px or more, so "
                           "their columns stay empty")
     if folder is None and base is not None: folder = base/'cache'/'corrupted'
-    rows, first_errors, first_rates = {}, None, None
+    rows, first, asked = {}, None, [corruptions, severities, perturbations, eps, seed, sample.tolist()]
     for k, net in nets.items():
         tell = lambda stage: None if progress is None else lambda done, total: progress(f'{k}: {stage}', done, total)
-        logits = net.scores(images)
-        row = _accuracy('', logits, labels) | dict(n=len(labels), ece=ece(softmax(logits), labels))
+        file = None if base is None else base/'cache'/'robustness'/f'{_key(net, images, labels, asked)}.json'
+        measured = _read(file)
+        if measured is None:
+            logits = net.scores(images)
+            row = _accuracy('', logits, labels) | dict(n=len(labels), ece=ece(softmax(logits), labels))
+            errors = rates = None
+            if corruptions: errors = corruption_error(net, few, few_labels, corruptions, severities, folder, seed, tell('corruptions'))
+            if perturbations: rates = flip_rates(net, few, perturbations, seed, progress=tell('perturbations'))
+            if eps is not None: row |= _accuracy('fgsm_', net.scores(fgsm(net, few, few_labels, eps)), few_labels)
+            measured = dict(row=row, errors=errors is not None and errors.to_dict('split'), rates=rates is not None and rates.to_dict())
+            if file: _write_text(file, json.dumps(measured))
+        first, rows[k] = first or measured, measured['row']
         if corruptions:
-            errors = corruption_error(net, few, few_labels, corruptions, severities, folder, seed, tell('corruptions'))
-            first_errors = errors if first_errors is None else first_errors
-            row |= dict(corrupted_error=mean_error(errors), mce_vs_first=_or_nan(mce, errors, first_errors))
+            errors, base_errors = (pd.DataFrame(**o['errors']) for o in (measured, first))
+            rows[k] |= dict(corrupted_error=mean_error(errors), mce_vs_first=_or_nan(mce, errors, base_errors))
         if perturbations:
-            rates = flip_rates(net, few, perturbations, seed, progress=tell('perturbations'))
-            first_rates = rates if first_rates is None else first_rates
-            row |= dict(flip_rate=rates.mean(), mfr_vs_first=_or_nan(mfr, rates, first_rates))
-        if eps is not None: row |= _accuracy('fgsm_', net.scores(fgsm(net, few, few_labels, eps)), few_labels)
-        rows[k] = row
+            rates, base_rates = (pd.Series(o['rates']) for o in (measured, first))
+            rows[k] |= dict(flip_rate=rates.mean(), mfr_vs_first=_or_nan(mfr, rates, base_rates))
     columns = ['n', 'accuracy', 'low', 'high', 'ece', 'corrupted_error', 'mce_vs_first', 'flip_rate', 'mfr_vs_first',
                'fgsm_accuracy', 'fgsm_low', 'fgsm_high']
     table = pd.DataFrame.from_dict(rows, orient='index').reindex(columns=columns)
     return table.rename_axis('name' if base is None else 'round')
+
+def _key(net, images, labels, asked): # what a measurement depends on
+    h = hashlib.sha256(f"{model_hash(net)}{net.size}{net.subset}{json.dumps(asked)}{images.shape}".encode())
+    for i in range(0, len(images), 1024): h.update(np.ascontiguousarray(images[i:i + 1024]))
+    return h.hexdigest()[:16] + '-' + hashlib.sha256(np.ascontiguousarray(labels)).hexdigest()[:8]
+
+def _read(file): # a measurement that is there already, or None
+    try: return json.loads(file.read_text()) if file else None
+    except (FileNotFoundError, ValueError): return None # a damaged one is made again
 
 def _networks(run, device): # in order by round or name, and the directory of the run
     if isinstance(run, Mapping):

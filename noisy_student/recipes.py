@@ -56,6 +56,7 @@ class Recipe:
     strict: bool = False # The threshold itself does not pass
     per_class: int | str | None = 'mean' # Pseudo labels per class: a number, 'mean', 'largest', None (no balancing)
     binned: bool = False # Balance as the reference does: by 0.01-wide bins of confidence, exact only on average
+    noised_teacher: bool = False # The teacher labels under the noise of the students; the paper says it must not: an ablation
     relabel: str = 'all' # From round 2 on, the new teacher labels 'all' of the pool, or only what was 'selected' before
     unlabeled: str | None = None # Pool, as the data set takes it, if the caller names none
     size: int | None = None # Side of the images in pixels; None: that of the data, or 128 for photographs
@@ -191,7 +192,7 @@ def _describe(r):
         'loss': 'one mean' if r.unlabeled_weight is None else f"labeled + {r.unlabeled_weight:g} x pseudo-labeled",
         'filter': 'none' if r.on_the_fly else f"confidence {'>' if r.strict else '>='} {r.threshold:g}",
         'balance': 'none' if r.on_the_fly else f"{each(r.per_class)}{' per class' if isinstance(r.per_class, int) else ''}{' by bins' if r.binned else ''}",
-        'targets': f"{'soft' if r.soft else 'hard'}{f', T={r.temperature:g}' if r.temperature != 1 else ''}{', on the fly' if r.on_the_fly else ''}",
+        'targets': f"{'soft' if r.soft else 'hard'}{f', T={r.temperature:g}' if r.temperature != 1 else ''}{', on the fly' if r.on_the_fly else ''}{', by a noised teacher' if r.noised_teacher else ''}",
         'pool': r.unlabeled or "the data's own", 'size': f"{r.size} px" if r.size else "the data's", 'source': r.source or 'ours',
     }
 

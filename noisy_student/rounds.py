@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['pack', 'unpack', 'RunState', 'NoisyStudent', 'load_model']
 
-# %% ../nbs/09_rounds.ipynb #d48cea3f
-import hashlib, json, os, platform, random, sys, time, warnings
+# %% ../nbs/09_rounds.ipynb #414e9315
+import hashlib, json, os, platform, random, sys, time, warnings, zlib
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,11 +21,14 @@ import fastai.callback.progress # Learner.no_bar
 from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler # and fit_one_cycle
 from fastai.callback.training import GradientAccumulation
+from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from fastai.vision.augment import aug_transforms
 from fastcore.basics import patch
 from fastcore.imports import IN_NOTEBOOK
 from PIL import Image
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .dataloaders import MixedDL, PadCropFlip, ResizedCropFlip, mixed_dataloaders
 from .datasets import Splits, load_images
@@ -36,6 +39,7 @@ from .pretrained import Trained
 from .pseudo_labels import PseudoLabels, Selection, predict_pseudo_labels, read_selection, relabel_pseudo_labels, select_pseudo_labels
 from .randaugment import BatchRandAugment
 from .recipes import Recipe, get_recipe
+from .stochastic_depth import TrainingNoise
 from .training import EMA, Plateau, TeacherTargets, optimizer, staircase
 
 # %% ../nbs/09_rounds.ipynb #0ef3dbc0
@@ -100,6 +104,7 @@ class RunState(Callback):
                 ):
         self.file, self.progress = Path(file), progress
         self.start, self.history, self.seconds = 0, [], 0.
+        self.rng = _rng_state() # kept from one epoch to the next: what loggers draw in between changes nothing
 
     def load(self, learn: Learner # Not yet trained, with an optimizer
             ) -> int: # The first epoch still to be trained
@@ -125,8 +130,8 @@ class RunState(Callback):
             for cb in self._stateful(): cb.load_state_dict(self.cbs[cb.name])
     def _stateful(self): return [cb for cb in self.learn.cbs if hasattr(type(cb), 'state_dict')] # such as EMA; an instance passes unknown names on to the model
     def before_epoch(self):
+        _set_rng_state(self.rng)
         if self.start and self.epoch == self.start:
-            _set_rng_state(self.rng)
             self.recorder.smooth_loss.val, self.recorder.smooth_loss.count = self.smooth
         if isinstance(self.dls.train, MixedDL): self.dls.train.epoch = self.epoch
         if self.progress: self.progress(self.epoch * len(self.dls.train), self.n_epoch * len(self.dls.train))
@@ -134,13 +139,15 @@ class RunState(Callback):
     def after_batch(self):
         if self.training and self.progress: self.progress(self.epoch * self.n_iter + self.iter + 1, self.n_epoch * self.n_iter)
 
+    def after_validate(self): self.rng = _rng_state()
+
     def after_epoch(self):
         if self.epoch < self.start: return
         loss, valid, acc = (float(o) for o in self.recorder.log[1:4])
         if not np.isfinite([loss, valid]).all():
             raise FloatingPointError(f"the loss is {loss} in training and {valid} in validation after epoch {self.epoch}: training diverged; the last good epoch is kept, try a lower lr in a new run")
         self.history.append(dict(epoch=self.epoch, train_loss=loss, valid_loss=valid, valid_accuracy=acc))
-        state = dict(model=self.model.state_dict(), opt=self.opt.opt.state_dict(), rng=_rng_state(), history=self.history, epoch=self.epoch,
+        state = dict(model=self.model.state_dict(), opt=self.opt.opt.state_dict(), rng=self.rng, history=self.history, epoch=self.epoch,
                      cbs={cb.name: cb.state_dict() for cb in self._stateful()}, seconds=time.perf_counter() - self.begun, smooth=(self.recorder.smooth_loss.val, self.recorder.smooth_loss.count))
         tensors = {}
         skeleton = json.dumps(pack(state, tensors))
@@ -162,10 +169,10 @@ def _in_bf16(model, device): # inside, every forward pass of `model` runs in bfl
     finally:
         for h in hooks: h.remove()
 
-def _train(learn, epochs, recipe, folder, progress): # -> history, seconds; goes on from folder/checkpoint
+def _train(learn, epochs, recipe, folder, progress, more=()): # -> history, seconds; goes on from folder/checkpoint
     learn.create_opt()
     state, device = RunState(folder/'checkpoint'/'state.safetensors', progress), learn.dls.device
-    cbs = [state, *([] if recipe.ema is None else [EMA(recipe.ema)])]
+    cbs = [state, *([] if recipe.ema is None else [EMA(recipe.ema)]), *more]
     if recipe.accumulate > 1: cbs.append(GradientAccumulation(learn.dls.train.bs * recipe.accumulate))
     wd = [recipe.wd * (2 if recipe.wd_on == 'shortcuts' else 1), 0.] # of the groups that the splitter makes
     fit = dict(wd=wd, start_epoch=state.load(learn)) # also if no epoch is left: the average may still have to be taken
@@ -241,6 +248,7 @@ class NoisyStudent:
         device: str | torch.device | None = None, # 'cpu', 'cuda', ...; None: a GPU if there is one
         progress: Callable[[str, int, int], None] | None = None, # Called with (stage, done, total); None: one line in notebooks and terminals
         pseudo_labels: str | Path | Selection | None = None, # A selection made elsewhere: round 0 is then a student of that teacher
+        cbs: Callable[[int, Path], list] | None = None, # Called anew with (round, its folder) for every training: more fastai callbacks, such as a logger
         **settings # Fields of `Recipe` to change, such as epochs=10
     ):
         if not isinstance(data, Splits): raise ValueError(f"data must be Splits, such as from_folder({data!r}), not {type(data).__name__}")
@@ -256,6 +264,7 @@ class NoisyStudent:
         if self.device.type == 'cuda' and not torch.cuda.is_available(): raise ValueError("device='cuda', but torch sees no GPU here: use 'cpu'")
         self.size = self.recipe.size or _default_size(data)
         self._tell = progress or _one_line()
+        self.cbs = cbs or (lambda k, folder: [])
         self.given = None if pseudo_labels is None else read_selection(pseudo_labels)
         if self.given is not None and self.given.classes != list(data.classes):
             raise ValueError(f"the pseudo labels have the classes {', '.join(self.given.classes)}, but the data {', '.join(data.classes)}: they must be the same")
@@ -456,14 +465,14 @@ def _label(self: NoisyStudent, k): # the pseudo labels for round k, made by the 
     tell, items = lambda done, total: self._tell(f'round {k}: labeling', done, total), self.data.unlabeled.images
     if out.exists(): return read_selection(out)
     if self.recipe.relabel == 'all' or not before.exists(): return self._label_pool(k - 1, self._round(k), tell)
-    relabel_pseudo_labels(self.learner(k - 1), before, out, items if isinstance(items, np.ndarray) else None, bs=256, progress=tell)
+    relabel_pseudo_labels(self._labeler(k - 1), before, out, items if isinstance(items, np.ndarray) else None, bs=256, progress=tell)
     return read_selection(out)
 
 @patch
 def _label_pool(self: NoisyStudent, k, folder, tell): # by the network of round k, into folder/pseudo_labels, selected into folder/selected.parquet
     r, items, pool = self.recipe, self.data.unlabeled.images, self._images('unlabeled')
     images, names = (items, None) if isinstance(items, np.ndarray) else (pool.images, [items[i] for i in pool.good])
-    predict_pseudo_labels(self.learner(k), images, folder/'pseudo_labels', names=names, temperature=r.temperature, bs=256, progress=tell)
+    predict_pseudo_labels(self._labeler(k), images, folder/'pseudo_labels', names=names, temperature=r.temperature, bs=256, progress=tell)
     return read_selection(select_pseudo_labels(folder/'pseudo_labels', folder/'selected.parquet', threshold=r.threshold, per_class=r.per_class,
                                                strict=r.strict, binned=r.binned, seed=self.seed))
 
@@ -484,7 +493,7 @@ def _fit_round(self: NoisyStudent, k): # everything of round k that is not there
     r, folder, begun = self.recipe, self._round(k), time.perf_counter()
     for name in ('labeled', 'valid', 'test'): # a bad file stops the run here, before training
         if getattr(self.data, name) is not None: self._images(name)
-    fly = self.learner(k - 1) if k and r.on_the_fly else None
+    fly = self._labeler(k - 1) if k and r.on_the_fly else None
     selection = None if fly else self._label(k) if k else self.given
     role = 'teacher' if selection is None and fly is None else 'student'
     noise = r.teacher_noise if role == 'teacher' and r.teacher_noise is not None else r.noise
@@ -497,7 +506,7 @@ def _fit_round(self: NoisyStudent, k): # everything of round k that is not there
             warnings.warn(f"round {k}: the student {self.arch(k)} is smaller than its teacher {self.arch(k - 1)}: this is distillation, "
                           "Noisy Student wants an equal or larger student")
         prepared = time.perf_counter() - begun
-        history, seconds = _train(learn, epochs, r, folder, lambda done, total: self._tell(stage, done, total))
+        history, seconds = _train(learn, epochs, r, folder, lambda done, total: self._tell(stage, done, total), self.cbs(k, folder))
     _write_text(folder/'history.csv', pd.DataFrame(history).to_csv(index=False))
     mean, std = self._stats(k)
     save_weights(learn.model, folder/'model.safetensors', dict(arch=self.arch(k), classes=json.dumps(self.data.classes), size=str(self.size),
@@ -510,6 +519,34 @@ def _fit_round(self: NoisyStudent, k): # everything of round k that is not there
                    pseudo_labeled=len(self._images('unlabeled').images) if fly else 0 if selection is None else len(selection.items), valid_accuracy=self._accuracy(learn, 'valid'),
                    test_accuracy=self._accuracy(learn, 'test'), seconds=round(prepared + seconds, 1), pseudo_label_accuracy=known)
     _write_text(folder/'metrics.json', json.dumps(metrics, indent=1))
+
+# %% ../nbs/09_rounds.ipynb #0a55fe9e
+class _NoisedTeacher(nn.Module): # a network that answers as in training, but for batch normalization; equal images, equal draws
+    def __init__(self, learn, noise, seed): # `learn` is for this purpose only: its network stays noised
+        super().__init__()
+        self.model, self.augment, self.seed = learn.model, noise.transforms(), seed
+        for cb in learn.cbs:
+            if isinstance(cb, TrainingNoise): cb.attach(ExitStack())
+        norm = [o for o in learn.dls.valid.after_batch.fs if isinstance(o, Normalize)][0]
+        self.mean, self.std = norm.mean, norm.std
+
+    def forward(self, x): # normalized
+        for m in self.model.modules(): m.training = not isinstance(m, _BatchNorm)
+        with _seeded(self.seed + zlib.crc32(x.cpu().contiguous().numpy())):
+            mean, std = self.mean.to(x.device), self.std.to(x.device)
+            pixels = (x * std + mean).clamp(0, 1)
+            for tfm in self.augment: pixels = tfm.augment(pixels)
+            return self.model((pixels - mean) / std)
+
+    def state_dict(self, *args, **kwargs): return self.model.state_dict(*args, **kwargs) # the hash in the table is of the weights
+
+@patch
+def _labeler(self: NoisyStudent, k): # the network of round k, as it labels
+    if not self.recipe.noised_teacher: return self.learner(k)
+    with _seeded(0): learn = self._learner(k, None, self.recipe.noise)
+    load_weights(learn.model, self._round(k)/'model.safetensors')
+    learn.model = _NoisedTeacher(learn, self.recipe.noise, self.seed)
+    return learn
 
 # %% ../nbs/09_rounds.ipynb #efefe282
 @patch

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'optimizer', 'staircase', 'plateau', 'Plateau', 'EMA', 'TeacherTargets']
 
-# %% ../nbs/06a_training.ipynb #149927bf
+# %% ../nbs/06a_training.ipynb #ca6b0f1a
 import math
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 
 import numpy as np
 import torch
@@ -34,7 +35,8 @@ def optimizer(name: str, # 'adamw', 'adam' or 'rmsprop'
              ) -> Callable: # `opt_func` of a fastai Learner
     "The optimizer of that name, fused into one kernel where PyTorch can. Raises ValueError for an unknown name."
     if name not in OPTIMIZERS: raise ValueError(f"unknown optimizer {name!r}: use {', '.join(OPTIMIZERS)}")
-    return OPTIMIZERS[name] if name == 'rmsprop' else partial(OPTIMIZERS[name], fused=device.type in ('cuda', 'cpu'))
+    flags, known = dict(foreach=name == 'rmsprop', fused=device.type in ('cuda', 'cpu')), signature(OPTIMIZERS[name].keywords['opt']).parameters
+    return partial(OPTIMIZERS[name], **{k: v for k, v in flags.items() if k in known}) # not left at None: loggers want numbers
 
 # %% ../nbs/06a_training.ipynb #ce9fd328
 def staircase(lr: float, # Rate before any decay
