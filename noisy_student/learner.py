@@ -29,12 +29,12 @@ from .stochastic_depth import ClassifierDropout, StochasticDepth
 class Style(NamedTuple):
     "How one of the published implementations makes its noise."
     randaugment: dict # Arguments of `BatchRandAugment`
-    depth: dict # Arguments of `StochasticDepth`
+    depth: dict # Arguments of `StochasticDepth`; the published code computes what it drops
 
 STYLES = {
     'paper': Style({}, {}), # 14 operations; Huang et al.'s rates, a draw per image
-    'reference': Style(dict(ops=OPS, reference=True), dict(rule='reference')), # 16 operations, its own rates and rounding
-    'keras': Style(dict(ops=KERAS_OPS, schedule='random'), dict(per='batch', scale='test')), # 13 operations, M drawn from 0 to `randaugment_m`
+    'reference': Style(dict(ops=OPS, reference=True), dict(rule='reference', skip=False)), # 16 operations, its own rates and rounding
+    'keras': Style(dict(ops=KERAS_OPS, schedule='random'), dict(per='batch', scale='test', skip=False)), # 13 operations, M drawn from 0 to `randaugment_m`
 }
 
 @dataclass(frozen=True)
