@@ -335,3 +335,16 @@ def test_a_folder_without_results_takes_other_settings(mistake, call, tmp_path):
     (root/'train'/'red'/'0.png').write_bytes(whole)
     call(*line) # no other folder is needed
     mistake(r"remove this one to start over", *line, '--seed', '1')
+
+
+def test_bench(call, mistake, monkeypatch):
+    from noisy_student import bench
+    few = bench.bench
+    monkeypatch.setattr(bench, 'bench', lambda *args, **kw: few(*args, **kw, seconds=.1))
+    rows = json.loads(call('bench', '--arch', 'resnet9_4', '--size', 8, '--bs', 4, '--device', 'cpu', '--json')[0])
+    assert [r['part'] for r in rows if r['stage'] == 'training'] == ['read', 'view', 'RandAugment', 'forward and backward', 'all']
+    assert all(r['images_per_s'] > 0 for r in rows)
+    out = call('bench', '--arch', 'resnet9_4', '--size', 8, '--bs', 4, '--device', 'cpu')[0]
+    assert 'images_per_s' in out and '100 %' in out
+    mistake('resnet9_4 cannot take images of 4 px', 'bench', '--arch', 'resnet9_4', '--size', 4, '--device', 'cpu')
+    mistake('did you mean', 'bench', '--arch', 'resnet9x', '--device', 'cpu')
