@@ -45,6 +45,8 @@ def case(device, arch, size, n, batch, budget):
 
 
 if __name__ == "__main__":
-    a = arguments(__doc__, seconds=15).parse_args()
+    p = arguments(__doc__, seconds=15)
+    p.add_argument("--models", nargs="+", help="some of the models only")
+    a = p.parse_args()
     torch.set_num_threads(a.threads)
-    save("label", [row for o in CASES[a.device] for row in case(a.device, *o, a.seconds)], a)
+    save("label", [row for o in CASES[a.device] if not a.models or o[0] in a.models for row in case(a.device, *o, a.seconds)], a)
