@@ -104,7 +104,8 @@ class LossOnDevice(Callback):
     "The `Recorder` notes the smoothed loss without waiting for the device in every step; `recorder.losses` is complete after an epoch."
     order = Recorder.order - 1 # its metrics are reset when a fit begins
     def before_fit(self):
-        if type(self.recorder.smooth_loss) is AvgSmoothLoss: self.recorder.smooth_loss = _SmoothLoss(self.recorder.smooth_loss.beta)
+        self.run = hasattr(self.learn, 'recorder') # `default_cbs=False` leaves it out
+        if self.run and type(self.recorder.smooth_loss) is AvgSmoothLoss: self.recorder.smooth_loss = _SmoothLoss(self.recorder.smooth_loss.beta)
     def after_train(self):
         if waiting := [o for o in self.recorder.losses if o.device.type != 'cpu']:
             self.recorder.losses[-len(waiting):] = torch.stack(waiting).cpu().unbind()
