@@ -76,7 +76,8 @@ def fastai(model, images, labels, batch, steps, device):
     items = [(TensorImage(a), TensorCategory(b)) for a, b in zip(x[:batch * steps], labels)]
     tfms = [IntToFloatTensor(), Normalize.from_stats(*STATS, cuda=False)]
     dls = DataLoaders(*[TfmdDL(items, bs=batch, shuffle=s, num_workers=0, after_batch=tfms, device=torch.device(device)) for s in (True, False)])
-    learn = Learner(dls, model, CrossEntropyLossFlat(), cbs=[NoValidation()])
+    loss = CrossEntropyLossFlat()
+    learn = Learner(dls, model, lambda pred, y: loss(pred.float(), y), cbs=[NoValidation()])
     def run():
         with _in_bf16(learn.model, torch.device(device)), learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-3)
     return run

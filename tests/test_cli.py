@@ -345,6 +345,6 @@ def test_bench(call, mistake, monkeypatch):
     assert [r['part'] for r in rows if r['stage'] == 'training'] == ['read', 'view', 'RandAugment', 'forward and backward', 'all']
     assert all(r['images_per_s'] > 0 for r in rows)
     out = call('bench', '--arch', 'resnet9_4', '--size', 8, '--bs', 4, '--device', 'cpu')[0]
-    assert 'images_per_s' in out and '100 %' in out
+    assert 'images per s' in out and '100 %' in out
     mistake('resnet9_4 cannot take images of 4 px', 'bench', '--arch', 'resnet9_4', '--size', 4, '--device', 'cpu')
     mistake('did you mean', 'bench', '--arch', 'resnet9x', '--device', 'cpu')
