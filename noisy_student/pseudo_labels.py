@@ -294,7 +294,7 @@ def predict_pseudo_labels(
     classes: Iterable[str] | None = None, # K names; default: the learner's vocab, else '0', '1', ...
     names: list[str] | None = None, # The `item` of every row of an array or table; default: its position
     device: str | torch.device | None = None, # Where to compute; default: where the model is
-    part_size: int = 8192, # Rows per file: what a crash loses, and what is in memory
+    part_size: int = 8192, # Rows per file; a crash loses two files at most, and so many are in memory
     progress: Callable[[int, int], None] | None = None, # Called with (done, total) images of this shard
     bf16: bool | None = None, # Compute in bfloat16; default: on GPUs that have it, for a teacher in float32
 ) -> Path: # `out`

@@ -363,7 +363,7 @@ def test_killed_and_started_again(tmp_path):
     """)
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -signal.SIGKILL
     kept = {f: f.stat().st_mtime_ns for f in (tmp_path/"out").glob("part-*")}
-    assert len(kept) == 2
+    assert len(kept) in (1, 2)  # the second may still have been in the writing
     (tmp_path/"out"/".part-00000-of-00001-00002.parquet.tmp").write_bytes(b"half a file")
     with pytest.raises(PseudoLabelError, match="shard 0 of 1 .* is not complete"): select_pseudo_labels(tmp_path/"out", tmp_path/"s.parquet")
     predict_pseudo_labels(conv_net(), random_images(60), tmp_path/"out", part_size=10, bs=5)
