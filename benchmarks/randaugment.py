@@ -117,6 +117,7 @@ def measure(device, size, batch, budget) -> list:
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seconds", type=float, default=12, help="of repetitions per image size and batch size")
+    p.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the CSV")
     a = p.parse_args()
     torch.set_num_threads(1)
     rows = []
@@ -130,4 +131,4 @@ if __name__ == "__main__":
     table = pd.DataFrame(rows).assign(**machine(), torchvision=version("torchvision"), pillow=version("pillow"),
                                       kornia=version("kornia") if KorniaRandAugment else "not installed")
     table = table.astype(dict(op_pairs="Int64", repetitions="Int64"))
-    table.to_csv(Path(__file__).parent / "results" / "randaugment.csv", index=False)
+    table.to_csv(a.out / "randaugment.csv", index=False)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DATA', 'FOLDER', 'app', 'DataArg', 'ModelArg', 'LabelsOpt', 'SizeOpt', 'EpochsOpt', 'RecipeOpt', 'SeedOpt',
            'DeviceOpt', 'BatchOpt', 'JsonOpt', 'Data', 'load_data', 'show_progress', 'print_table', 'run', 'label',
-           'select', 'relabel', 'train', 'ablate', 'evaluate', 'predict', 'export', 'recipes', 'main']
+           'select', 'relabel', 'train', 'ablate', 'evaluate', 'predict', 'export', 'recipes', 'bench', 'main']
 
 # %% ../nbs/13_cli.ipynb #669da197
 import json, os, re, sys, time, warnings
@@ -145,7 +145,7 @@ EpochsOpt = Annotated[Optional[int], typer.Option(metavar='N', min=1, show_defau
 RecipeOpt = Annotated[Optional[str], typer.Option(metavar='NAME', show_default=False, help="Settings to start from, see noisy-student recipes. Default: the one made for DATA.")]
 SeedOpt = Annotated[int, typer.Option(metavar='N', min=0, help="Which images are labeled, initial weights, order, noise.")]
 DeviceOpt = Annotated[Optional[str], typer.Option(metavar='NAME', callback=_is_device, show_default=False, help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")]
-BatchOpt = Annotated[int, typer.Option(metavar='N', min=1, help="Images per forward pass.")]
+BatchOpt = Annotated[Optional[int], typer.Option(metavar='N', min=1, help="Images per forward pass. Default of label on a GPU: as many as fit.")]
 JsonOpt = Annotated[bool, typer.Option('--json', help="Results as JSON.")]
 
 def _version(on: bool): # --version is done before any command
@@ -244,7 +244,7 @@ def label(
     shard: Annotated[int, typer.Option(metavar='I', min=0, help="Which share of the pool to label, 0 to N-1.")] = 0,
     num_shards: Annotated[int, typer.Option(metavar='N', min=1, help="Number of shares.")] = 1,
     temperature: Annotated[float, typer.Option(metavar='T', help="Of the softmax, above 0; below 1 sharpens.")] = 1.,
-    bs: BatchOpt = 64, labels: LabelsOpt = None, recipe: RecipeOpt = None, seed: SeedOpt = 0, device: DeviceOpt = None,
+    bs: BatchOpt = None, labels: LabelsOpt = None, recipe: RecipeOpt = None, seed: SeedOpt = 0, device: DeviceOpt = None,
 ):
     """Let a trained network label a pool of images, without noise; --labels, --recipe and --seed as in run.
 
@@ -533,6 +533,30 @@ def recipes(
     for i, name in enumerate(names):
         print(f"{chr(10) if i else ''}{name}")
         for row, value in table[name].items(): print(f"  {row:<{width}}  {value}")
+
+# %% ../nbs/13_cli.ipynb #489b447a
+@app.command(short_help='What this machine reaches, and where the time goes.')
+def bench(
+    arch: Annotated[str, typer.Option(metavar='NAME', help="Network to train and to label with.")] = 'resnet18',
+    size: Annotated[int, typer.Option(metavar='PX', min=1, help="Side of the images in pixels.")] = 64,
+    bs: Annotated[int, typer.Option(metavar='N', min=2, help="Images per batch.")] = 64,
+    device: DeviceOpt = None, as_json: JsonOpt = False,
+):
+    """Measure for about 15 seconds, on made-up pictures, how many images per second this machine decodes, trains on and labels.
+
+    \b
+    Example:
+      noisy-student bench --arch resnet50 --size 128 --device cuda
+
+    The share is of a training step, or of labeling; parts that overlap in a run are added up.
+    """
+    import torch
+    from noisy_student.bench import bench as measure
+    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    with show_progress() as progress:
+        rows = _rows(measure(arch, size, bs, device, progress=lambda done, total: progress('measuring', done, total)))
+    if not as_json: rows = [dict(r, share=f"{100 * r['share']:.0f} %") for r in rows]
+    print_table(rows, as_json)
 
 # %% ../nbs/13_cli.ipynb #f12be7a7
 _RESUMABLE = ('run', 'train', 'label', 'ablate')

@@ -32,6 +32,7 @@ class ArrayDataset:
     ):
         if len(images) != len(targets): raise ValueError(f"{len(images)} images but {len(targets)} targets")
         self.images, self.targets, self.vocab, self.split_idx = images, torch.as_tensor(np.asarray(targets)), CategoryMap(list(classes), sort=False), split_idx
+        self.device, self.there = torch.device('cpu'), None
 
     def __len__(self) -> int: return len(self.images)
 
@@ -39,11 +40,28 @@ class ArrayDataset:
         "No images, the same classes: what `learn.export` keeps of the data."
         return ArrayDataset(self.images[:0], self.targets[:0], self.vocab, self.split_idx)
 
+    def to(self, device: torch.device, # Where `batch` delivers
+           free: int | None = None # Bytes of memory there that may be used; None: half of what a GPU has free, none of the host's
+          ) -> 'ArrayDataset': # itself
+        "Keep a copy of everything on `device` if there is room for it; else images travel there batch by batch."
+        if free is None: free = torch.cuda.mem_get_info(device)[0] // 2 if device.type == 'cuda' else 0
+        n_bytes = int(np.prod(self.images.shape)) + self.targets.numel() * self.targets.element_size()
+        self.device, self.there = device, None
+        if n_bytes <= free:
+            self.there = torch.empty(self.images.shape, dtype=torch.uint8, device=device), self.targets.to(device)
+            for i in range(0, len(self), 4096): self.there[0][i:i + 4096] = torch.from_numpy(np.array(self.images[i:i + 4096]))
+        return self
+
     def batch(self, idxs: np.ndarray # int64 (B,)
              ) -> tuple[torch.Tensor, torch.Tensor]: # uint8 (B, C, H, W), channels last in memory; targets (B,) or (B, K)
         "The images and targets at `idxs`."
-        images = torch.from_numpy(np.ascontiguousarray(self.images[idxs])).permute(0, 3, 1, 2)
-        return TensorImage(images), TensorCategory(self.targets[torch.from_numpy(np.asarray(idxs))])
+        i = torch.from_numpy(np.asarray(idxs))
+        if self.there: images, targets = (o[i.to(self.device, non_blocking=True)] for o in self.there)
+        else:
+            images, targets = torch.from_numpy(np.ascontiguousarray(self.images[idxs])), self.targets[i]
+            if self.device.type == 'cuda': # from pinned memory the copy does not make the host wait
+                images, targets = (o.pin_memory().to(self.device, non_blocking=True) for o in (images, targets))
+        return TensorImage(images.permute(0, 3, 1, 2)), TensorCategory(targets)
 
     def __getitem__(self, i: int # Position
                    ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -240,7 +258,8 @@ def mixed_dataloaders(
             str(o[0].shape[1:]) for o in (labeled, valid, pseudo) if o is not None))
     norm = [Normalize.from_stats(*stats, cuda=False)] if stats else []
     tfms = [IntToFloatTensor(), *norm]
-    train = MixedDL(ArrayDataset(*labeled, classes, 0), pseudo and ArrayDataset(*pseudo, classes, 0), bs=bs, ratio=ratio, copies=copies,
+    piles = [o and ArrayDataset(*o, classes, 0).to(torch.device(device)) for o in (labeled, pseudo)]
+    train = MixedDL(*piles, bs=bs, ratio=ratio, copies=copies,
                     steps=steps, seed=seed, after_batch=[*(augment or []), *tfms], device=torch.device(device))
     dls = NoisyStudentDataLoaders(train, ArrayDL(ArrayDataset(*valid, classes), bs=max(256, bs), after_batch=tfms, device=torch.device(device)),
                                   device=torch.device(device))

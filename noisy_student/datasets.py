@@ -220,14 +220,15 @@ def load_images(
     good = np.array([i for i in range(len(items)) if i not in dropped], dtype=np.int64)
     return Decoded(np.load(file, mmap_mode='r')[:len(good)] if len(good) else np.empty((0, size, size, 3), np.uint8), good, bad)
 
-# %% ../nbs/00_datasets.ipynb #8712a8ec
-def _decode_all(items, size, out, progress): # fill `out` front to back with the good images
-    good, bad, chunk = [], [], 1024
+# %% ../nbs/00_datasets.ipynb #fba83a27
+def _decode_all(items, size, out, progress, done=0, bad=(), bad_rows=(), note=None): # fill `out` front to back with the good images
+    good, bad, chunk = sorted(set(range(done)) - set(bad_rows)), list(bad), 1024
     with ThreadPoolExecutor(max_workers=min(8, (os.cpu_count() or 1) + 1)) as pool:
-        for start in range(0, len(items), chunk):
+        for start in range(done, len(items), chunk):
             for i, o in enumerate(pool.map(lambda o: _decode(o, size), items[start:start + chunk]), start):
                 if isinstance(o, BadImage): bad.append(o)
                 else: out[len(good)] = o; good.append(i)
+            if note: note(min(start + chunk, len(items)), good, bad)
             if progress: progress(min(start + chunk, len(items)), len(items))
     return Decoded(out[:len(good)], np.array(good, dtype=np.int64), bad)
 
@@ -240,18 +241,25 @@ def _new_array(part, shape): # a uint8 array in the file `part`, memory-mapped; 
                 if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL): raise # some file systems cannot reserve
     return out
 
-def _fill_cache(items, size, file, meta, progress): # written under temporary names, renamed when complete
-    part = file.with_suffix('.part')
+def _write_json(file, value): # whole or not at all
+    tmp = file.with_name(file.name + '.tmp')
+    tmp.write_text(json.dumps(value)); os.replace(tmp, file)
+
+def _fill_cache(items, size, file, meta, progress): # written under temporary names, renamed when complete; goes on where it was interrupted
+    part, notes, shape = file.with_suffix('.part'), file.with_suffix('.part.json'), (max(len(items), 1), size, size, 3)
+    def state(done, good, bad): return dict(done=done, bad=bad, bad_rows=sorted(set(range(done)) - set(good)))
+    def note(done, good, bad): out.flush(); _write_json(notes, state(done, good, bad))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        out = _new_array(part, (max(len(items), 1), size, size, 3))
-        _, good, bad = _decode_all(items, size, out, progress)
+        try: out, begun = np.lib.format.open_memmap(part, mode='r+'), json.loads(notes.read_text())
+        except (OSError, ValueError): out, begun = _new_array(part, shape), dict(done=0, bad=[], bad_rows=[])
+        begun['bad'] = [BadImage(*o) for o in begun['bad']]
+        _, good, bad = _decode_all(items, size, out, progress, **begun, note=note)
         out.flush(); del out
-        rows = sorted(set(range(len(items))) - set(good.tolist()))
-        tmp = meta.with_suffix('.tmp'); tmp.write_text(json.dumps(dict(bad=bad, bad_rows=rows)))
-        os.replace(part, file); os.replace(tmp, meta)
+        _write_json(meta, {k: v for k, v in state(len(items), good.tolist(), bad).items() if k != 'done'})
+        os.replace(part, file); notes.unlink(missing_ok=True)
     except OSError as e:
-        if file.parent.is_dir(): part.unlink(missing_ok=True)
+        if file.parent.is_dir(): part.unlink(missing_ok=True); notes.unlink(missing_ok=True)
         raise OSError(e.errno, f"cannot write the image cache in {file.parent}: {e.strerror}") from None
 
 # %% ../nbs/00_datasets.ipynb #f954f109

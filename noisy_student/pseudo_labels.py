@@ -95,7 +95,7 @@ _KEYS = [o.encode() for o in ('classes temperature teacher version view pool num
 # %% ../nbs/05_pseudo_labels.ipynb #d56c754a
 class _Teacher:
     "A model, its class names, and the way from items to what the model takes."
-    def __init__(self, teacher, items, classes=None, size=None, mean=None, std=None, device=None):
+    def __init__(self, teacher, items, classes=None, size=None, mean=None, std=None, device=None, bf16=None):
         is_learner, is_table = isinstance(teacher, Learner), isinstance(items, pd.DataFrame)
         if is_table and not hasattr(getattr(teacher, 'dls', None), 'procs'):
             raise PseudoLabelError("rows of a DataFrame need a tabular learner as teacher: its dls know the columns")
@@ -118,6 +118,10 @@ class _Teacher:
             mean, std = (cfg.get(k) if v is None else v for k, v in (('mean', mean), ('std', std)))
             self.view = self._plain_view
             self.spec = dict(size=size, mean=[float(o) for o in mean or ()], std=[float(o) for o in std or ()])
+        self.most = 2 ** 30 # images per forward pass, until the memory of a GPU is full
+        on_gpu = self.device.type == 'cuda' and self.dtype == torch.float32
+        self.bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) if bf16 is None else bf16
+        if self.bf16: self.spec['bf16'] = True
         self.hash = model_hash(self.model)
         self.classes = [str(o) for o in classes] if classes is not None else self._count_classes(items)
 
@@ -158,9 +162,21 @@ class _Teacher:
     def _table_view(self, chunk): # rows, through the procs of the learner: categories and continuous values
         return tuple(self.dls.test_dl(chunk, bs=len(chunk)).one_batch()[:2]), np.arange(len(chunk)), []
 
-    def logits(self, x):
+    def logits(self, x): # of as many images at a time as fit into the memory of a GPU; on the device
         xs = x if isinstance(x, tuple) else (torch.as_tensor(x).as_subclass(Tensor).to(self.dtype),)
-        y = self.model(*(o.to(self.device) for o in xs))
+        parts, i, n = [], 0, len(xs[0])
+        while i < n:
+            try: parts.append(self._forward(o[i:i + self.most] for o in xs))
+            except torch.cuda.OutOfMemoryError:
+                if min(self.most, n) == 1: raise
+                self.most = min(self.most, n) // 2
+                if self.device.type == 'cuda': torch.cuda.empty_cache()
+            else: i += self.most
+        return torch.cat(parts)
+
+    def _forward(self, xs):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            y = self.model(*(o.to(self.device, non_blocking=True) for o in xs))
         if not isinstance(y, Tensor) or y.dim() != 2:
             raise PseudoLabelError("a teacher must return logits of shape (images, classes), got "
                                    f"{getattr(y, 'shape', type(y))}")
@@ -185,27 +201,43 @@ def _ahead(f, xs): # map(f, xs) with the next result already being made in a thr
             if last: yield last.result()
         if now: yield now.result()
 
+class _Behind: # calls in a thread, one at a time: the next part is computed while the last one is written
+    def __enter__(self): self.pool, self.last = ThreadPoolExecutor(1), None; return self
+    def __call__(self, f, *args):
+        if self.last: self.last.result() # raises what writing raised
+        self.last = self.pool.submit(f, *args)
+    def __exit__(self, kind, *_):
+        self.pool.shutdown() # what was computed is written, also after an error or Ctrl-C
+        if kind is None and self.last: self.last.result()
+
 def _predict(t, items, start, stop, bs, temperature, tick=None): # with a _Teacher in t.evaluating()
     "Probabilities (n, K) of items[start:stop], the positions (n,) they belong to, and what could not be read."
-    probs, kept, bad = [np.empty((0, len(t.classes)), np.float32)], [np.empty(0, int)], []
+    probs, kept, bad = [], [np.empty(0, int)], []
     grid = range(start // bs * bs, stop, bs)
     for b, (x, good, lost) in zip(grid, _ahead(t.view, (items[b:b + bs] for b in grid))):
         gone = np.setdiff1d(np.arange(b, min(b + bs, len(items))), b + good)
         bad += [o for i, o in zip(gone, lost) if start <= i < stop]
         if len(good):
-            logits, mine = t.logits(x), (b + good >= start) & (b + good < stop)
-            _check_logits(logits, t.classes, items, b + good)
-            probs.append(temperature_softmax(logits, temperature).cpu().numpy()[mine])
+            logits, mine = t.logits(x), np.flatnonzero((b + good >= start) & (b + good < stop))
+            _check_classes(logits, t.classes)
+            if len(mine) < len(good): logits = logits[mine[0]:mine[-1] + 1] if len(mine) else logits[:0]
+            probs.append(temperature_softmax(logits, temperature))
             kept.append((b + good)[mine])
         if tick: tick(min(b + bs, stop))
-    return np.concatenate(probs), np.concatenate(kept), bad
+    kept = np.concatenate(kept)
+    if not len(kept): return np.empty((0, len(t.classes)), np.float32), kept, bad
+    probs = torch.cat(probs).cpu().numpy() # a GPU is waited for once per part, not after every batch
+    _check_finite(probs, items, kept)
+    return probs, kept, bad
 
-def _check_logits(logits, classes, items, positions):
+def _check_classes(logits, classes):
     if logits.shape[1] != len(classes):
         raise PseudoLabelError(f"the teacher has {logits.shape[1]} outputs but there are {len(classes)} classes: give "
                                "the teacher's own class names, in the order of its outputs")
-    if (ok := torch.isfinite(logits).all(1)).all(): return
-    i = positions[int((~ok).nonzero()[0])]
+
+def _check_finite(probs, items, positions): # not finite exactly where the logits were not, as a softmax is not then
+    if (ok := np.isfinite(probs).all(1)).all(): return
+    i = positions[int(np.flatnonzero(~ok)[0])]
     name = items[i] if isinstance(items, list) else f"image {i}"
     raise PseudoLabelError(f"the teacher's output for {name} is not finite (NaN or infinite): check how it was "
                            "trained (learning rate, loss) and use float32")
@@ -255,15 +287,16 @@ def predict_pseudo_labels(
     shard: int = 0, # Which share of the pool to label, 0..num_shards-1
     num_shards: int = 1, # Number of shares, 1..N
     temperature: float = 1., # T > 0 of softmax(logits / T); below 1 sharpens
-    bs: int = 64, # Images per forward pass
+    bs: int | None = None, # Images per forward pass; default: 64, on a GPU as many as fit, up to 2048
     size: int | None = None, # Side in pixels, for an nn.Module; default: `pretrained_cfg`, else arrays as they are
     mean: Iterable[float] | None = None, # Per channel, of images in 0..1; default: `pretrained_cfg`, else 0
     std: Iterable[float] | None = None, # Per channel; default: `pretrained_cfg`, else 1
     classes: Iterable[str] | None = None, # K names; default: the learner's vocab, else '0', '1', ...
     names: list[str] | None = None, # The `item` of every row of an array or table; default: its position
     device: str | torch.device | None = None, # Where to compute; default: where the model is
-    part_size: int = 8192, # Rows per file: what a crash loses, and what is in memory
+    part_size: int = 8192, # Rows per file; a crash loses two files at most, and so many are in memory
     progress: Callable[[int, int], None] | None = None, # Called with (done, total) images of this shard
+    bf16: bool | None = None, # Compute in bfloat16; default: on GPUs that have it, for a teacher in float32
 ) -> Path: # `out`
     """Label `items` with the un-noised teacher, restartably, and return the folder of parquet files.
     Images that cannot be read are skipped, counted in a warning and listed in `_skipped-*.csv`. Raises
@@ -275,10 +308,11 @@ def predict_pseudo_labels(
     if not 1 <= num_shards <= n:
         raise PseudoLabelError(f"num_shards={num_shards} must be in 1..{n}: there are {n} images")
     if not 0 <= shard < num_shards: raise PseudoLabelError(f"shard={shard} must be in 0..{num_shards - 1}")
-    if bs < 1 or part_size < 1: raise PseudoLabelError(f"bs={bs} and part_size={part_size} must be at least 1")
+    if bs is not None and bs < 1 or part_size < 1: raise PseudoLabelError(f"bs={bs} and part_size={part_size} must be at least 1")
     if not temperature > 0: raise PseudoLabelError(f"temperature={temperature} must be greater than 0")
     _make_folder(out)
-    t = _Teacher(teacher, items, classes, size, mean, std, device)
+    t = _Teacher(teacher, items, classes, size, mean, std, device, bf16)
+    bs = bs or (2048 if t.device.type == 'cuda' else 64)
     label_of = items if isinstance(items, list) else names # None: positions
     pool = _digest(items)
     meta = dict(classes=t.classes, temperature=float(temperature), teacher=t.hash, view=t.spec, pool=pool,
@@ -287,17 +321,21 @@ def predict_pseudo_labels(
     name, lo, hi = f"{shard:05d}-of-{num_shards:05d}", n * shard // num_shards, n * (shard + 1) // num_shards
     parts, skipped = {}, []
     tick = progress and (lambda done: progress(done - lo, hi - lo))
-    with t.evaluating():
+    def write(file, rows, probs, done):
+        with _replacing(file) as tmp: pq.write_table(_table(rows, probs, done), tmp)
+    with t.evaluating(), _Behind() as behind:
         for i, a in enumerate(range(lo, hi, part_size)):
             file, b = out/f'part-{name}-{i:05d}.parquet', min(a + part_size, hi)
             mine = dict(meta, items=_digest(items[a:b]) + (_digest(names[a:b]) if names else ''))
-            if not (done := _usable(file, mine)):
+            if done := _usable(file, mine):
+                n = pq.read_metadata(file).num_rows
+                if tick: tick(b)
+            else:
                 probs, pos, bad = _predict(t, items, a, b, bs, temperature, tick)
-                rows = pos if label_of is None else [label_of[j] for j in pos]
+                rows, n = pos if label_of is None else [label_of[j] for j in pos], len(pos)
                 done = dict(mine, skipped=bad, version=__version__)
-                with _replacing(file) as tmp: pq.write_table(_table(rows, probs, done), tmp)
-            elif tick: tick(b)
-            skipped += done['skipped']; parts[file.name] = pq.read_metadata(file).num_rows
+                behind(write, file, rows, probs, done)
+            skipped += done['skipped']; parts[file.name] = n
     with _replacing(csv := out/f'_skipped-{name}.csv') as tmp:
         pd.DataFrame(skipped, columns=['item', 'reason']).to_csv(tmp, index=False)
     if len(skipped) == hi - lo:

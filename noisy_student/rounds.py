@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 import fastai.callback.progress # Learner.no_bar
 from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import ParamScheduler # and fit_one_cycle
 from fastai.callback.training import GradientAccumulation
 from fastai.data.transforms import Normalize
@@ -169,10 +170,15 @@ def _in_bf16(model, device): # inside, every forward pass of `model` runs in bfl
     finally:
         for h in hooks: h.remove()
 
+class _Half(MixedPrecision): # float16 with scaled gradients, whose scale is part of a checkpoint
+    def state_dict(self): return self.scaler.state_dict()
+    def load_state_dict(self, state): self.scaler.load_state_dict(state)
+
 def _train(learn, epochs, recipe, folder, progress, more=()): # -> history, seconds; goes on from folder/checkpoint
     learn.create_opt()
     state, device = RunState(folder/'checkpoint'/'state.safetensors', progress), learn.dls.device
     cbs = [state, *([] if recipe.ema is None else [EMA(recipe.ema)]), *more]
+    if recipe.bf16 and device.type == 'cuda' and not _has_fast_bf16(device): cbs.append(_Half())
     if recipe.accumulate > 1: cbs.append(GradientAccumulation(learn.dls.train.bs * recipe.accumulate))
     wd = [recipe.wd * (2 if recipe.wd_on == 'shortcuts' else 1), 0.] # of the groups that the splitter makes
     fit = dict(wd=wd, start_epoch=state.load(learn)) # also if no epoch is left: the average may still have to be taken

@@ -54,9 +54,12 @@ def drop_branch(
     keep = x.new_empty(shape).bernoulli_(survival)
     return x * (keep / survival if scale == 'train' else keep)
 
-# %% ../nbs/02_stochastic_depth.ipynb #a5330622
+# %% ../nbs/02_stochastic_depth.ipynb #40d230ae
 class DropBranch(nn.Module):
-    "`drop_branch` as a layer without parameters: the identity in eval mode."
+    """`drop_branch` as a layer without parameters: the identity in eval mode.
+
+    Where the input of the branch went through `enter`, dropped images have not been in the branch at all.
+    """
     def __init__(
         self,
         survival: float,  # probability of keeping the branch, in (0, 1]
@@ -64,12 +67,40 @@ class DropBranch(nn.Module):
         scale: str = 'train',  # as in `drop_branch`
     ):
         super().__init__()
-        self.survival, self.per, self.scale = survival, per, scale
+        self.survival, self.per, self.scale, self._drawn = survival, per, scale, None
+
+    def enter(
+        self,
+        x: Tensor,  # input of the branch, shape (B, ...)
+        least: int = 0,  # images that pass through a branch dropped as a whole: 1 if it cannot do with an empty batch
+    ) -> Tensor:  # the rows of `x` whose branch survives
+        "Draw, and let only the kept images into the branch; `forward` puts what becomes of them back into the batch."
+        n = len(x)
+        # Drawn on the host: there it is known at once how many they are, and a GPU need not be waited for.
+        kept = torch.empty(n if self.per == 'sample' else 1).bernoulli_(self.survival).nonzero().squeeze(1)
+        if self.per == 'batch': kept = torch.arange(n * len(kept))
+        self._drawn = n, kept.to(x.device, non_blocking=True)
+        if self.per == 'batch': return x if len(kept) else x[:least]
+        return x if len(kept) in (0, 1, n) else _take(x, self._drawn[1])  # one image alone has no batch statistics
 
     def forward(self, x: Tensor) -> Tensor:
-        return drop_branch(x, self.survival, self.per, self.scale) if self.training else x
+        drawn, self._drawn = self._drawn, None
+        if drawn is None: return drop_branch(x, self.survival, self.per, self.scale) if self.training else x
+        (n, kept), factor = drawn, 1 / self.survival if self.scale == 'train' else 1.
+        if len(kept) == n: return x * factor
+        return _put(x if len(x) == len(kept) else _take(x, kept), kept, n, factor)
 
     def extra_repr(self): return f'survival={self.survival:.4f}, per={self.per}, scale={self.scale}'
+
+def _is_nhwc(x): return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+def _take(x, rows): # x[rows]; an image that is one piece of memory is copied as one piece
+    if _is_nhwc(x): return x.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
+    return x.index_select(0, rows)
+
+def _put(x, rows, n, factor): # (n, ...): factor * x at `rows`, else 0
+    if _is_nhwc(x): return _put(x.permute(0, 2, 3, 1), rows, n, factor).permute(0, 3, 1, 2)
+    return x.new_zeros((n, *x.shape[1:])).index_add_(0, rows, x, alpha=factor)
 
 # %% ../nbs/02_stochastic_depth.ipynb #66bde447
 class ResidualBlock(NamedTuple):
@@ -171,6 +202,25 @@ class TrainingNoise(Callback):
         guard = vars(self.learn).get('_with_events')
         if isinstance(guard, _TrainGuard): guard.remove()
 
+# %% ../nbs/02_stochastic_depth.ipynb #4538e7cd
+_skip_attr = re.compile(r'downsample|shortcut|identity|idpath|skip')
+_known_blocks = re.compile(
+    r'(timm|torchvision)\.models\.(_efficientnet_blocks|beit|convnext|edgenext|efficientnet|focalnet|inception_next|'
+    r'mambaout|maxxvit|metaformer|nest|pit|pvt_v2|regnet|resnet|swin_transformer|vision_transformer|'
+    r'vision_transformer_relpos)|(fastai|noisy_student)\..*')
+
+def _entries(block):
+    "The layers at which each branch of `block` begins: a list for every name in `block.branches`, empty if unknown"
+    m, ends = block.module, block.branches
+    if not _known_blocks.fullmatch(type(m).__module__): return [[]] * len(ends)
+    if isinstance(m, ResBlock): return [[m.convpath]]
+    norms = [getattr(m, k) for k in ('norm1', 'norm2') if isinstance(getattr(m, k, None), nn.Module)]
+    if len(ends) == 2: return [[o] for o in norms] if len(norms) == 2 and ends[0].endswith('1') else [[], []]
+    if len(ends) > 2: return [[]] * len(ends)
+    if len(norms) == 2: return [norms if ends[0] == 'stochastic_depth' else []]  # torchvision's Swin uses it twice
+    inner = [v for k, v in m.named_children() if not _skip_attr.fullmatch(k) and not _is_placeholder(v)]
+    return [inner[:1]]
+
 # %% ../nbs/02_stochastic_depth.ipynb #df3b25a6
 def _last_norm(block):
     "The batch norm whose output is the residual branch of `block`, or None"
@@ -200,6 +250,8 @@ def _scale_affine(norm, factor):
     norm.weight.mul_(factor)
     norm.bias.mul_(factor)
 
+def _is_compiled(model): return hasattr(model, '_orig_mod') or model._compiled_call_impl is not None
+
 class StochasticDepth(TrainingNoise):
     """Drop residual branches during training (Huang et al. 2016), whatever library the model is from.
 
@@ -212,11 +264,12 @@ class StochasticDepth(TrainingNoise):
         rule: str = 'huang',  # how probabilities fall over the blocks: 'huang' or 'reference', see `survival_probs`
         per: str = 'sample',  # 'sample': every image has its own draw; 'batch': one draw per branch and batch
         scale: str = 'train',  # 'train': kept branches are divided by p in training; 'test': multiplied by p afterwards
+        skip: bool = True,  # dropped branches are not computed; False: they are, so that their batch norms see all images
     ):
         survival_probs(1, last, rule)  # raises for values out of range
         if per not in ('sample', 'batch'): raise ValueError(f"per is {per!r}: use 'sample' or 'batch'.")
         if scale not in ('train', 'test'): raise ValueError(f"scale is {scale!r}: use 'train' or 'test'.")
-        self.last, self.rule, self.per, self.scale = last, rule, per, scale
+        self.last, self.rule, self.per, self.scale, self.skip = last, rule, per, scale, skip
 
     def plan(
         self,
@@ -231,17 +284,27 @@ class StochasticDepth(TrainingNoise):
         return [(o, float(p) if o.identity else 1.) for o, p in zip(blocks, probs)]
 
     def attach(self, undo: ExitStack):
-        for block, survival in self.plan(self.plain_model):
+        # Sizes that change from step to step are not for compiled models; replicas on several GPUs share the hooks.
+        model = self.plain_model
+        skip = self.skip and not isinstance(self.learn.model, nn.DataParallel) and not _is_compiled(self.learn.model)
+        for block, survival in self.plan(model):
             if self.scale == 'test' and survival < 1: self._unfold(block, survival, undo)
-            for name in block.branches:
-                end = getattr(block.module, name)
-                if _is_placeholder(end): _replace(block.module, name, DropBranch(survival, self.per, self.scale), undo)
-                elif survival < 1: undo.callback(end.register_forward_hook(self._hook(block.module, survival)).remove)
+            for name, entries in zip(block.branches, _entries(block)):
+                end, drop = getattr(block.module, name), DropBranch(survival, self.per, self.scale)
+                if _is_placeholder(end): _replace(block.module, name, drop, undo)
+                elif survival < 1: undo.callback(end.register_forward_hook(self._leave(block.module, drop)).remove)
+                for o in entries if skip and survival < 1 else ():
+                    undo.callback(o.register_forward_pre_hook(self._enter(block.module, drop)).remove)
 
-    def _hook(self, module, survival):
-        # The block says whether it trains: the layer hooked onto may be a batch norm kept in eval mode on purpose.
-        def drop(layer, args, out): return drop_branch(out, survival, self.per, self.scale) if module.training else out
-        return drop
+    # The block says whether it trains: the layer hooked onto may be a batch norm kept in eval mode on purpose.
+    def _enter(self, module, drop):
+        least = int(not any(isinstance(m, _BatchNorm) for m in module.modules()))  # attention reshapes, and needs a size
+        def enter(layer, args): return (drop.enter(args[0], least), *args[1:]) if module.training and args else None
+        return enter
+
+    def _leave(self, module, drop):
+        def leave(layer, args, out): return drop(out) if module.training else out
+        return leave
 
     def _unfold(self, block, survival, undo):
         norm = _last_norm(block)

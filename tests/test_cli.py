@@ -337,36 +337,14 @@ def test_a_folder_without_results_takes_other_settings(mistake, call, tmp_path):
     mistake(r"remove this one to start over", *line, '--seed', '1')
 
 
-def test_ablate_in_miniature(call, mistake, tmp_path):
-    "Two variants and one seed in seconds; a second call trains nothing; what cannot be tried says why."
-    line = ['ablate', 'digits', '--out', tmp_path, '--arch', 'resnet9_4', '--rounds', '1', '--epochs', '1', '--size', '8', '--seeds', '1', '--device', 'cpu',
-            '--only', 'no-filter', '--only', 'supervised-no-noise']
-    mistake(r"no-balance cannot be tried: the recipe has no balancing", *line, '--only', 'no-balance')
-    mistake(r"unknown variant 'no-nois'.*\(did you mean no-noise\?", *line, '--only', 'no-nois')
-    from noisy_student import recipes
-    with pytest.MonkeyPatch.context() as m: # 50 steps per epoch are too long for a test, and a network of one epoch is not sure of anything
-        m.setitem(recipes.RECIPES, 'digits', recipes.get_recipe('digits', steps=5, threshold=.01))
-        out, err = call(*line)
-        assert [o.split()[0] for o in out.splitlines() if re.match(r'(full|no-|superv)', o.strip())] == ['full', 'no-filter', 'supervised-no-noise']
-        assert 'full, seed 0: round 1: training the student' in err and 'no-filter, seed 0: round 0: training' not in err # the teacher is shared
-        rows = json.loads(call(*line, '--json')[0])
-    assert {r['variant']: r['images'] for r in rows} == dict.fromkeys(['full', 'no-filter', 'supervised-no-noise'], 5 * 32 * (1 + 6))
-    assert rows[0]['difference'] is None and rows[1]['difference'] == pytest.approx(rows[1]['test_accuracy'] - rows[0]['test_accuracy'])
-    assert len(pd.read_csv(tmp_path/'ablation.csv')) == 3 and (tmp_path/'ablation.png').stat().st_size > 1000
-
-
-def test_robustness_of_a_run(call, mistake, folder, teacher, tmp_path, monkeypatch):
-    "All rounds in one table, kept as robustness.csv; what has been measured is not measured again."
-    from noisy_student import evaluation
-    line = ['evaluate', teacher, folder, '--robustness', '--limit', '3', '--device', 'cpu']
-    mistake(r"name the data", 'evaluate', teacher, '--robustness')
-    out, err = call(*line)
-    assert 'flip rate %' in out and 'FGSM' in out and 'corruptions are made for 32 px' in err
-    rows = json.loads(call(*line, '--json')[0])
-    table = pd.read_csv(teacher/'robustness.csv', index_col='round')
-    assert table.index.tolist() == [0] and table.mfr_vs_first.isna().all() | (table.mfr_vs_first == 1).all()
-    assert rows[0]['accuracy'] == table.accuracy[0] and rows[0]['corrupted_error'] is None
-    monkeypatch.setattr(evaluation, 'flip_rates', None)
-    assert json.loads(call(*line, '--json')[0]) == rows
-    next((teacher/'cache'/'robustness').iterdir()).write_text('{')
-    with pytest.raises(AssertionError): call(*line) # a damaged measurement is made again
+def test_bench(call, mistake, monkeypatch):
+    from noisy_student import bench
+    few = bench.bench
+    monkeypatch.setattr(bench, 'bench', lambda *args, **kw: few(*args, **kw, seconds=.1))
+    rows = json.loads(call('bench', '--arch', 'resnet9_4', '--size', 8, '--bs', 4, '--device', 'cpu', '--json')[0])
+    assert [r['part'] for r in rows if r['stage'] == 'training'] == ['read', 'view', 'RandAugment', 'forward and backward', 'all']
+    assert all(r['images_per_s'] > 0 for r in rows)
+    out = call('bench', '--arch', 'resnet9_4', '--size', 8, '--bs', 4, '--device', 'cpu')[0]
+    assert 'images per s' in out and '100 %' in out
+    mistake('resnet9_4 cannot take images of 4 px', 'bench', '--arch', 'resnet9_4', '--size', 4, '--device', 'cpu')
+    mistake('did you mean', 'bench', '--arch', 'resnet9x', '--device', 'cpu')

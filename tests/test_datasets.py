@@ -185,3 +185,22 @@ def test_real_files(monkeypatch):
     assert [len(o) for o in (s.labeled, s.unlabeled, s.valid, s.test)] == [69_257, 531_131, 4000, 26_032]
     sample = s.labeled.images[::7] / 255
     np.testing.assert_allclose((sample.mean((0, 1, 2)), sample.std((0, 1, 2))), SVHN_STATS, atol=5e-3)
+
+
+def test_decoding_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
+    "The cache of an interrupted decoding is that of one in a single go, and nothing is decoded twice"
+    from PIL import Image
+    for i in range(3): Image.new("RGB", (12, 10), (80 * i, 10, 200)).save(tmp_path/f"{i}.png")
+    (tmp_path/"broken.png").write_bytes(b"no image")
+    files = [str(tmp_path/o) for o in ("0.png", "broken.png", "1.png", "2.png")] * 600  # more than two chunks
+    decode, count = datasets._decode, []
+    monkeypatch.setattr(datasets, "_decode", lambda *a: (count.append(1), decode(*a))[1])
+    def interrupt(done, total): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): datasets.load_images(files, 8, tmp_path/"cache", interrupt)
+    assert 0 < len(count) < len(files) and not list((tmp_path/"cache").glob("*.npy"))
+    seen = []
+    a = datasets.load_images(files, 8, tmp_path/"cache", lambda *o: seen.append(o))
+    assert seen[0] == (2048, 2400) and len(count) == 2400
+    b = datasets.load_images(files, 8, tmp_path/"other")
+    assert np.array_equal(a.images, b.images) and np.array_equal(a.good, b.good) and a.bad == b.bad and len(a.bad) == 600
+    assert sorted(o.suffix for o in (tmp_path/"cache").iterdir()) == [".json", ".npy"]

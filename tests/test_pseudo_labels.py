@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import warnings
 from pathlib import Path
 
@@ -362,7 +363,7 @@ def test_killed_and_started_again(tmp_path):
     """)
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -signal.SIGKILL
     kept = {f: f.stat().st_mtime_ns for f in (tmp_path/"out").glob("part-*")}
-    assert len(kept) == 2
+    assert len(kept) in (1, 2)  # the second may still have been in the writing
     (tmp_path/"out"/".part-00000-of-00001-00002.parquet.tmp").write_bytes(b"half a file")
     with pytest.raises(PseudoLabelError, match="shard 0 of 1 .* is not complete"): select_pseudo_labels(tmp_path/"out", tmp_path/"s.parquet")
     predict_pseudo_labels(conv_net(), random_images(60), tmp_path/"out", part_size=10, bs=5)
@@ -645,3 +646,57 @@ def test_read_selection(files, tmp_path):
         with pytest.raises(PseudoLabelError, match="make .* with select_pseudo_labels"): read_selection(bad)
     arr = select_pseudo_labels(predict_pseudo_labels(conv_net(), random_images(9), tmp_path/"a"), tmp_path/"t.parquet", 0.)
     assert read_selection(arr).items.dtype == np.int64
+
+
+class Crowded(torch.nn.Module):
+    "Runs out of memory above `room` images, as a GPU does"
+    def __init__(self, room): super().__init__(); self.room, self.seen, self.fc = room, [], torch.nn.Linear(48, 3)
+    def forward(self, x):
+        self.seen.append(len(x))
+        if len(x) > self.room: raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return self.fc(x.flatten(1))
+
+def _pool(n): return np.random.default_rng(0).integers(0, 256, (n, 4, 4, 3), dtype=np.uint8)
+
+def test_out_of_memory_halves_the_batch(tmp_path):
+    "Labels are those of a model with room for everything; the size that fits is kept"
+    torch.manual_seed(0)
+    small, large = Crowded(10), Crowded(1000)
+    small.load_state_dict(large.state_dict())
+    tables = [pq.read_table(predict_pseudo_labels(m, _pool(150), tmp_path/name, bs=64)) for m, name in ((small, 'small'), (large, 'large'))]
+    a, b = (np.stack(t.column('probs').to_numpy()).astype(np.float32) for t in tables)
+    np.testing.assert_allclose(a, b, atol=1e-3)
+    assert small.seen[:5] == [1, 64, 32, 16, 8] and max(small.seen[5:]) == 8  # 1: the classes are counted on one image
+    assert large.seen == [1, 64, 64, 22]
+
+def test_out_of_memory_with_one_image(tmp_path):
+    with pytest.raises(torch.cuda.OutOfMemoryError): predict_pseudo_labels(Crowded(0), _pool(5), tmp_path/'t', classes=list('abc'))
+
+def test_writing_beside_computing(tmp_path, monkeypatch):
+    "A part is written while the next one is computed; when writing fails, that is the error, and no later part appears"
+    from noisy_student import pseudo_labels
+    torch.manual_seed(0)
+    model, wrote, threads = Crowded(1000), [], set()
+    write = pseudo_labels.pq.write_table
+    def watched(table, file, *args, **kw):
+        threads.add(threading.current_thread() is threading.main_thread())
+        if len(wrote) == 2: raise OSError(28, 'No space left on device')
+        wrote.append(file)
+        return write(table, file, *args, **kw)
+    monkeypatch.setattr(pseudo_labels.pq, 'write_table', watched)
+    with pytest.raises(OSError, match='No space left'): predict_pseudo_labels(model, _pool(60), tmp_path/'t', part_size=10)
+    assert threads == {False} and len(list((tmp_path/'t').glob('*.parquet'))) == 2
+    monkeypatch.undo()
+    predict_pseudo_labels(model, _pool(60), tmp_path/'t', part_size=10)  # goes on
+    predict_pseudo_labels(model, _pool(60), tmp_path/'whole', part_size=10)
+    a, b = (pq.read_table(tmp_path/o) for o in ('t', 'whole'))
+    assert a.equals(b)
+
+def test_bf16_labels_are_labels_apart(tmp_path):
+    "Half precision changes probabilities a little, and a table of both kinds is refused"
+    torch.manual_seed(0)
+    model = Crowded(1000)
+    a, b = (np.stack(pq.read_table(predict_pseudo_labels(model, _pool(50), tmp_path/str(o), bf16=o)).column('probs').to_numpy()).astype(np.float32)
+            for o in (False, True))
+    assert 0 < np.abs(a - b).max() < .03
+    with pytest.raises(PseudoLabelError, match='view'): predict_pseudo_labels(model, _pool(50), tmp_path/'False', bf16=True)

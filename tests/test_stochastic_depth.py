@@ -16,8 +16,9 @@ from fastai.vision.models.xresnet import xresnet18
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from noisy_student.stochastic_depth import (ClassifierDropout, DropBranch, StochasticDepth, TrainingNoise, drop_branch,
-                                            residual_blocks, survival_probs)
+from noisy_student.models import create_model
+from noisy_student.stochastic_depth import (ClassifierDropout, DropBranch, StochasticDepth, TrainingNoise, _entries,
+                                            drop_branch, residual_blocks, survival_probs)
 
 tv = torchvision.models
 ARCHS = {  # name: (constructor, blocks, blocks with an identity skip)
@@ -103,6 +104,84 @@ def test_noise_is_on_in_training(arch, per):
     assert all(alike) if per == 'batch' else not any(alike)
     assert not torch.allclose(out[0][:1], out[1][:1]) or not torch.allclose(out[1][:1], out[2][:1])
     with torch.no_grad(): assert torch.equal(model.eval()(x), model(x))
+
+@archs
+@pytest.mark.parametrize('per', ['sample', 'batch'])
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_skipping_changes_nothing_else(arch, per, layout):
+    "With the same coins, outputs and gradients are those of the network that computes all branches"
+    model, results = make(arch).to(memory_format=layout), []
+    for p in model.parameters():
+        if p.ndim == 1: nn.init.uniform_(p, .5, 1.)
+    x = torch.randn(6, 3, 32, 32).to(memory_format=layout)
+    for skip in (True, False):
+        with noisy(model, StochasticDepth(.5, per=per, skip=skip)):
+            torch.manual_seed(1)
+            out = model(x)
+            model.zero_grad()
+            out.square().sum().backward()
+        results.append((out.detach(), {k: p.grad.clone() for k, p in model.named_parameters()}))
+    (a, grads), (b, others) = results
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
+    for k, g in others.items(): torch.testing.assert_close(grads[k], g, rtol=1e-3, atol=1e-3 * g.abs().max().item() + 1e-6)
+
+@archs
+def test_dropped_images_are_not_computed(arch):
+    "As many images enter the first layer of every branch as survive on average, and no batch norm is left without any"
+    model, rows, steps, B = make(arch), {}, 10, 20
+    cb = StochasticDepth(.5)
+    firsts = {f'{o.name}.{i}': (entry, p) for o, p in cb.plan(model) if p < 1
+              for i, entry in enumerate(e for es in _entries(o) for e in es)}
+    assert len(firsts) >= ARCHS[arch][2], 'every block with an identity skip leaves out work'
+    for k, (entry, _) in firsts.items():
+        entry.register_forward_hook(lambda m, args, out, k=k: rows.setdefault(k, []).append(len(out)))
+    cb = learner(model, [cb]).cbs[-1]
+    cb.before_train()
+    with torch.no_grad():
+        for _ in range(steps): model.train()(torch.randn(B, 3, 32, 32))
+    cb.detach()
+    n = steps * B
+    for k, (_, p) in firsts.items():
+        assert abs(sum(rows[k]) - n * p) <= 4 * (n * p * (1 - p)) ** .5, (k, rows[k], p)
+    assert all(v.isfinite().all() for v in model.state_dict().values())
+
+def test_a_dropped_batch_is_not_computed():
+    "per='batch' leaves the whole branch out, and its batch norms learn nothing from a batch that was not there"
+    torch.manual_seed(0)
+    model = timm.create_model('resnet18', num_classes=2)
+    block = residual_blocks(model)[-1].module
+    cb, rows, means = learner(model, [StochasticDepth(.5, per='batch')]).cbs[-1], [], []
+    block.conv1.register_forward_hook(lambda m, args, out: rows.append(len(out)))
+    cb.before_train()
+    for _ in range(30):
+        before = block.bn1.running_mean.clone()
+        model.train()(torch.randn(4, 3, 32, 32))
+        means.append(not torch.equal(before, block.bn1.running_mean))
+    cb.detach()
+    assert set(rows) == {0, 4} and [bool(n) for n in rows] == means
+    assert not any(o.isnan().any() for o in model.state_dict().values())
+
+def test_one_surviving_image_has_batch_statistics():
+    "A batch norm over one image of one pixel would fail: the whole batch goes through such a branch instead"
+    torch.manual_seed(0)
+    model = create_model('resnet9_4', 2)  # 1x1 pixels in its last block
+    cb = learner(model, [StochasticDepth(.3)]).cbs[-1]
+    cb.before_train()
+    for _ in range(30): assert model.train()(torch.randn(2, 3, 8, 8)).isfinite().all()
+    cb.detach()
+
+def test_compiled_models_compute_everything():
+    "Sizes that change from step to step would have to be compiled again and again"
+    model, rows = fresh(), []
+    model.blocks[-1].norm1.register_forward_hook(lambda m, args, out: rows.append(len(out)))
+    model.compile(backend='eager')
+    cb = learner(model, [StochasticDepth(.5)]).cbs[-1]
+    cb.before_train()
+    model._compiled_call_impl, compiled = None, model._compiled_call_impl
+    for _ in range(5): model(torch.randn(8, 3, 32, 32))
+    model._compiled_call_impl = compiled
+    cb.detach()
+    assert rows == [8] * 5
 
 @pytest.mark.parametrize('scale', ['train', 'test'])
 @pytest.mark.parametrize('arch', ['timm resnet18', 'torchvision resnet18', 'torchvision efficientnet_b0',
