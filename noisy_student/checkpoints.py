@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['pack', 'unpack', 'RunState']
 
-# %% ../nbs/08d_checkpoints.ipynb #62ddf437
-import json, os, random, time, warnings
+# %% ../nbs/08d_checkpoints.ipynb #60835885
+import json, math, os, random, time, warnings
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 
 from .dataloaders import MixedDL
+from .files import Stopped
 from .models import load_tensors, save_tensors
 
 # %% ../nbs/08d_checkpoints.ipynb #0ef3dbc0
@@ -62,67 +64,99 @@ def _seeded(seed): # all generators seeded inside; outside they go on as if noth
     try: torch.manual_seed(seed); random.seed(seed); np.random.seed(seed % 2**32); yield
     finally: _set_rng_state(before)
 
-def _write_text(file, text): # whole or not at all
-    tmp = file.with_name(file.name + '.tmp')
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(tmp, 'w', encoding='utf-8') as f: f.write(text); f.flush(); os.fsync(f.fileno())
-        os.replace(tmp, file)
-    except OSError as e:
-        if tmp.parent.is_dir(): tmp.unlink(missing_ok=True)
-        raise OSError(e.errno, f"cannot write {file}: {e.strerror}") from None
-
-# %% ../nbs/08d_checkpoints.ipynb #4b9420cb
+# %% ../nbs/08d_checkpoints.ipynb #dd6886cf
 class RunState(Callback):
-    "Saves everything after each epoch to one file, and goes on from it. Raises FloatingPointError if the loss is not finite."
+    "Saves everything to one file as training goes on, and goes on from it. Raises FloatingPointError if training diverged, `Stopped` on a signal."
     order = 80 # before_epoch after fastai's SkipToEpoch (70), so only for epochs that are really trained
+    every = 600. # seconds between checkpoints within an epoch
     def __init__(self, file: str | Path, # The checkpoint
-                 progress: Callable[[int, int], None] | None = None # Called with (done, total) batches
+                 progress: Callable[[int, int], None] | None = None, # Called with (done, total) batches
+                 asked: list = () # Signals to stop at the next step, as `stoppable` notes them
                 ):
-        self.file, self.progress = Path(file), progress
-        self.start, self.history, self.seconds = 0, [], 0.
+        self.file, self.progress, self.asked = Path(file), progress, asked
+        self.previous = self.file.with_name('previous.safetensors')
+        self.start, self.first, self.history, self.seconds = 0, 0, [], 0.
 
     def load(self, learn: Learner # Not yet trained, with an optimizer
-            ) -> int: # The first epoch still to be trained
-        "Put weights and optimizer back if there is a usable checkpoint."
-        if not self.file.exists(): return 0
-        try: tensors, meta = load_tensors(self.file)
-        except ValueError as e: warnings.warn(f"{e}; training starts again from the first epoch"); return 0
-        state = unpack(json.loads(meta['skeleton']), tensors)
+            ) -> int: # The first epoch still to be trained, or to be finished
+        "Put weights and optimizer back if there is a usable checkpoint; of two the later one."
+        for file in (self.file, self.previous):
+            if not file.exists(): continue
+            try: tensors, meta = load_tensors(file); self._put_back(unpack(json.loads(meta['skeleton']), tensors), learn)
+            except (ValueError, KeyError) as e: warnings.warn(f"{e}; training goes on from an earlier point"); continue
+            break
+        return self.start
+
+    def _put_back(self, state, learn):
         learn.model.load_state_dict(state['model']); learn.opt.opt.load_state_dict(state['opt'])
         for p, s in learn.opt.opt.state.items(): # the fused step reads memory in order, so averages need the strides of their weights
             s.update({k: torch.empty_like(p).copy_(v) for k, v in s.items() if isinstance(v, torch.Tensor) and v.shape == p.shape})
         self.rng, self.history, self.seconds, self.smooth, self.cbs = (state[k] for k in ('rng', 'history', 'seconds', 'smooth', 'cbs'))
         self.start = state['epoch'] + 1
-        return self.start
+        if state.get('batch'): # an epoch may have more and smaller batches now
+            self.first, self.pct = state['batch'] * len(learn.dls.train) // state['n_iter'], state['pct']
 
     def __call__(self, event_name: str # fastai event
                 ): # errors pass as they are, without fastai's "Exception occured in": their messages are for the user
         if f := getattr(type(self), event_name, None): f(self)
 
     def before_fit(self):
-        self.begun = time.perf_counter() - self.seconds
-        if self.start:
+        self.begun, self.saved, self.in_step = time.perf_counter() - self.seconds, time.monotonic(), False
+        if self.start or self.first:
             for cb in self._stateful(): cb.load_state_dict(self.cbs[cb.name])
     def _stateful(self): return [cb for cb in self.learn.cbs if hasattr(type(cb), 'state_dict')] # such as EMA; an instance passes unknown names on to the model
     def before_epoch(self):
-        if self.start and self.epoch == self.start:
+        self.done = self.first if self.epoch == self.start else 0 # batches of this epoch
+        if (self.start or self.first) and self.epoch == self.start:
             _set_rng_state(self.rng)
             self.recorder.smooth_loss.val, self.recorder.smooth_loss.count = self.smooth
-        if isinstance(self.dls.train, MixedDL): self.dls.train.epoch = self.epoch
-        if self.progress: self.progress(self.epoch * len(self.dls.train), self.n_epoch * len(self.dls.train))
+        if isinstance(self.dls.train, MixedDL):
+            self.dls.train.epoch = self.epoch
+            if self.done: self.dls.train.start_at(self.done, partial(_set_rng_state, self.rng))
+        if self.progress: self.progress(self.epoch * len(self.dls.train) + self.done, self.n_epoch * len(self.dls.train))
+    def before_train(self):
+        if self.done: self.learn.pct_train = self.pct # the same sum of small steps
 
+    def after_step(self): self.in_step = False
+    def before_backward(self): self.in_step = True # until the step, which takes several batches when gradients are accumulated
     def after_batch(self):
-        if self.training and self.progress: self.progress(self.epoch * self.n_iter + self.iter + 1, self.n_epoch * self.n_iter)
+        if not self.training:
+            if self.asked: raise Stopped(self.asked[0]) # validation is short and made again
+            return
+        self.done += 1
+        if self.progress: self.progress(self.epoch * self.n_iter + self.done, self.n_epoch * self.n_iter)
+        if self.done % 20 == 0: self._check_loss()
+        if self.in_step or not isinstance(self.dls.train, MixedDL): return
+        if self.asked or time.monotonic() - self.saved >= self.every:
+            self._check_loss()
+            self._save(self.epoch - 1, batch=self.done, n_iter=self.n_iter, pct=self.pct_train)
+        if self.asked: raise Stopped(self.asked[0])
 
     def after_epoch(self):
         if self.epoch < self.start: return
+        self._check_loss()
         loss, valid, acc = (float(o) for o in self.recorder.log[1:4])
         if not np.isfinite([loss, valid]).all():
-            raise FloatingPointError(f"the loss is {loss} in training and {valid} in validation after epoch {self.epoch}: training diverged; the last good epoch is kept, try a lower lr in a new run")
+            raise FloatingPointError(f"the loss is {loss} in training and {valid} in validation after epoch {self.epoch}: {_DIVERGED}")
         self.history.append(dict(epoch=self.epoch, train_loss=loss, valid_loss=valid, valid_accuracy=acc))
-        state = dict(model=self.model.state_dict(), opt=self.opt.opt.state_dict(), rng=_rng_state(), history=self.history, epoch=self.epoch,
+        self._save(self.epoch)
+
+    def _check_loss(self):
+        if math.isfinite(float(self.recorder.smooth_loss.val)): return # which stays infinite once it was
+        first = next((i for i, o in enumerate(self.recorder.losses) if not math.isfinite(float(o))), 0)
+        step = self.start * self.n_iter + self.first + first
+        raise FloatingPointError(f"the loss is {float(self.recorder.smooth_loss.val)} at batch {step % self.n_iter} of epoch {step // self.n_iter}: {_DIVERGED}")
+
+    def _save(self, epoch, **within): # the last finished epoch, and how far the next one is
+        if bad := next((n for n, p in self.model.named_parameters() if not torch.isfinite(p).all()), None):
+            raise FloatingPointError(f"{bad} is not finite after batch {self.done} of epoch {self.epoch}: {_DIVERGED}")
+        state = dict(model=self.model.state_dict(), opt=self.opt.opt.state_dict(), rng=_rng_state(), history=self.history, epoch=epoch, **within,
                      cbs={cb.name: cb.state_dict() for cb in self._stateful()}, seconds=time.perf_counter() - self.begun, smooth=(self.recorder.smooth_loss.val, self.recorder.smooth_loss.count))
         tensors = {}
         skeleton = json.dumps(pack(state, tensors))
-        save_tensors(tensors, self.file, dict(skeleton=skeleton))
+        new = save_tensors(tensors, self.file.with_name('new.safetensors'), dict(skeleton=skeleton))
+        if self.file.exists(): os.replace(self.file, self.previous) # at any moment one of the two is whole
+        os.replace(new, self.file)
+        self.saved = time.monotonic()
+
+_DIVERGED = "training diverged; the last good weights are kept, try a lower lr in a new run"

@@ -26,12 +26,13 @@ def read_sums(file: Path # In the format of sha256sum
     "The checksums in a file; lines that are torn are passed over."
     if not file.exists(): return {}
     lines = file.read_text(encoding='utf-8', errors='replace').splitlines()
-    return {o[66:]: o[:64] for o in lines if len(o) > 66}
+    return {o[66:]: o[:64] for o in lines if len(o) > 66 and Path(o[66:]).name == o[66:]} # no name leaves the folder
 
-def altered(folder: Path # With or without SHA256SUMS
+def altered(folder: Path, # With or without SHA256SUMS
+            names: list[str] | None = None # Which files; None: all
            ) -> list[str]: # Names of files that are missing or not what they were
     "Compare the files of a folder with their checksums."
-    return [k for k, v in read_sums(folder/'SHA256SUMS').items() if not (folder/k).is_file() or file_sha256(folder/k) != v]
+    return [k for k, v in read_sums(folder/'SHA256SUMS').items() if names is None or k in names if not (folder/k).is_file() or file_sha256(folder/k) != v]
 
 def write_text(file: Path, # Target
                text: str # Its content

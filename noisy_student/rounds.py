@@ -26,14 +26,15 @@ from fastcore.basics import patch
 from fastcore.imports import IN_NOTEBOOK
 from PIL import Image
 
-from .checkpoints import RunState, _seeded, _write_text, pack, unpack # pack and unpack for those who import them here
+from .checkpoints import RunState, _seeded, pack, unpack # pack and unpack for those who import them here
 from .dataloaders import PadCropFlip, ResizedCropFlip, mixed_dataloaders
 from .datasets import Splits, load_images
+from .files import altered, locked, stoppable, write_sums, write_text as _write_text
 from .learner import Noise, noisy_student_learner
 from .losses import SoftLabelCrossEntropy
 from .models import create_model, load_tensors, load_weights, n_parameters, save_weights
 from .pretrained import Trained
-from .pseudo_labels import PseudoLabels, Selection, predict_pseudo_labels, read_selection, relabel_pseudo_labels, select_pseudo_labels
+from .pseudo_labels import PseudoLabelError, PseudoLabels, Selection, predict_pseudo_labels, read_selection, relabel_pseudo_labels, select_pseudo_labels
 from .randaugment import BatchRandAugment
 from .recipes import Recipe, get_recipe
 from .training import EMA, Plateau, TeacherTargets, optimizer, staircase
@@ -55,8 +56,12 @@ def _in_bf16(model, device): # inside, every forward pass of `model` runs in bfl
         for h in hooks: h.remove()
 
 def _train(learn, epochs, recipe, folder, progress): # -> history, seconds; goes on from folder/checkpoint
+    with stoppable(defer=True) as asked: # a signal waits for the end of the step
+        return _fit(learn, epochs, recipe, RunState(folder/'checkpoint'/'state.safetensors', progress, asked))
+
+def _fit(learn, epochs, recipe, state):
     learn.create_opt()
-    state, device = RunState(folder/'checkpoint'/'state.safetensors', progress), learn.dls.device
+    device = learn.dls.device
     cbs = [state, *([] if recipe.ema is None else [EMA(recipe.ema)])]
     if recipe.accumulate > 1: cbs.append(GradientAccumulation(learn.dls.train.bs * recipe.accumulate))
     wd = [recipe.wd * (2 if recipe.wd_on == 'shortcuts' else 1), 0.] # of the groups that the splitter makes
@@ -68,6 +73,7 @@ def _train(learn, epochs, recipe, folder, progress): # -> history, seconds; goes
         else:
             stairs = staircase(recipe.rate, epochs, **recipe.stairs(epochs))
             learn.fit(epochs, recipe.rate, cbs=[ParamScheduler({'lr': stairs}), *cbs], **fit)
+    state.previous.unlink(missing_ok=True) # the last one holds the finished training
     return state.history, time.perf_counter() - state.begun
 
 # %% ../nbs/09_rounds.ipynb #b873f69e
@@ -181,23 +187,26 @@ class NoisyStudent:
         """Train the teacher and all students, or what is still to do of them, and return a row per round, the teacher first.
 
         Raises ValueError if the directory holds a run of another configuration, or a labeled image cannot be read;
-        OSError if something cannot be written. What was written stays, and `fit` again goes on from there."""
-        self._open()
-        for k in range(self.recipe.rounds + 1):
-            if not (self._round(k)/'metrics.json').exists(): self._fit_round(k)
-            self._write_summary() # also for a finished round: a kill may have come between the two files
+        OSError if something cannot be written; `InUseError` if another process works in the directory; `Stopped` on
+        SIGTERM and Ctrl-C. What was written stays, and `fit` again goes on from there."""
+        self._check_folder()
+        with locked(self.path/'.lock'), stoppable():
+            self._open()
+            for k in range(self.recipe.rounds + 1):
+                self._check_round(k)
+                if not (self._round(k)/'metrics.json').exists(): self._fit_round(k)
+                self._seal_round(k)
+                self._write_summary() # also for a finished round: a kill may have come between the two files
         return self.summary
 
     def _write_summary(self):
         file, text = self.path/'summary.csv', self.summary.to_csv(index=False)
-        if not file.exists() or file.read_text() != text: _write_text(file, text)
+        if not file.exists() or file.read_text(errors='replace') != text: _write_text(file, text)
 
     @property
     def summary(self) -> pd.DataFrame:
         "A row per finished round, the teacher first; accuracies in 0..1, empty where there is no test set."
-        rows = [json.loads((self._round(k)/'metrics.json').read_text()) for k in range(self.recipe.rounds + 1) if (self._round(k)/'metrics.json').exists()]
-        return pd.DataFrame(rows, columns=['round', 'role', 'arch', 'parameters', 'labeled', 'pseudo_labeled', 'valid_accuracy', 'test_accuracy',
-                                           'seconds', 'pseudo_label_accuracy'])
+        return _read_summary([f for k in range(self.recipe.rounds + 1) if (f := self._round(k)/'metrics.json').exists()])
 
     @property
     def best(self) -> int:
@@ -218,15 +227,22 @@ class NoisyStudent:
 
     def _round(self, k): return self.path/f'round_{k}'
 
-# %% ../nbs/09_rounds.ipynb #21438871
+# %% ../nbs/09_rounds.ipynb #0c07cbd0
+@patch
+def _check_folder(self: NoisyStudent): # before anything is put into it
+    own = ('run.json.tmp', '.lock', '.lock.txt')
+    if not (self.path/'run.json').exists() and self.path.is_dir() and any(o.name not in own for o in self.path.iterdir()):
+        raise ValueError(f"{self.path} is not empty and holds no run: choose another folder")
+
 @patch
 def _open(self: NoisyStudent): # make the directory, or check that it holds this run
     file, config = self.path/'run.json', self.config
-    if not file.exists():
-        if self.path.is_dir() and any(o.name != 'run.json.tmp' for o in self.path.iterdir()): raise ValueError(f"{self.path} is not empty and holds no run: choose another folder")
-        return self._write_run(config)
-    try: old = json.loads(file.read_text())['config']
-    except (ValueError, KeyError): raise ValueError(f"{file} is damaged: remove {self.path}, or choose another folder") from None
+    if not file.exists(): return self._write_run(config)
+    try:
+        run = json.loads(file.read_text())
+        old = run['config']
+        if run.pop('sha256', None) not in (None, _json_sha256(run)): raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError): raise ValueError(f"{file} is damaged: remove {self.path}, or choose another folder") from None
     def flat(d, pre=''): return {k2: v2 for k, v in d.items() for k2, v2 in (flat(v, f'{pre}{k}.') if isinstance(v, dict) else {pre + k: v}).items()}
     a, b = flat(old), flat(config)
     diff = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
@@ -244,7 +260,38 @@ def _open(self: NoisyStudent): # make the directory, or check that it holds this
 @patch
 def _write_run(self: NoisyStudent, config):
     versions = {o: version(o) for o in ('noisy_student', 'torch', 'fastai', 'timm', 'numpy', 'pillow')}
-    _write_text(self.path/'run.json', json.dumps(dict(config=config, versions=versions, python=platform.python_version(), device=str(self.device)), indent=1))
+    run = dict(config=config, versions=versions, python=platform.python_version(), device=str(self.device))
+    _write_text(self.path/'run.json', json.dumps(dict(run, sha256=_json_sha256(run)), indent=1))
+
+def _json_sha256(d): return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()
+
+# %% ../nbs/09_rounds.ipynb #318aab92
+_RESULTS = ('model.safetensors', 'history.csv', 'selected.parquet', 'metrics.json')
+
+@patch
+def _seal_round(self: NoisyStudent, k):
+    folder = self._round(k)
+    if not (folder/'SHA256SUMS').exists(): write_sums(folder, [o for o in _RESULTS if (folder/o).exists()])
+
+@patch
+def _check_round(self: NoisyStudent, k): # what is damaged is removed, so that it is made again
+    folder = self._round(k)
+    for name in (bad := altered(folder)):
+        warnings.warn(f"{folder/name} is missing or not what was written: round {k} makes it again")
+        (folder/name).unlink(missing_ok=True)
+    if bad:
+        (folder/'metrics.json').unlink(missing_ok=True) # which says that the round is finished
+        (folder/'SHA256SUMS').unlink()
+
+def _read_summary(files): # metrics.json of some rounds as a table
+    rows = []
+    for f in files:
+        try:
+            if f.name in altered(f.parent, [f.name]): raise ValueError
+            rows.append(json.loads(f.read_text()))
+        except (ValueError, OSError): raise ValueError(f"{f} is damaged: fit(), or noisy-student run, makes it again") from None
+    return pd.DataFrame(rows, columns=['round', 'role', 'arch', 'parameters', 'labeled', 'pseudo_labeled', 'valid_accuracy', 'test_accuracy',
+                                       'seconds', 'pseudo_label_accuracy'])
 
 # %% ../nbs/09_rounds.ipynb #ab63d0a5
 @patch
@@ -346,7 +393,9 @@ def _rows(self: NoisyStudent, items): # positions in the decoded pool of the ite
 def _label(self: NoisyStudent, k): # the pseudo labels for round k, made by the network of round k - 1
     out, before = self._round(k)/'selected.parquet', self._round(k - 1)/'selected.parquet'
     tell, items = lambda done, total: self._tell(f'round {k}: labeling', done, total), self.data.unlabeled.images
-    if out.exists(): return read_selection(out)
+    if out.exists():
+        try: return read_selection(out)
+        except PseudoLabelError as e: warnings.warn(f"{e}; it is made again now")
     if self.recipe.relabel == 'all' or not before.exists(): return self._label_pool(k - 1, self._round(k), tell)
     relabel_pseudo_labels(self.learner(k - 1), before, out, items if isinstance(items, np.ndarray) else None, bs=256, progress=tell)
     return read_selection(out)
@@ -475,8 +524,7 @@ def load_model(path: str | Path, # A run directory (its best round), a round_K f
               ) -> Trained:
     "The trained network of a run. Raises FileNotFoundError or ValueError, naming the file, if there is none."
     file = Path(path)
-    if (file/'summary.csv').exists():
-        file = file/f"round_{_best_round(pd.read_csv(file/'summary.csv'))}"
+    if found := sorted(file.glob('round_*/metrics.json')): file = file/f'round_{_best_round(_read_summary(found))}'
     if file.is_dir(): file = file/'model.safetensors'
     if not file.exists(): raise FileNotFoundError(f"no trained model at {path}: give a run directory, a round_K folder or a model.safetensors")
     tensors, meta = load_tensors(file)
