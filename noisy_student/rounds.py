@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['NoisyStudent', 'load_model']
 
-# %% ../nbs/09_rounds.ipynb #7459afae
-import hashlib, json, os, platform, sys, time, warnings
+# %% ../nbs/09_rounds.ipynb #bc2683d4
+import gc, hashlib, json, os, platform, sys, time, warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +30,7 @@ from PIL import Image
 from .checkpoints import RunState, _seeded, pack, unpack # pack and unpack for those who import them here
 from .dataloaders import PadCropFlip, ResizedCropFlip, mixed_dataloaders
 from .datasets import Splits, load_images
-from .files import altered, locked, stoppable, write_sums, write_text as _write_text
+from .files import altered, locked, read_metrics, stoppable, write_sums, write_text as _write_text
 from .learner import Noise, noisy_student_learner
 from .losses import SoftLabelCrossEntropy
 from .models import create_model, load_tensors, load_weights, n_parameters, save_weights
@@ -128,6 +129,7 @@ class NoisyStudent:
     """Teacher, pseudo labels, noised student, and again (Xie et al. 2020, Algorithm 1), in a run directory.
 
     Raises ValueError for settings or data that cannot work, before anything is trained."""
+    auto_batch = False
     def __init__(
         self,
         data: Splits, # Labeled, unlabeled, validation and test images
@@ -139,6 +141,7 @@ class NoisyStudent:
         device: str | torch.device | None = None, # 'cpu', 'cuda', ...; None: a GPU if there is one
         progress: Callable[[str, int, int], None] | None = None, # Called with (stage, done, total); None: one line in notebooks and terminals
         pseudo_labels: str | Path | Selection | None = None, # A selection made elsewhere: round 0 is then a student of that teacher
+        auto_batch: bool = False, # Out of memory: compute the batch in halves, whose gradients are added, instead of giving up
         **settings # Fields of `Recipe` to change, such as epochs=10
     ):
         if not isinstance(data, Splits): raise ValueError(f"data must be Splits, such as from_folder({data!r}), not {type(data).__name__}")
@@ -153,7 +156,7 @@ class NoisyStudent:
         self.device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
         if self.device.type == 'cuda' and not torch.cuda.is_available(): raise ValueError("device='cuda', but torch sees no GPU here: use 'cpu'")
         self.size = self.recipe.size or _default_size(data)
-        self._tell = progress or _one_line()
+        self._tell, self.auto_batch = progress or _one_line(), auto_batch
         self.given = None if pseudo_labels is None else read_selection(pseudo_labels)
         if self.given is not None and self.given.classes != list(data.classes):
             raise ValueError(f"the pseudo labels have the classes {', '.join(self.given.classes)}, but the data {', '.join(data.classes)}: they must be the same")
@@ -187,14 +190,18 @@ class NoisyStudent:
         """Train the teacher and all students, or what is still to do of them, and return a row per round, the teacher first.
 
         Raises ValueError if the directory holds a run of another configuration, or a labeled image cannot be read;
-        OSError if something cannot be written; `InUseError` if another process works in the directory; `Stopped` on
+        OSError if something cannot be written; MemoryError if the device has too little, see `auto_batch`; `InUseError` if another process works in the directory; `Stopped` on
         SIGTERM and Ctrl-C. What was written stays, and `fit` again goes on from there."""
         self._check_folder()
         with locked(self.path/'.lock'), stoppable():
             self._open()
             for k in range(self.recipe.rounds + 1):
                 self._check_round(k)
-                if not (self._round(k)/'metrics.json').exists(): self._fit_round(k)
+                while not (self._round(k)/'metrics.json').exists():
+                    try: self._fit_round(k)
+                    except torch.cuda.OutOfMemoryError: out_of_memory = True
+                    else: out_of_memory = False
+                    if out_of_memory: self._halve_batch(k) # here, where the error holds on to nothing any more
                 self._seal_round(k)
                 self._write_summary() # also for a finished round: a kill may have come between the two files
         return self.summary
@@ -284,14 +291,28 @@ def _check_round(self: NoisyStudent, k): # what is damaged is removed, so that i
         (folder/'SHA256SUMS').unlink()
 
 def _read_summary(files): # metrics.json of some rounds as a table
-    rows = []
-    for f in files:
-        try:
-            if f.name in altered(f.parent, [f.name]): raise ValueError
-            rows.append(json.loads(f.read_text()))
-        except (ValueError, OSError): raise ValueError(f"{f} is damaged: fit(), or noisy-student run, makes it again") from None
+    rows = [read_metrics(f.parent) for f in files]
     return pd.DataFrame(rows, columns=['round', 'role', 'arch', 'parameters', 'labeled', 'pseudo_labeled', 'valid_accuracy', 'test_accuracy',
                                        'seconds', 'pseudo_label_accuracy'])
+
+# %% ../nbs/09_rounds.ipynb #4c9524c8
+@patch
+def _recipe(self: NoisyStudent, k): # with the parts that batches of round k are computed in
+    parts = max([1, *(int(o.name.rpartition('_')[2]) for o in self._round(k).glob('auto_batch_*'))])
+    return self.recipe if parts == 1 else replace(self.recipe, accumulate=self.recipe.accumulate * parts)
+
+@patch
+def _halve_batch(self: NoisyStudent, k): # or raise: as errors of the device are no mistake of the settings
+    if not self.auto_batch:
+        raise MemoryError(f"out of memory in round {k}: ask for auto_batch (--auto-batch), which computes batches in parts, "
+                          "or start a new run with a smaller size, bs or network")
+    r = self._recipe(k)
+    if r.bs % (2 * r.accumulate): raise MemoryError(f"out of memory in round {k}, and batches of {r.bs} in {r.accumulate} parts cannot be halved: use a smaller size or network")
+    self._round(k).mkdir(parents=True, exist_ok=True)
+    (self._round(k)/f'auto_batch_{2 * r.accumulate // self.recipe.accumulate}').touch()
+    gc.collect()
+    if torch.cuda.is_initialized(): torch.cuda.empty_cache()
+    warnings.warn(f"out of memory in round {k}: from the last checkpoint on, batches of {r.bs} are computed in {2 * r.accumulate} parts of {r.bs // (2 * r.accumulate)}")
 
 # %% ../nbs/09_rounds.ipynb #ab63d0a5
 @patch
@@ -324,7 +345,7 @@ def _stats(self: NoisyStudent, k): # mean and standard deviation per channel: of
 
 @patch
 def _learner(self: NoisyStudent, k, selection, noise, pretrained=False, teacher=None): # the network of round k, before training
-    r, sets = self.recipe, {n: (self._images(n).images, getattr(self.data, n).labels) for n in ('labeled', 'valid')}
+    r, sets = self._recipe(k), {n: (self._images(n).images, getattr(self.data, n).labels) for n in ('labeled', 'valid')}
     pseudo, copies, augment, parts = None, None, _student_view(r), r.accumulate
     if teacher is not None: # targets are made batch by batch
         pool = self._images('unlabeled').images
@@ -419,10 +440,10 @@ def _accuracy(self: NoisyStudent, learn, name): # share of right answers on a la
     if split is None or not len(split): return None
     return int((_logits(learn, self._images(name).images).argmax(1).numpy() == split.labels).sum()) / len(split)
 
-# %% ../nbs/09_rounds.ipynb #3b75c438
+# %% ../nbs/09_rounds.ipynb #89ef8856
 @patch
 def _fit_round(self: NoisyStudent, k): # everything of round k that is not there yet
-    r, folder, begun = self.recipe, self._round(k), time.perf_counter()
+    r, folder, begun = self._recipe(k), self._round(k), time.perf_counter()
     for name in ('labeled', 'valid', 'test'): # a bad file stops the run here, before training
         if getattr(self.data, name) is not None: self._images(name)
     fly = self.learner(k - 1) if k and r.on_the_fly else None
@@ -491,7 +512,7 @@ def suspects(self: NoisyStudent, # After `fit`
     if find_spec('cleanlab') is None: raise ImportError("finding suspects needs cleanlab: pip install 'noisy_student[eval]'") # before the training
     k = int(self.summary['round'].max())
     folder, names, images = self.path/'suspects'/f'round_{k}', np.array(self.data.classes), self.data.labeled.images
-    probs = self._unseen_probs(k, folder)
+    with locked(self.path/'.lock'), stoppable(): probs = self._unseen_probs(k, folder)
     ranked = rank_suspects(self.data.labeled.labels, probs)
     ranked = ranked[ranked.label != ranked.predicted].reset_index(drop=True)
     item = ranked.position if isinstance(images, np.ndarray) else [images[i] for i in ranked.position]
