@@ -309,6 +309,8 @@ def predict_pseudo_labels(
             skipped += done['skipped']; parts[file.name] = pq.read_metadata(file).num_rows
     with _replacing(csv := out/f'_skipped-{name}.csv') as tmp:
         pd.DataFrame(skipped, columns=['item', 'reason']).to_csv(tmp, index=False)
+    last = {**known, **read_sums(sums)} # a line per part, in order
+    with _replacing(sums) as tmp: tmp.write_text(''.join(f"{last[o]}  {o}\n" for o in parts if o in last))
     if len(skipped) == hi - lo:
         raise PseudoLabelError(f"none of the {hi - lo} images could be read ({': '.join(skipped[0])}, ...): see {csv}")
     if skipped: warnings.warn(f"{len(skipped)} of {hi - lo} images could not be read and get no label: see {csv}")
@@ -340,7 +342,7 @@ def _check_sums(folder): # of all parts in it
     with ThreadPoolExecutor() as pool: sums = pool.map(file_sha256, [folder/o for o in known])
     for name, sha256 in zip(known, sums):
         if sha256 != known[name]:
-            raise PseudoLabelError(f"{folder/name} is not what was written (its checksum is another): label again, which makes just this file anew")
+            raise PseudoLabelError(f"{folder/name} is damaged (its checksum is another): label again, which makes just this file anew")
 
 def _shard_of(file): # of part-00000-of-00001-00000.parquet
     try: return int(file.name.split('-')[1])
