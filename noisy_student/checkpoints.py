@@ -126,8 +126,8 @@ class RunState(Callback):
         self.done += 1
         if self.progress: self.progress(self.epoch * self.n_iter + self.done, self.n_epoch * self.n_iter)
         if self.done % 20 == 0: self._check_loss()
-        if self.in_step or not isinstance(self.dls.train, MixedDL): return
-        if self.asked or time.monotonic() - self.saved >= self.every:
+        if self.in_step: return
+        if isinstance(self.dls.train, MixedDL) and (self.asked or time.monotonic() - self.saved >= self.every):
             self._check_loss()
             self._save(self.epoch - 1, batch=self.done, n_iter=self.n_iter, pct=self.pct_train)
         if self.asked: raise Stopped(self.asked[0])

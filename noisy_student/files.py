@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['write_sums', 'read_sums', 'altered', 'read_metrics', 'write_text', 'InUseError', 'locked', 'Stopped', 'stoppable']
 
-# %% ../nbs/04b_files.ipynb #edd8e009
-import json, os, signal, socket, threading, time
+# %% ../nbs/04b_files.ipynb #8d0301d6
+import json, os, re, signal, socket, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def read_sums(file: Path # In the format of sha256sum
     "The checksums in a file; lines that are torn are passed over."
     if not file.exists(): return {}
     lines = file.read_text(encoding='utf-8', errors='replace').splitlines()
-    return {o[66:]: o[:64] for o in lines if len(o) > 66 and Path(o[66:]).name == o[66:]} # no name leaves the folder
+    return {o[66:]: o[:64] for o in lines if re.fullmatch(r'[0-9a-f]{64}  [\w-][\w.-]{0,200}', o)} # no name leaves the folder
 
 def altered(folder: Path, # With or without SHA256SUMS
             names: list[str] | None = None # Which files; None: all
@@ -64,7 +64,8 @@ def locked(file: Path # The lock file, in the folder to be written
           ):
     "Inside, no other process is. Raises `InUseError` at once if one is; a folder that cannot be written is not locked."
     owner, lock = file.with_name(file.name + '.txt'), FileLock(str(file))
-    file.parent.mkdir(parents=True, exist_ok=True)
+    try: file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise OSError(e.errno, f"cannot write {file.parent}: {e.strerror}") from None
     try: lock.acquire(timeout=0)
     except Timeout:
         who = owner.read_text() if owner.exists() else 'another process'

@@ -88,8 +88,12 @@ def check_weights(data):
 def _in_run(data, name):
     s = samples()
     (f := s["folder"]/name).write_bytes(data)
-    try: return refused(lambda: noisy_student(s["pictures"], s["folder"], rounds=1, epochs=1, teacher_epochs=1)._open(), s["folder"])
+    try: return refused(_this_run()._open, s["folder"])
     finally: f.write_bytes(s["run"])
+
+
+@cache
+def _this_run(): return noisy_student(samples()["pictures"], samples()["folder"], rounds=1, epochs=1, teacher_epochs=1)
 
 
 def check_run(data): return _in_run(data, "run.json")
@@ -124,7 +128,7 @@ def check_line(words):
     from noisy_student import cli
     s, real = samples(), cli._fit
     cli._fit = lambda *a, **k: None
-    argv = [o.format(**s) if "{" in o else o for o in words]
+    argv = [o.replace("{folder}", str(s["folder"])).replace("{pictures}", str(s["pictures"])).replace("{work}", str(s["work"])) for o in words]
     out, err = io.StringIO(), io.StringIO()
     cwd = os.getcwd()
     os.chdir(s["work"])
