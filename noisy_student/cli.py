@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DATA', 'FOLDER', 'app', 'DataArg', 'ModelArg', 'LabelsOpt', 'SizeOpt', 'EpochsOpt', 'RecipeOpt', 'SeedOpt',
-           'DeviceOpt', 'BatchOpt', 'JsonOpt', 'Data', 'load_data', 'show_progress', 'print_table', 'run', 'label',
-           'select', 'relabel', 'train', 'ablate', 'evaluate', 'predict', 'export', 'recipes', 'bench', 'main']
+           'DeviceOpt', 'AutoBatchOpt', 'BatchOpt', 'JsonOpt', 'Data', 'load_data', 'show_progress', 'print_table',
+           'run', 'label', 'select', 'relabel', 'train', 'ablate', 'evaluate', 'predict', 'export', 'recipes', 'bench',
+           'main']
 
 # %% ../nbs/13_cli.ipynb #669da197
 import json, os, re, sys, time, warnings
@@ -18,6 +19,7 @@ import typer
 
 from . import __version__, datasets
 from .datasets import Splits
+from .files import read_metrics, stoppable
 
 # %% ../nbs/13_cli.ipynb #a938e718
 class Data(NamedTuple):
@@ -145,6 +147,7 @@ EpochsOpt = Annotated[Optional[int], typer.Option(metavar='N', min=1, show_defau
 RecipeOpt = Annotated[Optional[str], typer.Option(metavar='NAME', show_default=False, help="Settings to start from, see noisy-student recipes. Default: the one made for DATA.")]
 SeedOpt = Annotated[int, typer.Option(metavar='N', min=0, help="Which images are labeled, initial weights, order, noise.")]
 DeviceOpt = Annotated[Optional[str], typer.Option(metavar='NAME', callback=_is_device, show_default=False, help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")]
+AutoBatchOpt = Annotated[bool, typer.Option('--auto-batch', help="Out of memory: compute batches in halves, whose gradients are added, instead of giving up.")]
 BatchOpt = Annotated[Optional[int], typer.Option(metavar='N', min=1, help="Images per forward pass. Default of label on a GPU: as many as fit.")]
 JsonOpt = Annotated[bool, typer.Option('--json', help="Results as JSON.")]
 
@@ -178,7 +181,7 @@ def run(
     rounds: Annotated[Optional[int], typer.Option(metavar='N', min=0, show_default=False, help="Students, one after the other. Default: the recipe's.")] = None,
     epochs: EpochsOpt = None, size: SizeOpt = None, recipe: RecipeOpt = None, seed: SeedOpt = 0, device: DeviceOpt = None,
     threshold: Annotated[Optional[float], typer.Option(metavar='X', min=0, max=1, show_default=False, help="Least confidence of a pseudo label, 0 to 1. Default: the recipe's.")] = None,
-    as_json: JsonOpt = False,
+    auto_batch: AutoBatchOpt = False, as_json: JsonOpt = False,
 ):
     """Train a teacher and its noised students, and show the accuracy of every round.
 
@@ -189,9 +192,9 @@ def run(
     Can be interrupted: the same command goes on where it stopped.
     """
     settings = dict(rounds=rounds, size=size, threshold=threshold)
-    _fit(data, load_data(data, labels, unlabeled, seed, recipe), out, arch, recipe, epochs, seed, device, as_json, settings)
+    _fit(data, load_data(data, labels, unlabeled, seed, recipe), out, arch, recipe, epochs, seed, device, as_json, settings, auto_batch=auto_batch)
 
-def _fit(name, data, out, archs, recipe, epochs, seed, device, as_json, settings, pseudo=None): # train, and print what came out
+def _fit(name, data, out, archs, recipe, epochs, seed, device, as_json, settings, pseudo=None, auto_batch=False): # train, and print what came out
     from noisy_student.recipes import get_recipe
     from noisy_student.rounds import NoisyStudent
     recipe = get_recipe(recipe or DATA.get(name, FOLDER).recipe)
@@ -199,7 +202,7 @@ def _fit(name, data, out, archs, recipe, epochs, seed, device, as_json, settings
     with show_progress() as progress:
         given = {k: v for k, v in dict(settings, epochs=epochs, teacher_epochs=epochs).items() if v is not None}
         ns = NoisyStudent(data, archs or recipe.archs or ['resnet18'], out, seed=seed, recipe=recipe, device=device,
-                          progress=progress, pseudo_labels=pseudo, **given)
+                          progress=progress, pseudo_labels=pseudo, auto_batch=auto_batch, **given)
         rows = _rows(ns.fit())
     _print_run(out, rows, as_json)
 
@@ -325,7 +328,8 @@ def train(
     out: Annotated[Optional[str], typer.Option(metavar='DIR', show_default=False, help="Run directory. Default: runs/NAME.")] = None,
     labels: LabelsOpt = None,
     arch: Annotated[Optional[str], typer.Option(metavar='NAME', show_default=False, help="Architecture: a timm name or resnet9_24. Default: the recipe's, else resnet18.")] = None,
-    epochs: EpochsOpt = None, size: SizeOpt = None, recipe: RecipeOpt = None, seed: SeedOpt = 0, device: DeviceOpt = None, as_json: JsonOpt = False,
+    epochs: EpochsOpt = None, size: SizeOpt = None, recipe: RecipeOpt = None, seed: SeedOpt = 0, device: DeviceOpt = None,
+    auto_batch: AutoBatchOpt = False, as_json: JsonOpt = False,
 ):
     """Train one network: a teacher on the labeled images, or with --pseudo a noised student on those and the selection.
 
@@ -336,7 +340,7 @@ def train(
     Can be interrupted: the same command goes on where it stopped.
     """
     unlabeled = _items_of(pseudo) if pseudo else None # just the selected files are decoded
-    _fit(data, load_data(data, labels, unlabeled, seed, recipe), out, arch and [arch], recipe, epochs, seed, device, as_json, dict(rounds=0, size=size), pseudo)
+    _fit(data, load_data(data, labels, unlabeled, seed, recipe), out, arch and [arch], recipe, epochs, seed, device, as_json, dict(rounds=0, size=size), pseudo, auto_batch)
 
 # %% ../nbs/13_cli.ipynb #5a9f873c
 @app.command(short_help='Which ingredient of a recipe did it.')
@@ -410,8 +414,7 @@ def evaluate(
     if data is None:
         if robustness: raise ValueError(f"--robustness needs images: name the data that {model} is to be evaluated on")
         if not (path/'summary.csv').exists(): raise ValueError(f"{model} is not the directory of a run with a finished round: name the data to evaluate it on")
-        import pandas as pd
-        return _print_run(path, _rows(pd.read_csv(path/'summary.csv')), as_json)
+        return _print_run(path, sorted((read_metrics(f.parent) for f in path.glob('round_*/metrics.json')), key=lambda r: r['round']), as_json)
     if seed not in (None, own := _seed_of(path)):
         _to_stderr(f"warning: the run has seed {own}: with --seed {seed} its training images may be among the validation images")
     splits, rows = load_data(data, seed=own if seed is None else seed), []
@@ -563,14 +566,14 @@ _RESUMABLE = ('run', 'train', 'label', 'ablate')
 _UsageError = typer.BadParameter.__base__ # Typer has its own copy of Click from 0.26 on; this is right for both
 
 def main(argv: list[str] | None = None # Arguments; None: those of the process
-        ) -> int: # Exit code: 0, 1 for a broken pipe or a defect of ours, 2 for a mistake of the user, 130 for Ctrl-C
+        ) -> int: # Exit code: 0, 1 for a broken pipe or a defect of ours, 2 for a mistake of the user, 130 for Ctrl-C, 143 for SIGTERM
     "The command line."
     args = list(sys.argv[1:] if argv is None else argv) or ['--help']
     debug = os.environ.get('NOISY_STUDENT_DEBUG', '') not in ('', '0')
     try:
         try:
             command = typer.main.get_command(app)
-            with _plain_warnings(_to_stderr), command.make_context('noisy-student', args) as ctx: command.invoke(ctx)
+            with stoppable(), _plain_warnings(_to_stderr), command.make_context('noisy-student', args) as ctx: command.invoke(ctx)
         except typer.Exit as e: return e.exit_code
         finally: sys.stdout.flush()
         return 0
@@ -578,13 +581,13 @@ def main(argv: list[str] | None = None # Arguments; None: those of the process
         try: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # or Python complains when it flushes at exit
         except OSError: pass
         return 1
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, typer.Abort) as e:
         _to_stderr('stopped; the same command goes on from here' if args[0] in _RESUMABLE else 'stopped')
-        return 130
+        return getattr(e, 'code', 130)
     except _UsageError as e:
         name = e.ctx.command_path if getattr(e, 'ctx', None) else 'noisy-student'
         return _fail(f"{name}: {_lower(e.format_message())} (see {name} --help)")
-    except (ValueError, OSError, FloatingPointError, ImportError) as e: # the last one: an extra that is not installed
+    except (ValueError, OSError, FloatingPointError, MemoryError, ImportError) as e: # the last one: an extra that is not installed
         if debug: raise
         return _fail(f"noisy-student: {_without_errno(e)}")
     except Exception as e: # a defect, or a device that gave up

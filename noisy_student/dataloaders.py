@@ -6,8 +6,8 @@
 __all__ = ['ArrayDataset', 'SoftLabel', 'stream', 'ArrayDL', 'MixedDL', 'PadCropFlip', 'ResizedCropFlip',
            'NoisyStudentDataLoaders', 'mixed_dataloaders']
 
-# %% ../nbs/06_dataloaders.ipynb #81f56f4c
-from collections.abc import Iterator
+# %% ../nbs/06_dataloaders.ipynb #305775d7
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +151,13 @@ class MixedDL(ArrayDL):
         super().__init__(_Both(labeled, pseudo) if pseudo else labeled, bs=bs * (1 + (self.ratio or 0)), **kwargs)
         self.steps = steps or -(-len(self.own if self.ratio is not None else self.pool) // bs)
         self.n = self.steps * self.bs
+        self.start_at(0)
+
+    def start_at(self, batch: int, # Number of the first batch of the next pass
+                 ready: Callable[[], None] | None = None # Called right before that batch is made, when iterating has drawn its random numbers
+                ) -> None:
+        "Begin the next pass, and only that, in the middle: what an interrupted epoch goes on with."
+        self.first, self.ready = batch, ready
 
     def get_idxs(self) -> np.ndarray:
         "Positions of all images of this epoch, batch after batch; `epoch` then counts up."
@@ -160,7 +167,15 @@ class MixedDL(ArrayDL):
         idxs = rows(self.own, self.n_labeled, 0) if self.n_labeled else np.empty((self.steps, 0), np.int64)
         if self.pool is not None: idxs = np.concatenate([idxs, rows(self.pool, self.bs - self.n_labeled, 1)], 1)
         self.epoch += 1
-        return idxs.ravel()
+        return idxs[self.first:].ravel()
+
+    def create_batches(self, samps: Iterator[int] # Positions, in order
+                      ) -> Iterator[tuple]:
+        "As `ArrayDL`, from the batch on that `start_at` has set."
+        ready = self.ready
+        self.start_at(0)
+        if ready: ready()
+        yield from super().create_batches(samps)
 
     def new(self, dataset: ArrayDataset | None = None, # Images to load instead; fastai makes validation copies this way
             cls: type | None = None, # Loader class

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'IMAGENETTE_CLASSES', 'SVHN_STATS', 'Split', 'Splits', 'stratified', 'digits', 'ImageFileError',
-           'BadImage', 'load_image', 'Decoded', 'square', 'load_images', 'list_files', 'from_folder', 'cifar10',
-           'imagenette', 'svhn']
+           'BadImage', 'load_image', 'Decoded', 'square', 'load_images', 'file_sha256', 'list_files', 'from_folder',
+           'cifar10', 'imagenette', 'svhn']
 
 # %% ../nbs/00_datasets.ipynb #66496977
 import errno, hashlib, json, os, shutil, warnings
@@ -213,12 +213,11 @@ def load_images(
     if cache is None: return _decode_all(items, size, np.empty((len(items), size, size, 3), np.uint8), progress)
     file = Path(cache)/f"images-{size}-{_cache_key(items, size)}.npy"
     meta = file.with_suffix('.json')
-    if not (file.exists() and meta.exists()): _fill_cache(items, size, file, meta, progress)
-    d = json.loads(meta.read_text())
+    if not (d := _read_cache(file, meta)): d = _fill_cache(items, size, file, meta, progress)
     bad = [BadImage(*o) for o in d['bad']]
     dropped = {o for o in d['bad_rows']}
     good = np.array([i for i in range(len(items)) if i not in dropped], dtype=np.int64)
-    return Decoded(np.load(file, mmap_mode='r')[:len(good)] if len(good) else np.empty((0, size, size, 3), np.uint8), good, bad)
+    return Decoded(np.load(file, mmap_mode='r', allow_pickle=False)[:len(good)] if len(good) else np.empty((0, size, size, 3), np.uint8), good, bad)
 
 # %% ../nbs/00_datasets.ipynb #fba83a27
 def _decode_all(items, size, out, progress, done=0, bad=(), bad_rows=(), note=None): # fill `out` front to back with the good images
@@ -241,6 +240,24 @@ def _new_array(part, shape): # a uint8 array in the file `part`, memory-mapped; 
                 if e.errno not in (errno.EOPNOTSUPP, errno.EINVAL): raise # some file systems cannot reserve
     return out
 
+def file_sha256(file: str | Path, # Any file
+                more: str = '' # Text that counts as well
+               ) -> str: # 64 hexadecimal digits
+    "SHA-256 of a file, about a second per GB."
+    h = hashlib.sha256(more.encode())
+    with open(file, 'rb') as f:
+        while block := f.read(1 << 20): h.update(block)
+    return h.hexdigest()
+
+def _read_cache(file, meta): # what `_fill_cache` returned, None if it has to be made (again)
+    if not (file.exists() and meta.exists()): return None
+    try:
+        d = json.loads(meta.read_text())
+        known = d.pop('sha256', None)
+        if known in (None, file_sha256(file, json.dumps(d))): return d
+    except (ValueError, AttributeError): pass # no JSON, or not ours
+    warnings.warn(f"{file} or {meta.name} has been altered since it was written: the images are decoded again")
+
 def _write_json(file, value): # whole or not at all
     tmp = file.with_name(file.name + '.tmp')
     tmp.write_text(json.dumps(value)); os.replace(tmp, file)
@@ -256,8 +273,11 @@ def _fill_cache(items, size, file, meta, progress): # written under temporary na
         begun['bad'] = [BadImage(*o) for o in begun['bad']]
         _, good, bad = _decode_all(items, size, out, progress, **begun, note=note)
         out.flush(); del out
-        _write_json(meta, {k: v for k, v in state(len(items), good.tolist(), bad).items() if k != 'done'})
+        d = {k: v for k, v in state(len(items), good.tolist(), bad).items() if k != 'done'}
+        d['sha256'] = file_sha256(part, json.dumps(d))
+        _write_json(meta, d)
         os.replace(part, file); notes.unlink(missing_ok=True)
+        return d
     except OSError as e:
         if file.parent.is_dir(): part.unlink(missing_ok=True); notes.unlink(missing_ok=True)
         raise OSError(e.errno, f"cannot write the image cache in {file.parent}: {e.strerror}") from None
@@ -423,7 +443,7 @@ def _svhn_array(root, name): # Split of one .mat file, memory-mapped
     images, labels, meta = done
     made_of = [mat.stat().st_size, mat.stat().st_mtime_ns] if mat.exists() else None
     try:
-        if made_of in (None, json.loads(meta.read_text())): return Split(np.load(images, mmap_mode='r'), np.load(labels))
+        if made_of in (None, json.loads(meta.read_text())): return Split(np.load(images, mmap_mode='r', allow_pickle=False), np.load(labels, allow_pickle=False))
     except (OSError, ValueError, EOFError): pass # never made, or damaged
     X, y = _read_mat(mat)
     part = [o.with_name(f'.{o.name}.{os.getpid()}') for o in done] # several processes may start at once
@@ -440,7 +460,7 @@ def _svhn_array(root, name): # Split of one .mat file, memory-mapped
                                "put it where there is room for its pixels") from None
     finally:
         for o in part: o.unlink(missing_ok=True)
-    return Split(np.load(images, mmap_mode='r'), np.load(labels))
+    return Split(np.load(images, mmap_mode='r', allow_pickle=False), np.load(labels, allow_pickle=False))
 
 # %% ../nbs/00_datasets.ipynb #e149b9af
 def svhn(

@@ -6,8 +6,8 @@
 __all__ = ['EFFICIENTNETS', 'ResidualPair', 'ResNet9', 'EfficientNetSize', 'save_weights', 'save_tensors', 'load_tensors',
            'load_weights', 'read_checkpoint', 'load_pretrained', 'create_model', 'n_parameters']
 
-# %% ../nbs/04_models.ipynb #ba5a6c06
-import os, re, socket, warnings
+# %% ../nbs/04_models.ipynb #0069c39f
+import hashlib, json, os, re, socket, warnings
 from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from importlib import metadata
@@ -107,27 +107,40 @@ def save_tensors(tensors: dict[str, torch.Tensor], # By name, on the CPU, contig
                 ) -> Path:
     "Write tensors to a temporary name, then rename. Raises OSError, naming the file, if that fails."
     from safetensors.torch import save
+    metadata = {**(metadata or {}), _CHECKSUM: _checksum(tensors, metadata or {})}
     file = Path(file); tmp = file.with_name(file.name + '.tmp')
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(tmp, 'wb') as f: f.write(save(tensors, metadata)); f.flush(); os.fsync(f.fileno())
         os.replace(tmp, file)
     except OSError as e:
-        tmp.unlink(missing_ok=True)
+        if tmp.parent.is_dir(): tmp.unlink(missing_ok=True)
         raise OSError(e.errno, f"cannot write {file}: {e.strerror}") from None
     return file
+
+_CHECKSUM = 'noisy_student_sha256' # in the header; files made elsewhere have none
+
+def _checksum(tensors, metadata): # of names, types, shapes, bytes and metadata
+    h = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for name, t in sorted(tensors.items()):
+        h.update(f"{name} {t.dtype} {tuple(t.shape)}\n".encode())
+        h.update(t.reshape(-1).view(torch.uint8).numpy())
+    return h.hexdigest()
 
 # %% ../nbs/04_models.ipynb #f537e6db
 def load_tensors(file: str | Path # A safetensors file
                 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]: # Tensors by name, metadata
-    "Read a safetensors file. Raises ValueError, naming the file, if it is torn or of another kind."
+    "Read a safetensors file. Raises ValueError, naming the file, if it is torn, altered or of another kind."
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(str(file), framework='pt') as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+            tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
     except FileNotFoundError: raise FileNotFoundError(f"no file {file}") from None
-    except (SafetensorError, OSError) as e:
+    except (SafetensorError, OSError, TypeError) as e: # the last one: a type of number that torch does not have
         raise ValueError(f"{file} is not a whole safetensors file ({e}): remove it to have it made again") from None
+    if metadata.pop(_CHECKSUM, None) not in (None, _checksum(tensors, metadata)):
+        raise ValueError(f"{file} is not what was written (its checksum is another): remove it to have it made again")
+    return tensors, metadata
 
 def load_weights(model: nn.Module, # Module of the same architecture
                  file: str | Path # Written by `save_weights`

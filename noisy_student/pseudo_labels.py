@@ -27,7 +27,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import __version__
-from .datasets import BadImage, ImageFileError, Split, load_image, load_images
+from .datasets import BadImage, ImageFileError, Split, file_sha256, load_image, load_images
+from .files import locked, read_sums, stoppable
 from .losses import temperature_softmax
 
 # %% ../nbs/05_pseudo_labels.ipynb #38dea275
@@ -82,14 +83,16 @@ def _make_folder(folder): # before any work is done for it
     except OSError as e: raise _unwritable(folder, e) from e
 
 def _meta(path): # parquet metadata of a pseudo-label file as a dict; {} for a table made elsewhere
-    try: raw = pq.read_schema(path).metadata or {}
+    try: raw = pq.read_metadata(path).metadata or {} # of the file: what the schema carries was written before the rows
     except (pa.ArrowException, OSError) as e:
         raise PseudoLabelError(f"{path} is not a whole parquet file ({e}): if it is one of pseudo labels, make it again") from e
-    raw = {k.decode(): v.decode() for k, v in raw.items() if k in _KEYS}
-    return {k: v if k in _PLAIN else json.loads(v) for k, v in raw.items()}
+    try:
+        raw = {k.decode(): v.decode() for k, v in raw.items() if k in _KEYS}
+        return {k: v if k in _PLAIN else json.loads(v) for k, v in raw.items()}
+    except ValueError as e: raise PseudoLabelError(f"{path} has metadata that are no JSON: if it is one of pseudo labels, make it again") from e
 
-_PLAIN = ('teacher', 'version') # stored as they are, everything else as JSON
-_KEYS = [o.encode() for o in ('classes temperature teacher version view pool num_shards part_size items skipped '
+_PLAIN = ('teacher', 'version', 'sha256') # stored as they are, everything else as JSON
+_KEYS = [o.encode() for o in ('sha256 classes temperature teacher version view pool num_shards part_size items skipped '
                               'threshold strict per_class binned seed').split()]
 
 # %% ../nbs/05_pseudo_labels.ipynb #d56c754a
@@ -270,9 +273,11 @@ def _digest(items): # of file names, pixels or rows
 
 def _differing(a, b): return ', '.join(k for k in a if a[k] != b.get(k)) # names of the settings that differ
 
-def _usable(file, meta): # the metadata of a finished part that can be kept, None if it has to be made (again)
+def _usable(file, meta, sums={}): # the metadata of a finished part that can be kept, None if it has to be made (again)
     if not file.exists(): return None
-    try: old = _meta(file)
+    try:
+        if sums and sums.get(file.name) != file_sha256(file): raise PseudoLabelError('its checksum is another')
+        old = _meta(file)
     except PseudoLabelError: warnings.warn(f"{file} is damaged: its images are labeled again"); return None
     if diff := _differing(meta, old):
         raise PseudoLabelError(f"{file} holds other pseudo labels (what differs: {diff}): remove the folder "
@@ -317,17 +322,21 @@ def predict_pseudo_labels(
     pool = _digest(items)
     meta = dict(classes=t.classes, temperature=float(temperature), teacher=t.hash, view=t.spec, pool=pool,
                 num_shards=num_shards, part_size=part_size)
-    for other in sorted(out.glob('part-*.parquet'))[:1]: _usable(other, meta)
     name, lo, hi = f"{shard:05d}-of-{num_shards:05d}", n * shard // num_shards, n * (shard + 1) // num_shards
+    sums = out/f'_sha256-{name}.txt'
+    for other in sorted(out.glob('part-*.parquet'))[:1]: _usable(other, meta)
     parts, skipped = {}, []
     tick = progress and (lambda done: progress(done - lo, hi - lo))
     def write(file, rows, probs, done):
-        with _replacing(file) as tmp: pq.write_table(_table(rows, probs, done), tmp)
-    with t.evaluating(), _Behind() as behind:
+        with _replacing(file) as tmp:
+            pq.write_table(_table(rows, probs, done), tmp)
+            with open(sums, 'a') as f: f.write(f"{file_sha256(tmp)}  {file.name}\n") # before the part has its name
+    with locked(out/f'.lock-{name}'), stoppable(), t.evaluating(), _Behind() as behind:
+        known = read_sums(sums)
         for i, a in enumerate(range(lo, hi, part_size)):
             file, b = out/f'part-{name}-{i:05d}.parquet', min(a + part_size, hi)
             mine = dict(meta, items=_digest(items[a:b]) + (_digest(names[a:b]) if names else ''))
-            if done := _usable(file, mine):
+            if done := _usable(file, mine, known):
                 n = pq.read_metadata(file).num_rows
                 if tick: tick(b)
             else:
@@ -338,6 +347,8 @@ def predict_pseudo_labels(
             skipped += done['skipped']; parts[file.name] = n
     with _replacing(csv := out/f'_skipped-{name}.csv') as tmp:
         pd.DataFrame(skipped, columns=['item', 'reason']).to_csv(tmp, index=False)
+    last = {**known, **read_sums(sums)} # a line per part, in order
+    with _replacing(sums) as tmp: tmp.write_text(''.join(f"{last[o]}  {o}\n" for o in parts if o in last))
     if len(skipped) == hi - lo:
         raise PseudoLabelError(f"none of the {hi - lo} images could be read ({': '.join(skipped[0])}, ...): see {csv}")
     if skipped: warnings.warn(f"{len(skipped)} of {hi - lo} images could not be read and get no label: see {csv}")
@@ -350,6 +361,7 @@ def _check_sources(src): # -> files and the metadata they share; raises unless t
     files = []
     for s in map(Path, [src] if isinstance(src, (str, Path)) else src):
         if not s.exists(): raise PseudoLabelError(f"no pseudo labels at {s}: there is no such file or folder")
+        if s.is_dir(): _check_sums(s)
         found = [s] if s.is_file() else sorted(s.glob('part-*.parquet')) or sorted(s.glob('*.parquet'))
         if not found: raise PseudoLabelError(f"no pseudo labels in {s}: make them with predict_pseudo_labels")
         files += [f.resolve() for f in found]
@@ -362,6 +374,13 @@ def _check_sources(src): # -> files and the metadata they share; raises unless t
                                    "images with one teacher")
     if 'pool' in metas[0]: _check_shards(files, metas)
     return files, metas[0]
+
+def _check_sums(folder): # of all parts in it
+    known = {k: v for o in sorted(folder.glob('_sha256-*.txt')) for k, v in read_sums(o).items() if (folder/k).exists()}
+    with ThreadPoolExecutor() as pool: sums = pool.map(file_sha256, [folder/o for o in known])
+    for name, sha256 in zip(known, sums):
+        if sha256 != known[name]:
+            raise PseudoLabelError(f"{folder/name} is damaged (its checksum is another): label again, which makes just this file anew")
 
 def _shard_of(file): # of part-00000-of-00001-00000.parquet
     try: return int(file.name.split('-')[1])
@@ -383,7 +402,8 @@ def _check_shards(files, metas):
                                    f"predict_pseudo_labels(..., shard={missing[0]}, num_shards={num})")
         for shard, folder in found.items():
             manifest = folder/f"_shard-{shard:05d}-of-{num:05d}.json"
-            parts = json.loads(manifest.read_text())['parts'] if manifest.exists() else ['missing']
+            try: parts = json.loads(manifest.read_text())['parts']
+            except (OSError, ValueError, KeyError, TypeError): parts = ['missing'] # or damaged
             if {folder/o for o in parts} <= set(files): continue
             raise PseudoLabelError(f"shard {shard} of {num} in {folder} is not complete: run "
                                    f"predict_pseudo_labels(..., shard={shard}, num_shards={num}) again")
@@ -439,15 +459,37 @@ def _batches(path, bs, columns=None): # a parquet file as a stream of dicts of a
             cols['probs'] = flat.reshape(b.num_rows, -1)
         yield cols
 
-def _write(tables, out): # a stream of tables of one schema as one file
+class _Content: # checksum of a table that is read or written batch by batch, whatever the batches
+    def __init__(self): self.columns = {}
+    def add(self, batch):
+        for name, column in zip(batch.schema.names, batch.columns):
+            h = self.columns.setdefault(name, hashlib.sha256())
+            for o in getattr(column, 'chunks', [column]):
+                if pa.types.is_string(o.type): h.update('\0'.join([*o.to_pylist(), '']).encode())
+                else: h.update((o.flatten() if name == 'probs' else o).to_numpy(zero_copy_only=False).tobytes())
+    def sha256(self, meta): # with the metadata, as `_meta` returns them
+        columns = {k: h.hexdigest() for k, h in self.columns.items()}
+        return hashlib.sha256(json.dumps([columns, {k: v for k, v in meta.items() if k != 'sha256'}], sort_keys=True).encode()).hexdigest()
+
+def _write(tables, out, meta): # a stream of tables of one schema as one file that holds a checksum of its content
     with _replacing(out) as tmp:
-        writer = None
+        writer, content = None, _Content()
         try:
             for t in tables:
                 writer = writer or pq.ParquetWriter(tmp, t.schema)
-                writer.write_table(t)
+                writer.write_table(t); content.add(t)
+            if hasattr(writer, 'add_key_value_metadata'): writer.add_key_value_metadata({'sha256': content.sha256(meta)}) # from pyarrow 16 on
         finally:
             if writer: writer.close()
+
+def _check_content(path, meta): # raises unless everything can be read and is what was written
+    content = _Content()
+    try:
+        for b in pq.ParquetFile(path).iter_batches(8192): content.add(b)
+        if meta.get('sha256') in (None, content.sha256(meta)): return
+        why = 'its checksum is another'
+    except Exception as e: why = ' '.join(str(e).split())[:200] # readers raise all sorts
+    raise PseudoLabelError(f"{path} is not what was written ({why}): select again")
 
 # %% ../nbs/05_pseudo_labels.ipynb #872e04b9
 def _class_stats(con, table, is_over, threshold, files): # per label: seen, passed; raises if there is nothing to select
@@ -531,7 +573,7 @@ def select_pseudo_labels(
         kept = {key: meta[key] for key in ('temperature', 'teacher', 'view', 'pool') if key in meta}
         kept.update(classes=classes, threshold=threshold, strict=strict, per_class=per_class, version=__version__)
         if binned: kept.update(binned=True, seed=int(seed))
-        _write((_table(c.pop('item'), c.pop('probs'), kept, **c) for c in _batches(wide, 8192)), out)
+        _write((_table(c.pop('item'), c.pop('probs'), kept, **c) for c in _batches(wide, 8192)), out, kept)
     return Selection(out, pd.concat([stats, _summary(out, classes)], axis=1)[['class', 'seen', 'passed', *_KEPT]])
 
 # %% ../nbs/05_pseudo_labels.ipynb #35d65925
@@ -539,8 +581,10 @@ def _open_selection(selection): # -> path, metadata
     path = Path(getattr(selection, 'path', selection))
     if not path.is_file(): raise PseudoLabelError(f"no selection at {path}: make it with select_pseudo_labels")
     meta = _meta(path)
-    if 'copies' not in pq.read_schema(path).names or 'classes' not in meta:
+    if not {'item', 'label', 'confidence', 'probs', 'copies'} <= set(pq.read_schema(path).names) or 'classes' not in meta:
         raise PseudoLabelError(f"{path} is not a selection: make one with select_pseudo_labels")
+    _check_content(path, meta)
+    if not pq.read_metadata(path).num_rows: raise PseudoLabelError(f"the selection {path} has no row: select again")
     return path, meta
 
 def _check_pool(pool, images, last):
@@ -578,7 +622,7 @@ def relabel_pseudo_labels(
         raise PseudoLabelError(f"the teacher's classes {t.classes} are not those of {path}, {meta['classes']}")
     T, total = meta.get('temperature', 1.) if temperature is None else temperature, pq.read_metadata(path).num_rows
     if not T > 0 or bs < 1: raise PseudoLabelError(f"temperature={T} must be greater than 0, bs={bs} at least 1")
-    new = dict(meta, temperature=float(T), teacher=t.hash, view=t.spec, version=__version__)
+    new = dict({k: v for k, v in meta.items() if k != 'sha256'}, temperature=float(T), teacher=t.hash, view=t.spec, version=__version__)
     def tables():
         done = 0
         for c in _batches(path, max(1, 8192 // bs) * bs, ['item', 'copies']):
@@ -589,7 +633,7 @@ def relabel_pseudo_labels(
                                            "or select again")
             done += len(chunk)
             yield _table(c['item'], probs, new, copies=c['copies'])
-    with t.evaluating(): _write(tables(), out)
+    with t.evaluating(): _write(tables(), out, new)
     summary = _summary(out, t.classes)
     if gone := list(summary['class'][summary.kept == 0]): warnings.warn(f"after relabeling no image has the class {_some(gone)}")
     return Selection(out, summary)
@@ -624,8 +668,9 @@ def read_selection(selection: Selection | str | Path # What select_pseudo_labels
                   ) -> PseudoLabels:
     "Read a selection. Raises `PseudoLabelError`, naming the file, if it is none."
     path, meta = _open_selection(selection)
-    t = pq.read_table(path, columns=['item', 'label', 'confidence', 'copies'])
-    probs = np.concatenate([c['probs'] for c in _batches(path, 8192, ['probs'])])
-    items = t['item'].to_pylist() if pa.types.is_string(t['item'].type) else t['item'].to_numpy()
-    return PseudoLabels(items, t['label'].to_numpy().astype(np.int64), t['confidence'].to_numpy(),
-                        probs / probs.sum(1, keepdims=True), t['copies'].to_numpy().astype(np.int64), meta['classes'], meta.get('pool'))
+    parts = list(_batches(path, 8192)) # read as the checksum was taken
+    items, label, confidence, copies = (pa.chunked_array([c[o] for c in parts]) for o in ('item', 'label', 'confidence', 'copies'))
+    probs = np.concatenate([c['probs'] for c in parts])
+    items = items.to_pylist() if pa.types.is_string(items.type) else items.to_numpy()
+    return PseudoLabels(items, label.to_numpy().astype(np.int64), confidence.to_numpy(),
+                        probs / probs.sum(1, keepdims=True), copies.to_numpy().astype(np.int64), meta['classes'], meta.get('pool'))

@@ -1,0 +1,116 @@
+"""Miniature runs to be killed and damaged, for test_faults.py and benchmarks/faults.py.
+
+A run takes about two seconds and writes every kind of file that a run directory holds: pictures from files, hence a
+cache and a list of skipped files, averaged weights, gradient accumulation, two students."""
+import json, multiprocessing, os, signal, time, warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SETTINGS = dict(recipe="digits", epochs=2, teacher_epochs=3, steps=8, bs=16, accumulate=2, ema=0.9, size=8, threshold=0.2, rounds=2, lr=1e-2, seed=3)
+
+
+def make_pictures(root: Path) -> Path:
+    "Red and blue pictures with noise, in the layout of `from_folder`, and a file that is none."
+    rng = np.random.default_rng(0)
+    def picture(file, color):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        a = rng.integers(0, 160, (8, 8, 3), dtype=np.uint8)
+        a[..., color] += 60
+        Image.fromarray(a).save(file)
+    for name, color in dict(blue=2, red=0).items():
+        for split, n in dict(train=10, valid=6).items():
+            for i in range(n): picture(root/split/name/f"{i}.png", color)
+    for i in range(60): picture(root/"unlabeled"/f"{i}.png", 2 * (i % 2))
+    (root/"unlabeled"/"notes.txt").write_text("no picture")
+    return root
+
+
+def noisy_student(pictures, path, every=600., **changes):
+    "A run that checkpoints within an epoch every so many seconds."
+    import torch
+    from noisy_student.checkpoints import RunState
+    from noisy_student.datasets import from_folder
+    from noisy_student.learner import Noise
+    from noisy_student.rounds import NoisyStudent
+    torch.set_num_threads(1)
+    RunState.every = every
+    warnings.simplefilter("ignore")
+    return NoisyStudent(from_folder(pictures), ["resnet9_4", "resnet9_8"], path, noise=Noise(1, 3, 0.1, 0.9), **{**SETTINGS, **changes})
+
+
+def fit(pictures, path, every=600., log=None):
+    "In a child process: fit, and write warnings and the error to a file. Exit codes: 0, 2 for a one-line error, that of `Stopped`."
+    from noisy_student.files import Stopped
+    run = noisy_student(pictures, path, every)
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            try: run.fit()
+            finally: said = [str(o.message) for o in seen if "noisy_student" in o.filename]
+    except Stopped as e: os._exit(e.code)
+    except (ValueError, OSError) as e:
+        Path(log).write_text("\n".join([*said, str(e)]))
+        os._exit(2)
+    if log: Path(log).write_text("\n".join(said))
+
+
+def server():
+    "A server of processes that have imported everything: a start costs milliseconds."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["noisy_student.rounds", "noisy_student.learner", __name__])
+    return context
+
+
+def run(context, *args, signal_after=None, sig=signal.SIGKILL):
+    "Run `fit` in a process, and send it a signal after so many seconds. Returns the exit code, and the seconds from the signal to the end."
+    p = context.Process(target=fit, args=args)
+    p.start()
+    p.join(signal_after)
+    sent = time.perf_counter()
+    if signal_after is not None and p.is_alive(): os.kill(p.pid, sig)
+    p.join(120)
+    if p.is_alive(): p.kill(); raise TimeoutError("the run hangs")
+    return p.exitcode, time.perf_counter() - sent
+
+
+def outcome(path):
+    "Everything that must be equal: weights bit by bit, histories, the summary without its seconds."
+    import pandas as pd
+    from noisy_student.models import load_tensors
+    weights = {(f.parent.name, k): v.numpy().tobytes() for f in sorted(path.glob("round_*/model.safetensors")) for k, v in load_tensors(f)[0].items()}
+    history = {f.parent.name: f.read_text() for f in sorted(path.glob("round_*/history.csv"))}
+    return weights, history, pd.read_csv(path/"summary.csv").drop(columns="seconds").to_csv()
+
+
+def is_readable(path):
+    "Whether every file of a run directory that has its final name can be read, as the kill left it."
+    import pyarrow.parquet as pq
+    from noisy_student.files import altered
+    from noisy_student.models import load_tensors
+    for f in path.rglob("*"):
+        if not f.is_file() or f.name.startswith(".") or f.suffix in (".tmp", ".part"): continue
+        if f.suffix == ".safetensors": load_tensors(f)
+        elif f.suffix == ".parquet": pq.read_table(f)
+        elif f.suffix == ".json": json.loads(f.read_text())
+        elif f.suffix == ".npy": np.load(f, allow_pickle=False)
+    return not any(altered(o) for o in path.glob("round_*"))
+
+
+def kinds(path):
+    "One file per kind that a run directory holds, the largest: a kind is a name without its numbers."
+    import re
+    found = {}
+    for f in sorted(path.rglob("*")):
+        if f.is_file() and f.stat().st_size: found.setdefault(re.sub(r"[0-9a-f]{8,}|\d+", "N", str(f.relative_to(path))), []).append(f)
+    return {k: max(v, key=lambda f: f.stat().st_size).relative_to(path) for k, v in found.items()}
+
+
+def damage(file, how, rng):
+    "Alter a file: cut off its end, flip a bit, empty it, or remove it."
+    data = bytearray(file.read_bytes())
+    if how == "removed": return file.unlink()
+    if how == "truncated": data = data[:int(rng.integers(0, len(data)))]
+    if how == "flipped": data[int(rng.integers(len(data)))] ^= 1 << int(rng.integers(8))
+    file.write_bytes(data)
