@@ -264,9 +264,10 @@ def predict_pseudo_labels(
     device: str | torch.device | None = None, # Where to compute; default: where the model is
     part_size: int = 8192, # Rows per file: what a crash loses, and what is in memory
     progress: Callable[[int, int], None] | None = None, # Called with (done, total) images of this shard
+    leave_out: dict[int, str] | None = None, # Positions in `items` that get no label, and why
 ) -> Path: # `out`
     """Label `items` with the un-noised teacher, restartably, and return the folder of parquet files.
-    Images that cannot be read are skipped, counted in a warning and listed in `_skipped-*.csv`. Raises
+    Images that cannot be read are skipped, counted in a warning and listed, like those left out, in `_skipped-*.csv`. Raises
     `PseudoLabelError` if there is nothing to label, the teacher's output is not finite, or the folder holds other
     labels; OSError if the folder cannot be written. Algorithm 1, step 2, of Xie et al."""
     items, out = _as_items(items), Path(out)
@@ -285,14 +286,17 @@ def predict_pseudo_labels(
                 num_shards=num_shards, part_size=part_size)
     for other in sorted(out.glob('part-*.parquet'))[:1]: _usable(other, meta)
     name, lo, hi = f"{shard:05d}-of-{num_shards:05d}", n * shard // num_shards, n * (shard + 1) // num_shards
-    parts, skipped = {}, []
+    parts, skipped, leave_out = {}, [], leave_out or {}
     tick = progress and (lambda done: progress(done - lo, hi - lo))
     with t.evaluating():
         for i, a in enumerate(range(lo, hi, part_size)):
             file, b = out/f'part-{name}-{i:05d}.parquet', min(a + part_size, hi)
             mine = dict(meta, items=_digest(items[a:b]) + (_digest(names[a:b]) if names else ''))
+            names_of = range(n) if label_of is None else label_of
+            if gone := [j for j in sorted(leave_out) if a <= j < b]: mine['left_out'] = [[str(names_of[j]), leave_out[j]] for j in gone]
             if not (done := _usable(file, mine)):
                 probs, pos, bad = _predict(t, items, a, b, bs, temperature, tick)
+                if gone: stay = ~np.isin(pos, gone); probs, pos, bad = probs[stay], pos[stay], [*bad, *mine['left_out']]
                 rows = pos if label_of is None else [label_of[j] for j in pos]
                 done = dict(mine, skipped=bad, version=__version__)
                 with _replacing(file) as tmp: pq.write_table(_table(rows, probs, done), tmp)
@@ -302,7 +306,8 @@ def predict_pseudo_labels(
         pd.DataFrame(skipped, columns=['item', 'reason']).to_csv(tmp, index=False)
     if len(skipped) == hi - lo:
         raise PseudoLabelError(f"none of the {hi - lo} images could be read ({': '.join(skipped[0])}, ...): see {csv}")
-    if skipped: warnings.warn(f"{len(skipped)} of {hi - lo} images could not be read and get no label: see {csv}")
+    if unread := len(skipped) - sum(lo <= j < hi for j in leave_out):
+        warnings.warn(f"{unread} of {hi - lo} images could not be read and get no label: see {csv}")
     with _replacing(out/f'_shard-{name}.json') as tmp:
         tmp.write_text(json.dumps(dict(items=hi - lo, skipped=len(skipped), parts=parts), indent=1))
     return out
