@@ -192,11 +192,13 @@ def round_warnings(run: RunRecord, # From `read_run`
     "What looks wrong with one round: its pseudo labels, its threshold, its student."
     return (_worse(run, k) if k else []) + [o for f in (_collapsed, _idle_threshold) if k in run.labels for o in f(run, k)]
 
-def _worse(run, k): # a student below its teacher, by more than chance
-    n = run.size('valid')
-    p, q = run.metrics[k]['valid_accuracy'], run.metrics[k - 1]['valid_accuracy']
-    if not n or difference_interval((round(p * n), n), (round(q * n), n))[1] >= 0: return []
-    return [f"Round {k}: the student is worse than its teacher, {100 * p:.1f} % after {100 * q:.1f} % on {n:,} validation {run.things}, and not by chance. "
+def _worse(run, k): # a student below its teacher, or below the first one, by more than chance
+    n, p = run.size('valid'), run.metrics[k]['valid_accuracy']
+    for j, teacher in ((k - 1, 'its teacher'), (0, 'the first teacher')):
+        q = run.metrics[j]['valid_accuracy']
+        if n and difference_interval((round(p * n), n), (round(q * n), n))[1] < 0: break
+    else: return []
+    return [f"Round {k}: the student is worse than {teacher}, {100 * p:.1f} % after {100 * q:.1f} % on {n:,} validation {run.things}, and not by chance. "
             f"Less noise, more epochs, a larger network or a higher threshold may help; use round {_best(run)}."]
 
 def _best(run): return int(run.summary['round'][run.summary.valid_accuracy == run.summary.valid_accuracy.max()].max())
@@ -236,7 +238,7 @@ def _chart(draw, label, *args): # SVG text of what draw(ax, *args) draws
         warnings.simplefilter('ignore') # glyphs that matplotlib's font lacks: the browser's has them
         fig = Figure(figsize=(4.7, 3.)) # margins by hand: a layout engine draws everything twice
         fig.patch.set_visible(False)
-        ax = fig.add_axes((.14, .17, .84, .71))
+        ax = fig.add_axes((.155, .17, .825, .71))
         ax.patch.set_visible(False)
         draw(ax, *args)
         out = io.StringIO()
@@ -248,6 +250,8 @@ def _chart(draw, label, *args): # SVG text of what draw(ax, *args) draws
     unique = re.sub(r'\W+', '-', label)
     svg = re.sub(r'(id="|url\(#|href="#)', rf'\g<1>{unique}-', svg) # ids of different charts must not meet on one page
     return re.sub(r'<svg [^>]*?(viewBox="[^"]+")[^>]*>', rf'<svg xmlns:xlink="http://www.w3.org/1999/xlink" role="img" aria-label="{escape(label)}" \1>', svg, count=1)
+
+def _thousands(v, _): return f'{v:,.0f}' if v < 1e4 else f'{v / 1000:,.0f}k' if v < 1e7 else f'{v / 1e6:,.0f}M'
 
 def _legend(ax): # one line above the chart, where nothing is in its way
     n = len(ax.get_legend_handles_labels()[1])
@@ -272,8 +276,11 @@ def _draw_curves(ax, run, column, ylabel, scale=1.): # a line per round
     for k, h in run.history.items():
         color = colors[min(k, 4)] if len(run.history) <= 5 else colors[int(k == max(run.history)) + int(k > 0)]
         ax.plot(h.epoch + 1, scale * h[column], color=color, label=f'round {k}' if len(run.history) <= 5 or k in (0, max(run.history)) else None, marker='.' if len(h) < 2 else None)
-        if column == 'valid_loss': ax.plot(h.epoch + 1, h.train_loss, color=color, lw=1, ls=':')
+        if column == 'valid_loss': ax.plot(h.epoch + 1, h.train_loss, color=color, lw=1, ls=':', marker='x' if len(h) < 2 else None)
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    longest = max(map(len, run.history.values()))
+    ax.set_xlim(1 - .04 * longest, 1.04 * longest)
+    if longest == 1: ax.set_xticks([1])
     ax.set(xlabel='epoch', ylabel=ylabel); _legend(ax)
 
 def _draw_confidence(ax, run, o): # histogram with the threshold
@@ -287,7 +294,7 @@ def _draw_confidence(ax, run, o): # histogram with the threshold
         floor += counts
     if t := run.recipe.get('threshold'): ax.axvline(t, color=INK, ls='--', lw=1.2, label=f'threshold {t:g}')
     ax.set_yscale('log')
-    ax.yaxis.set_major_formatter(lambda v, _: f'{v:,.0f}' if v < 1e4 else f'{v / 1000:,.0f}k')
+    ax.yaxis.set_major_formatter(_thousands)
     ax.yaxis.set_minor_locator(NullLocator())
     ax.set(xlabel='confidence', ylabel=run.things, xlim=(max(0, edges[np.argmax(floor > 0)] - .05), 1.005), ylim=(.7, None))
     _legend(ax)
@@ -318,13 +325,14 @@ def _draw_classes(ax, run, o): # before and after filter and balance
     K, things = len(run.classes), run.things
     bars = [(SOFT, 'pseudo-labeled', o.seen), (C2, 'passed', o.passed), (C1, 'trained on', o.rows)]
     if o.everything is None: bars = bars[2:]
+    ax.yaxis.set_major_formatter(_thousands)
     if K <= 24:
         for i, (color, label, counts) in enumerate(bars): ax.bar(np.arange(K) + (i - (len(bars) - 1) / 2) * .27, counts, .27, color=color, label=label)
         names = [_short(c) for c in run.classes]
         ax.set(xticks=range(K), ylabel=things)
         if sum(map(len, names)) > 40: # they stand, and need room
             ax.set_xticklabels(names, rotation=60, ha='right', rotation_mode='anchor')
-            ax.set_position((.14, .34, .84, .54))
+            ax.set_position((.155, .34, .825, .54))
         else: ax.set_xticklabels(names)
         ax.grid(axis='x', visible=False)
     else:
@@ -385,11 +393,11 @@ class _Album: # pictures by item: from a file, or from the array that positions 
         try:
             if isinstance(item, (int, np.integer)) or str(item).isdigit():
                 return _data_uri(np.asarray(self.images[int(item)])) if isinstance(self.images, np.ndarray) and int(item) < len(self.images) else None
-            return _data_uri(square(load_image(item, SIDE), SIDE))
+            return _data_uri(square(im := load_image(item, SIDE), min(SIDE, *im.size)))
         except (ImageFileError, OSError): return None
 
 def _picture(uri, caption, title, mark=''): # one figure; captions may be HTML, titles are text
-    image = f'<img src="{uri}" alt="{escape(title)}" loading="lazy">' if uri else '<span class="gone">not at hand</span>'
+    image = f'<img src="{uri}" alt="{escape(title)}">' if uri else '<span class="gone">not at hand</span>'
     return f'<figure class="pic {mark}" title="{escape(title)}">{image}<figcaption>{caption}</figcaption></figure>'
 
 # %% ../nbs/11_report.ipynb #6f317311
@@ -424,7 +432,7 @@ th.text, td.text { text-align: left; } td.text { max-width: 420px; overflow: hid
 figcaption { font-size: 11.5px; line-height: 1.3; color: var(--soft); margin-top: 3px; overflow-wrap: anywhere; } .pic.bad figcaption b { color: var(--bad); }
 .classes { display: grid; gap: 22px 28px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 580px), 1fr)); } .class h3 { overflow-wrap: anywhere; }
 .ends { display: flex; flex-wrap: wrap; gap: 10px 22px; } .ends .pics { gap: 6px; } .ends .pics::before { content: attr(data-kind); flex-basis: 100%; font-size: 12px; color: var(--soft); margin-bottom: -3px; }
-.ends .pic, .ends .pic img, .ends .gone { width: 64px; } .ends .pic img, .ends .gone { height: 64px; } .ends .pics { width: 274px; }
+.ends .pic, .ends .pic img, .ends .gone { width: 64px; } .ends .pic img, .ends .gone { height: 64px; } .ends .pics { width: 274px; align-content: flex-start; } .pair { display: flex; gap: 2px; margin-right: 8px; }
 @media (min-width: 1250px) { .two { grid-column: span 2; } }
 @media (max-width: 760px) { main { padding: 18px 12px 40px; } h1 { font-size: 25px; } .card { padding: 12px; } .tile b { font-size: 22px; } }
 details summary { cursor: pointer; color: var(--soft); padding: 4px 0; } footer { margin-top: 40px; color: var(--soft); font-size: 13px; }
@@ -453,7 +461,8 @@ def _tiles(run):
     if rounds:
         name = 'test' if best.get('test_accuracy') is not None else 'valid'
         gain = 100 * (best[f'{name}_accuracy'] - first[f'{name}_accuracy'])
-        tiles.append((f'<span class="{"good" if gain > 0 else "bad" if gain < 0 else ""}">{gain:+.1f}</span>',
+        if not best['round']: tiles.append(('none', f"of {rounds} student{'s' if rounds > 1 else ''} is better on validation"))
+        else: tiles.append((f'<span class="{"good" if gain > 0 else "bad" if gain < 0 else ""}">{gain:+.1f}</span>',
                       f"points over the teacher, {'test' if name == 'test' else 'validation'}"))
     if (known := run.metrics[-1].get('pseudo_label_accuracy')) is not None: tiles.append((_percent(known), 'of the last pseudo labels are right'))
     tiles.append((_duration(total), 'in all'))
@@ -462,7 +471,7 @@ def _tiles(run):
 def _verdict(run, k): # of a round against the one before
     if not k: return ''
     p, q, n = run.metrics[k]['valid_accuracy'], run.metrics[k - 1]['valid_accuracy'], run.size('valid')
-    text = f'{100 * (p - q):+.1f}'
+    text = f'{100 * (p - q):+.1f}'.replace('-', '−')
     if not n: return text
     low, high = difference_interval((round(p * n), n), (round(q * n), n))
     if low > 0: return f'<span class="good">{text}</span>, better'
@@ -481,7 +490,8 @@ def _accuracy_section(run):
              _card('Loss', 'Solid: validation, dotted: training, which is noised and higher.', _chart(_draw_curves, 'loss per epoch', run, 'valid_loss', 'loss')),
              _card('Accuracy during training', 'On validation ' + run.things + ', after every epoch.',
                    _chart(_draw_curves, 'accuracy per epoch', run, 'valid_accuracy', 'validation accuracy (%)', 100))]
-    return f'<h2>Is the student better?</h2><section class="card">{_rounds_table(run)}</section><div class="grid">{"".join(cards)}</div>'
+    title = 'Is the student better?' if len(run.metrics) > 1 else 'How good is it?'
+    return f'<h2>{title}</h2><section class="card">{_rounds_table(run)}</section><div class="grid">{"".join(cards)}</div>'
 
 # %% ../nbs/11_report.ipynb #0372d2e1
 def _labels_section(run):
@@ -590,7 +600,7 @@ def _leaks_section(run):
     pictures = []
     for o in run.leaks[:MAX_PICTURES // 2]:
         pair = [_Album(run.data and getattr(run.data, p))(i) for p, i in ((o['pile'], o['item']), (o['also_in'], o['other']))]
-        if any(pair): pictures += [_picture(pair[0], f"{escape(o['pile'])}", _tail(o['item'])), _picture(pair[1], f"{escape(o['also_in'])}", _tail(o['other']))]
+        if any(pair): pictures.append(f'<div class="pair">{_picture(pair[0], escape(o["pile"]), _tail(o["item"]))}{_picture(pair[1], escape(o["also_in"]), _tail(o["other"]))}</div>')
     columns = [('image', True), ('pile', True), ('also in', True), ('there', True), ('how', True), ('difference', False)]
     rows = [[escape(_tail(o['item'])), escape(o['pile']), escape(o['also_in']), escape(_tail(o['other'])), escape(o['kind']), f"{o['difference']:.3f}"] for o in run.leaks[:20]]
     cut = f' The first 20 of {len(run.leaks):,}; all are in leaks.json.' if len(run.leaks) > 20 else ''

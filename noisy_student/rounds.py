@@ -590,6 +590,7 @@ def _write_report(self: NoisyStudent): # a page that cannot be made must not fai
     try: return write_report(self.path, self.data if isinstance(self.data, Splits) else None)
     except Exception as e: warnings.warn(f"{self.path/'report.html'} could not be written ({type(e).__name__}: {e}); the run itself is complete")
 
+# %% ../nbs/09_rounds.ipynb #efefe282
 @patch
 def report(self: NoisyStudent # After `fit`
           ) -> plt.Figure: # Accuracy per round; confidence of the latest labels; class counts before and after selection
