@@ -454,7 +454,7 @@ def _data_of(run, name): # Splits that a run was made from; None, with a word wh
     if name: source = dict(labels=int(run.summary.labeled[0]), **{k: v for k, v in (source or {}).items() if k not in ('name', 'labels')}, name=name)
     try: splits = load_data(**dict(source, seed=run.config['seed']))
     except (ValueError, OSError) as e:
-        if name: raise
+        if name: raise ValueError(f"{name} is not what {run.path} was made from: {_without_errno(e)}") from None
         _to_stderr(f"warning: the images of the run are not at hand ({_without_errno(e)}): pictures are left out, or name DATA")
         return None
     if _fingerprint(splits) == run.config.get('data'): return splits
