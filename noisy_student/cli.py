@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DATA', 'FOLDER', 'app', 'DataArg', 'ModelArg', 'LabelsOpt', 'SizeOpt', 'EpochsOpt', 'RecipeOpt', 'SeedOpt',
            'DeviceOpt', 'AutoBatchOpt', 'BatchOpt', 'JsonOpt', 'Data', 'load_data', 'show_progress', 'print_table',
-           'run', 'label', 'select', 'relabel', 'train', 'ablate', 'evaluate', 'predict', 'export', 'recipes', 'bench',
-           'main']
+           'run', 'label', 'select', 'relabel', 'train', 'ablate', 'evaluate', 'predict', 'report', 'export', 'recipes',
+           'bench', 'main']
 
 # %% ../nbs/13_cli.ipynb #669da197
 import json, os, re, sys, time, warnings
@@ -163,6 +163,7 @@ def _root(version: Annotated[bool, typer.Option('--version', callback=_version, 
       noisy-student run digits
       noisy-student run my_images --arch resnet18 --arch resnet34
       noisy-student predict runs/my_images photo.jpg
+      noisy-student report runs/my_images
     Stage by stage:
       noisy-student train my_images --out teacher
       noisy-student label teacher my_images/unlabeled --out pseudo_labels
@@ -192,9 +193,14 @@ def run(
     Can be interrupted: the same command goes on where it stopped.
     """
     settings = dict(rounds=rounds, size=size, threshold=threshold)
-    _fit(data, load_data(data, labels, unlabeled, seed, recipe), out, arch, recipe, epochs, seed, device, as_json, settings, auto_batch=auto_batch)
+    source = _source(data, labels, unlabeled, seed, recipe)
+    _fit(data, load_data(**source), out, arch, recipe, epochs, seed, device, as_json, settings, source=source, auto_batch=auto_batch)
 
-def _fit(name, data, out, archs, recipe, epochs, seed, device, as_json, settings, pseudo=None, auto_batch=False): # train, and print what came out
+def _source(name, labels, unlabeled, seed, recipe): # arguments of load_data, with names that mean the same from every folder
+    def absolute(o): return os.path.abspath(o) if isinstance(o, str) and o not in DATA and Path(o).is_dir() else o
+    return dict(name=absolute(name), labels=labels, unlabeled=absolute(unlabeled), seed=seed, recipe=recipe)
+
+def _fit(name, data, out, archs, recipe, epochs, seed, device, as_json, settings, pseudo=None, source=None, auto_batch=False): # train, and print what came out
     from noisy_student.recipes import get_recipe
     from noisy_student.rounds import NoisyStudent
     recipe = get_recipe(recipe or DATA.get(name, FOLDER).recipe)
@@ -203,8 +209,10 @@ def _fit(name, data, out, archs, recipe, epochs, seed, device, as_json, settings
         given = {k: v for k, v in dict(settings, epochs=epochs, teacher_epochs=epochs).items() if v is not None}
         ns = NoisyStudent(data, archs or recipe.archs or ['resnet18'], out, seed=seed, recipe=recipe, device=device,
                           progress=progress, pseudo_labels=pseudo, auto_batch=auto_batch, **given)
+        ns.source = source
         rows = _rows(ns.fit())
     _print_run(out, rows, as_json)
+    if not as_json and (page := Path(out)/'report.html').exists(): print(f"report: {page}")
 
 # %% ../nbs/13_cli.ipynb #701ff699
 def _trained(path, device): # a network on its device; what to do with images of another number of channels is settled here
@@ -340,7 +348,8 @@ def train(
     Can be interrupted: the same command goes on where it stopped.
     """
     unlabeled = _items_of(pseudo) if pseudo else None # just the selected files are decoded
-    _fit(data, load_data(data, labels, unlabeled, seed, recipe), out, arch and [arch], recipe, epochs, seed, device, as_json, dict(rounds=0, size=size), pseudo, auto_batch)
+    _fit(data, load_data(data, labels, unlabeled, seed, recipe), out, arch and [arch], recipe, epochs, seed, device, as_json, dict(rounds=0, size=size), pseudo,
+         None if unlabeled else _source(data, labels, None, seed, recipe), auto_batch)
 
 # %% ../nbs/13_cli.ipynb #5a9f873c
 @app.command(short_help='Which ingredient of a recipe did it.')
@@ -486,6 +495,41 @@ def predict(
     else:
         for f, ps, cs in rows: print(f"{f}  {', '.join(f'{t.classes[c]} {100 * p:.1f} %' for p, c in zip(ps, cs))}")
     if bad: raise ValueError(f"{len(bad)} of {len(files)} files left out: {'; '.join(f'{o.item}: {o.reason}' for o in bad[:5])}{'; ...' if len(bad) > 5 else ''}")
+
+# %% ../nbs/13_cli.ipynb #ab31130c
+@app.command(short_help='One page that shows a run.')
+def report(
+    path: Annotated[str, typer.Argument(metavar='RUN', help="A run directory.")],
+    data: Annotated[Optional[str], typer.Argument(metavar='DATA', show_default=False, help="As in run, for pictures and true labels. Default: what the run was made from.")] = None,
+):
+    """Write report.html into a run directory: accuracy, pseudo labels, pictures, and what looks wrong, on one page that opens offline.
+
+    \b
+    Example:
+      noisy-student report runs/digits
+    """
+    from noisy_student.report import read_run, run_warnings, write_report
+    run = read_run(path)
+    if not run.metrics: raise ValueError(f"no round of {path} is finished: there is nothing to report yet")
+    splits = _data_of(run, data)
+    for o in run_warnings(run): _to_stderr(f"warning: {o}")
+    print(write_report(path, splits))
+
+def _data_of(run, name): # Splits that a run was made from; None, with a word why, if they are not at hand
+    from noisy_student.rounds import _fingerprint
+    source = run.about.get('source')
+    if not name and not source:
+        _to_stderr(f"warning: {run.path} does not say what it was made from: name DATA, as given to run, for pictures of images that are no files and for true labels")
+        return None
+    if name: source = dict(labels=int(run.summary.labeled[0]), **{k: v for k, v in (source or {}).items() if k not in ('name', 'labels')}, name=name)
+    try: splits = load_data(**dict(source, seed=run.config['seed']))
+    except (ValueError, OSError) as e:
+        if name: raise ValueError(f"{name} is not what {run.path} was made from: {_without_errno(e)}") from None
+        _to_stderr(f"warning: the images of the run are not at hand ({_without_errno(e)}): pictures are left out, or name DATA")
+        return None
+    if _fingerprint(splits) == run.config.get('data'): return splits
+    if name: raise ValueError(f"{name} is not what {run.path} was made from: other images or labels, by changed files, another pool or number of labels")
+    _to_stderr(f"warning: the images in {source['name']} have changed since the run: pictures are left out")
 
 # %% ../nbs/13_cli.ipynb #40ad5c0e
 @app.command(short_help='A network for timm or ONNX.')

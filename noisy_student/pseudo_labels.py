@@ -302,9 +302,10 @@ def predict_pseudo_labels(
     part_size: int = 8192, # Rows per file; a crash loses two files at most, and so many are in memory
     progress: Callable[[int, int], None] | None = None, # Called with (done, total) images of this shard
     bf16: bool | None = None, # Compute in bfloat16; default: on GPUs that have it, for a teacher in float32
+    leave_out: dict[int, str] | None = None, # Positions in `items` that get no label, and why
 ) -> Path: # `out`
     """Label `items` with the un-noised teacher, restartably, and return the folder of parquet files.
-    Images that cannot be read are skipped, counted in a warning and listed in `_skipped-*.csv`. Raises
+    Images that cannot be read are skipped, counted in a warning and listed, like those left out, in `_skipped-*.csv`. Raises
     `PseudoLabelError` if there is nothing to label, the teacher's output is not finite, or the folder holds other
     labels; OSError if the folder cannot be written. Algorithm 1, step 2, of Xie et al."""
     items, out = _as_items(items), Path(out)
@@ -323,7 +324,7 @@ def predict_pseudo_labels(
     meta = dict(classes=t.classes, temperature=float(temperature), teacher=t.hash, view=t.spec, pool=pool,
                 num_shards=num_shards, part_size=part_size)
     name, lo, hi = f"{shard:05d}-of-{num_shards:05d}", n * shard // num_shards, n * (shard + 1) // num_shards
-    sums = out/f'_sha256-{name}.txt'
+    sums, leave_out, names_of = out/f'_sha256-{name}.txt', leave_out or {}, range(n) if label_of is None else label_of
     for other in sorted(out.glob('part-*.parquet'))[:1]: _usable(other, meta)
     parts, skipped = {}, []
     tick = progress and (lambda done: progress(done - lo, hi - lo))
@@ -336,11 +337,13 @@ def predict_pseudo_labels(
         for i, a in enumerate(range(lo, hi, part_size)):
             file, b = out/f'part-{name}-{i:05d}.parquet', min(a + part_size, hi)
             mine = dict(meta, items=_digest(items[a:b]) + (_digest(names[a:b]) if names else ''))
+            if gone := [j for j in sorted(leave_out) if a <= j < b]: mine['left_out'] = [[str(names_of[j]), leave_out[j]] for j in gone]
             if done := _usable(file, mine, known):
                 n = pq.read_metadata(file).num_rows
                 if tick: tick(b)
             else:
                 probs, pos, bad = _predict(t, items, a, b, bs, temperature, tick)
+                if gone: stay = ~np.isin(pos, gone); probs, pos, bad = probs[stay], pos[stay], [*bad, *mine['left_out']]
                 rows, n = pos if label_of is None else [label_of[j] for j in pos], len(pos)
                 done = dict(mine, skipped=bad, version=__version__)
                 behind(write, file, rows, probs, done)
@@ -351,7 +354,8 @@ def predict_pseudo_labels(
     with _replacing(sums) as tmp: tmp.write_text(''.join(f"{last[o]}  {o}\n" for o in parts if o in last))
     if len(skipped) == hi - lo:
         raise PseudoLabelError(f"none of the {hi - lo} images could be read ({': '.join(skipped[0])}, ...): see {csv}")
-    if skipped: warnings.warn(f"{len(skipped)} of {hi - lo} images could not be read and get no label: see {csv}")
+    if unread := len(skipped) - sum(lo <= j < hi for j in leave_out):
+        warnings.warn(f"{unread} of {hi - lo} images could not be read and get no label: see {csv}")
     with _replacing(out/f'_shard-{name}.json') as tmp:
         tmp.write_text(json.dumps(dict(items=hi - lo, skipped=len(skipped), parts=parts), indent=1))
     return out

@@ -35,6 +35,7 @@ from .checkpoints import RunState, _seeded, pack, unpack # pack and unpack for t
 from .dataloaders import PadCropFlip, ResizedCropFlip, mixed_dataloaders
 from .datasets import Splits, load_images
 from .files import altered, locked, read_metrics, stoppable, write_sums, write_text as _write_text
+from .leaks import find_leaks
 from .learner import Noise, noisy_student_learner
 from .losses import SoftLabelCrossEntropy
 from .models import create_model, load_tensors, load_weights, n_parameters, save_weights
@@ -140,6 +141,8 @@ class NoisyStudent:
 
     Raises ValueError for settings or data that cannot work, before anything is trained."""
     auto_batch = False
+    source: dict | None = None # Arguments of `cli.load_data`, if the command line made the data: kept for `noisy-student report`
+
     def __init__(
         self,
         data: Splits, # Labeled, unlabeled, validation and test images
@@ -201,13 +204,16 @@ class NoisyStudent:
         """Train the teacher and all students, or what is still to do of them, and return a row per round, the teacher first.
 
         Raises ValueError if the directory holds a run of another configuration, or a labeled image cannot be read;
-        OSError if something cannot be written; MemoryError if the device has too little, see `auto_batch`; `InUseError` if another process works in the directory; `Stopped` on
-        SIGTERM and Ctrl-C. What was written stays, and `fit` again goes on from there."""
+        OSError if something cannot be written; MemoryError if the device has too little, see `auto_batch`; `InUseError`
+        if another process works in the directory; `Stopped` on SIGTERM and Ctrl-C. What was written stays, and `fit`
+        again goes on from there."""
         self._check_folder()
         with locked(self.path/'.lock'), stoppable():
             self._open()
+            old = not (self.path/'report.html').exists()
             for k in range(self.recipe.rounds + 1):
                 self._check_round(k)
+                new = not (self._round(k)/'metrics.json').exists()
                 while not (self._round(k)/'metrics.json').exists():
                     try: self._fit_round(k)
                     except torch.cuda.OutOfMemoryError: out_of_memory = True
@@ -215,6 +221,8 @@ class NoisyStudent:
                     if out_of_memory: self._halve_batch(k) # here, where the error holds on to nothing any more
                 self._seal_round(k)
                 self._write_summary() # also for a finished round: a kill may have come between the two files
+                if new: old = True; self._warn(k)
+            if old: self._write_report()
         return self.summary
 
     def _write_summary(self):
@@ -278,8 +286,13 @@ def _open(self: NoisyStudent): # make the directory, or check that it holds this
 @patch
 def _write_run(self: NoisyStudent, config):
     versions = {o: version(o) for o in ('noisy_student', 'torch', 'fastai', 'timm', 'numpy', 'pillow')}
-    run = dict(config=config, versions=versions, python=platform.python_version(), device=str(self.device))
+    sizes = {o: 0 if getattr(self.data, o) is None else len(getattr(self.data, o)) for o in ('labeled', 'unlabeled', 'valid', 'test')}
+    run = dict(config=config, versions=versions, python=platform.python_version(), device=str(self.device),
+               sizes=dict(sizes, labeled_per_class=self._labeled_per_class()), source=self.source)
     _write_text(self.path/'run.json', json.dumps(dict(run, sha256=_json_sha256(run)), indent=1))
+
+@patch
+def _labeled_per_class(self: NoisyStudent): return np.bincount(self.data.labeled.labels, minlength=len(self.data.classes)).tolist()
 
 def _json_sha256(d): return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()
 
@@ -344,6 +357,54 @@ def _images(self: NoisyStudent, name): # Decoded images of a split, decoded on f
     return cache[name]
 
 @patch
+def _find_leaks(self: NoisyStudent, pool): # what is in two piles; searched once, before anything is trained, and kept in leaks.json
+    file, piles = self.path/'leaks.json', ['labeled', *(['unlabeled'] if pool else [])]
+    try: old = json.loads(file.read_text())
+    except (OSError, ValueError): old = dict(searched=[])
+    if not set(piles) <= set(old['searched']):
+        exams = {o: self._images(o) for o in ('valid', 'test') if getattr(self.data, o) is not None and len(getattr(self.data, o))}
+        old = dict(searched=piles, found=[o for p in piles for o in self._leaks_between(p, exams)])
+        _write_text(file, json.dumps(old, indent=1))
+        from noisy_student.report import leak_warnings
+        for o in leak_warnings(old['found']): warnings.warn(o)
+    self._leaks = pd.DataFrame(old['found'], columns=['pile', 'position', 'item', 'also_in', 'other', 'kind', 'difference']) if pool else None
+    if pool and (reasons := self._left_out()):
+        d = self._images('unlabeled')
+        names = d.good if isinstance(self.data.unlabeled.images, np.ndarray) else [self.data.unlabeled.images[i] for i in d.good]
+        rows = [*d.bad, *((names[i], why) for i, why in reasons.items())]
+        _write_text(self.path/'skipped.csv', pd.DataFrame(rows, columns=['item', 'reason']).to_csv(index=False))
+
+@patch
+def _leaks_between(self: NoisyStudent, pile, exams): # a dict per leak
+    def name(which, i): images = getattr(self.data, which).images; return int(i) if isinstance(images, np.ndarray) else images[i]
+    d, total, found = self._images(pile), len(exams) * len(self._images(pile).images), []
+    for n, (exam, e) in enumerate(exams.items()):
+        tell = lambda done, of: pile == 'unlabeled' and self._tell('looking for leaks', n * of + done, total)
+        for o in find_leaks(d.images, e.images, tell).itertuples():
+            i, j = int(d.good[o.position]), int(e.good[o.other])
+            found.append(dict(pile=pile, position=i, item=name(pile, i), also_in=exam, other=name(exam, j), kind=o.kind, difference=round(o.difference, 4)))
+    return found
+
+@patch
+def _left_out(self: NoisyStudent): # {row of the decoded pool: why}: unlabeled images that are also in validation or test
+    if self.__dict__.get('_leaks') is None: self._find_leaks(True)
+    t = self._leaks[(self._leaks.pile == 'unlabeled') & (self._leaks.kind == 'identical')]
+    if not len(t): return {}
+    why = {o.position: f"also a {dict(valid='validation').get(o.also_in, o.also_in)} image: {o.other}" for o in t.itertuples()}
+    return {row: why[i] for row, i in enumerate(self._images('unlabeled').good.tolist()) if i in why}
+
+@patch
+def _pool_images(self: NoisyStudent): # of all unlabeled images that may train
+    images, out = self._images('unlabeled').images, self._left_out()
+    return _Rows(images, np.setdiff1d(np.arange(len(images)), list(out))) if out else images
+
+@patch
+def _without_leaks(self: NoisyStudent, selection): # a selection made elsewhere, without what is left out
+    stay = ~np.isin(self._rows(selection.items), list(self._left_out()))
+    items = selection.items[stay] if isinstance(selection.items, np.ndarray) else [o for o, s in zip(selection.items, stay) if s]
+    return replace(selection, items=items, **{o: getattr(selection, o)[stay] for o in ('labels', 'confidence', 'probs', 'copies')})
+
+@patch
 def _stats(self: NoisyStudent, k): # mean and standard deviation per channel: of the pretraining, or of (some of) the labeled images
     if self.recipe.pretrained:
         with torch.device('meta'): cfg = getattr(create_model(self.arch(k), len(self.data.classes)), 'pretrained_cfg', None)
@@ -359,7 +420,7 @@ def _learner(self: NoisyStudent, k, selection, noise, pretrained=False, teacher=
     r, sets = self._recipe(k), {n: (self._images(n).images, getattr(self.data, n).labels) for n in ('labeled', 'valid')}
     pseudo, copies, augment, parts = None, None, _student_view(r), r.accumulate
     if teacher is not None: # targets are made batch by batch
-        pool = self._images('unlabeled').images
+        pool = self._pool_images()
         pseudo = pool, torch.zeros(1, len(self.data.classes)).expand(len(pool), -1)
         augment = [TeacherTargets(teacher.model, teacher.dls.clean_view, r.bs // parts, r.temperature), *augment]
     elif selection is not None:
@@ -436,7 +497,8 @@ def _label(self: NoisyStudent, k): # the pseudo labels for round k, made by the 
 def _label_pool(self: NoisyStudent, k, folder, tell): # by the network of round k, into folder/pseudo_labels, selected into folder/selected.parquet
     r, items, pool = self.recipe, self.data.unlabeled.images, self._images('unlabeled')
     images, names = (items, None) if isinstance(items, np.ndarray) else (pool.images, [items[i] for i in pool.good])
-    predict_pseudo_labels(self._labeler(k), images, folder/'pseudo_labels', names=names, temperature=r.temperature, bs=256, progress=tell)
+    predict_pseudo_labels(self._labeler(k), images, folder/'pseudo_labels', names=names, temperature=r.temperature, bs=256, progress=tell,
+                          leave_out=self._left_out())
     return read_selection(select_pseudo_labels(folder/'pseudo_labels', folder/'selected.parquet', threshold=r.threshold, per_class=r.per_class,
                                                strict=r.strict, binned=r.binned, seed=self.seed))
 
@@ -457,8 +519,11 @@ def _fit_round(self: NoisyStudent, k): # everything of round k that is not there
     r, folder, begun = self._recipe(k), self._round(k), time.perf_counter()
     for name in ('labeled', 'valid', 'test'): # a bad file stops the run here, before training
         if getattr(self.data, name) is not None: self._images(name)
+    self._find_leaks(bool(r.rounds) or self.given is not None)
     fly = self._labeler(k - 1) if k and r.on_the_fly else None
-    selection = None if fly else self._label(k) if k else self.given
+    labeling = time.perf_counter()
+    selection = None if fly else self._label(k) if k else self.given and self._without_leaks(self.given)
+    labeling = time.perf_counter() - labeling
     role = 'teacher' if selection is None and fly is None else 'student'
     noise = r.teacher_noise if role == 'teacher' and r.teacher_noise is not None else r.noise
     stage = f"round {k}: training the {role} {self.arch(k)}"
@@ -480,9 +545,24 @@ def _fit_round(self: NoisyStudent, k): # everything of round k that is not there
         truth = hidden[self._images('unlabeled').good[self._rows(selection.items)]]
         known = float((selection.labels == truth)[truth >= 0].mean()) if (truth >= 0).any() else None
     metrics = dict(round=k, role=role, arch=self.arch(k), parameters=n_parameters(learn.model), labeled=len(self.data.labeled),
-                   pseudo_labeled=len(self._images('unlabeled').images) if fly else 0 if selection is None else len(selection.items), valid_accuracy=self._accuracy(learn, 'valid'),
-                   test_accuracy=self._accuracy(learn, 'test'), seconds=round(prepared + seconds, 1), pseudo_label_accuracy=known)
+                   pseudo_labeled=len(self._pool_images()) if fly else 0 if selection is None else len(selection.items), valid_accuracy=self._accuracy(learn, 'valid'),
+                   test_accuracy=self._accuracy(learn, 'test'), seconds=round(prepared + seconds, 1), pseudo_label_accuracy=known,
+                   labeling_seconds=round(labeling, 1))
     _write_text(folder/'metrics.json', json.dumps(metrics, indent=1))
+
+# %% ../nbs/09_rounds.ipynb #5bbeecba
+@patch
+def _warn(self: NoisyStudent, k): # of what looks wrong since round k is there
+    from noisy_student.report import read_run, round_warnings
+    try: found = round_warnings(read_run(self.path), k)
+    except Exception as e: return warnings.warn(f"round {k} could not be looked through ({type(e).__name__}: {e}); the run goes on")
+    for o in found: warnings.warn(o)
+
+@patch
+def _write_report(self: NoisyStudent): # a page that cannot be made must not fail the run
+    from noisy_student.report import write_report
+    try: return write_report(self.path, self.data if isinstance(self.data, Splits) else None)
+    except Exception as e: warnings.warn(f"{self.path/'report.html'} could not be written ({type(e).__name__}: {e}); the run itself is complete")
 
 # %% ../nbs/09_rounds.ipynb #0a55fe9e
 class _NoisedTeacher(nn.Module): # a network that answers as in training, but for batch normalization; equal images, equal draws
@@ -516,14 +596,18 @@ def _labeler(self: NoisyStudent, k): # the network of round k, as it labels
 @patch
 def report(self: NoisyStudent # After `fit`
           ) -> plt.Figure: # Accuracy per round; confidence of the latest labels; class counts before and after selection
-    "Three pictures of a run. Raises ValueError before the first round is done."
+    "Three pictures of a run, or one if it has no table of pseudo labels, and the whole page `report.html`. Raises ValueError before the first round is done."
     s, K = self.summary, len(self.data.classes)
     if not len(s): raise ValueError(f"no round of {self.path} is finished: call fit() first")
-    fig, (ax, hist, bars) = plt.subplots(1, 3, figsize=(11, 2.8), layout='constrained')
+    last = int(s['round'].max())
+    has_labels = (self._round(last)/'selected.parquet').exists()
+    self._write_report()
+    fig, axes = plt.subplots(1, 3 if has_labels else 1, figsize=(11 if has_labels else 4, 2.8), layout='constrained', squeeze=False)
+    ax, hist, bars = (*axes[0], None, None)[:3]
     for name, style in (('valid', 'o-'), ('test', 's--')):
         if s[f'{name}_accuracy'].notna().any(): ax.plot(s['round'], 100 * s[f'{name}_accuracy'].astype(float), style, label={'valid': 'validation'}.get(name, name))
     ax.set(xlabel='round (0 is the teacher)', ylabel='accuracy (%)', xticks=s['round'], title='Accuracy per round'); ax.legend()
-    if (last := int(s['round'].max())) and (self._round(last)/'selected.parquet').exists():
+    if has_labels:
         chosen, everything = self._round(last)/'selected.parquet', self._round(last)/'pseudo_labels' # the latter not if only the selection was relabeled
         table, kept = pd.read_parquet(everything if everything.exists() else chosen, columns=['label', 'confidence']), read_selection(chosen)
         hist.hist(table.confidence, bins=np.linspace(0, 1, 51), color='tab:gray')

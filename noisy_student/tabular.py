@@ -343,6 +343,8 @@ class TabularNoisyStudent(NoisyStudent):
             select_pseudo_labels(folder/'pseudo_labels', out, threshold=r.threshold, per_class=r.per_class)
         return read_selection(out)
 
+    def _labeled_per_class(self): return [int((self.data.labeled[self.data.y_name] == v).sum()) for v in self.data.vocab]
+
     def _accuracy(self, learn, df): # share of right answers on labeled rows, None where there are none
         if df is None or not len(df): return None
         with learn.no_bar(): probs, _ = learn.get_preds(dl=self.dls.test_dl(df.drop(columns=self.data.y_name)))

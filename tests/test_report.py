@@ -1,0 +1,210 @@
+"The page of a run: in a browser, with names that want to be code, without data, and where a run is unlike others."
+import json
+import os
+import re
+import shutil
+import subprocess
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from noisy_student.cli import main
+from noisy_student.report import extremes, read_run, report_html, run_warnings, skewed_classes, write_report
+from noisy_student.rounds import NoisyStudent
+from test_rounds import SETTINGS, miniature
+
+CHROME = next((o for o in map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome")) if o), None)
+NASTY = ["<script>document.title='hacked'</script>", "a & b", 'quo"te', "it's", "$x^2$", "<b>", "日本", "é", "x" * 90, "-->"]
+PROBE = """<script>
+window.errors = 0; window.onerror = () => { window.errors++ };
+(async () => {
+  await Promise.all([...document.images].map(o => o.decode().catch(() => 0)));
+  const d = {
+    pictures: document.images.length, loaded: [...document.images].filter(o => o.complete && o.naturalWidth > 0).length,
+    tables: document.querySelectorAll('table').length, cells: document.querySelectorAll('td').length,
+    emptyTables: [...document.querySelectorAll('tbody')].filter(o => !o.rows.length).length,
+    charts: document.querySelectorAll('svg').length, scripts: document.scripts.length - 1, errors: window.errors, title: document.title,
+    drawn: [...document.querySelectorAll('svg')].filter(o => o.getBoundingClientRect().height > 50 && o.querySelectorAll('path').length > 5).length,
+    width: window.innerWidth, scroll: document.documentElement.scrollWidth,
+    ids: new Set([...document.querySelectorAll('[id]')].map(o => o.id)).size === document.querySelectorAll('[id]').length,
+    out: [...document.querySelectorAll('[src],[href]')].map(o => o.getAttribute('src') || o.getAttribute('href')).filter(o => !o.startsWith('data:') && !o.startsWith('#')).length,
+  };
+  const e = document.createElement('pre'); e.id = 'probe'; e.textContent = 'PROBE' + JSON.stringify(d) + 'EBORP'; document.body.append(e);
+})();
+</script>"""
+
+
+def quiet_fit(run):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        run.fit()
+    return [str(o.message) for o in seen]
+
+
+@pytest.fixture(scope="module")
+def nasty(tmp_path_factory):
+    "A finished run over classes with nasty names, with suspects and robustness measured by hand."
+    torch.set_num_threads(1)
+    data = replace(miniature(), classes=NASTY)
+    run = NoisyStudent(data, "resnet9_4", tmp_path_factory.mktemp("runs") / "<i>run", **{**SETTINGS, "epochs": 3, "teacher_epochs": 6, "threshold": .2})
+    quiet_fit(run)
+    (run.path / "suspects" / "round_2").mkdir(parents=True)
+    pd.DataFrame(dict(kind="labeled", item=[3, 8], label=NASTY[0], predicted=NASTY[5], confidence=.9, quality=.1, issue=[True, False])).to_csv(
+        run.path / "suspects" / "round_2" / "suspects.csv", index=False)
+    pd.DataFrame(dict(round=[0, 1, 2], n=100, accuracy=[.5, .6, .7], corrupted_error=[.6, .5, .4], flip_rate=[.1, .2, np.nan],
+                      fgsm_accuracy=[.1, .2, .3])).to_csv(run.path / "robustness.csv", index=False)
+    run.report()
+    return run
+
+
+def browse(page, tmp_path, width):
+    "What a browser says of a page."
+    (tmp_path / "probe.html").write_text(page.read_text().replace("</body>", PROBE + "</body>"))
+    dom = subprocess.run([CHROME, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage",
+                          f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000", "--virtual-time-budget=8000", "--dump-dom",
+                          (tmp_path / "probe.html").as_uri()], capture_output=True, text=True, timeout=120).stdout
+    return json.loads(re.search("PROBE({.*})EBORP", dom)[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
+
+
+@pytest.mark.skipif(CHROME is None, reason="no chromium or chrome is installed")
+@pytest.mark.parametrize("width", [390, 1400])
+def test_page_in_a_browser(nasty, tmp_path, width):
+    d = browse(nasty.path / "report.html", tmp_path, width)
+    assert d["loaded"] == d["pictures"] > 40 and d["charts"] == d["drawn"] == 9
+    assert d["errors"] == d["scripts"] == d["emptyTables"] == d["out"] == 0 and d["ids"]
+    assert d["tables"] >= 6 and d["cells"] > 150
+    assert d["scroll"] <= d["width"], "the page is wider than its window"
+    assert d["title"] == "<i>run: Noisy Student Training"
+
+
+def test_names_stay_names(nasty):
+    html = (nasty.path / "report.html").read_text()
+    assert "<script" not in html and "<i>" not in html and "&lt;script&gt;" in html and "&lt;i&gt;run" in html
+    assert "<b>" not in re.sub(r"<div class=\"tile\"><b>|<b>is |→ <b>", "", html)
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", html) and "@import" not in html
+    for section in ("Is the student better?", "Are the pseudo labels any good?", "Is confidence right?", "Coverage against accuracy", "Class by class",
+                    "What was trained on", "Labels that flipped", "Labels that are probably wrong", "Is it more robust?", "How it was made"): assert section in html
+    assert "prefers-color-scheme: dark" in html and 'name="viewport"' in html
+
+
+def test_size_is_bounded(tmp_path):
+    "Thirty classes and noise, which no format makes smaller: at most 20 classes are shown, and the page says so."
+    full, rng = miniature(), np.random.default_rng(0)
+    noise = rng.integers(0, 256, (400, 40, 40, 3), dtype=np.uint8)
+    names = [f"class {i}" for i in range(30)]
+    data = replace(full, classes=names, labeled=replace(full.labeled, images=noise[:50], labels=np.arange(50) % 30), valid=replace(full.valid[:60], images=noise[50:110]),
+                   test=None, unlabeled=replace(full.unlabeled, images=noise[150:350], hidden=None))
+    run = NoisyStudent(data, "resnet9_4", tmp_path / "r", **{**SETTINGS, "rounds": 1, "size": 40, "threshold": 0., "epochs": 1, "teacher_epochs": 1})
+    quiet_fit(run)
+    page = (run.path / "report.html").read_text()
+    assert "Only the first 20 of 30 classes are shown" in page and "The first 20 of 30 classes" in page and len(page) < 2.5e6
+    assert "test" not in re.search(r"<table>.*?</table>", page)[0].replace("test (95 %)", "") and "Is confidence right?" not in page
+
+
+def test_without_data_and_again(nasty, tmp_path):
+    "From the files alone there are neither pictures nor truth; with the data the page is the same every time."
+    shutil.copytree(nasty.path, tmp_path / "copy")
+    bare = write_report(tmp_path / "copy").read_text()
+    assert "data:image" not in bare and "Is confidence right?" not in bare and "Class counts" in bare
+    assert report_html(read_run(nasty.path, nasty.data)) == report_html(read_run(nasty.path, nasty.data)) == (nasty.path / "report.html").read_text()
+
+
+class Biased:
+    "A learner whose network has learned to prefer class 3."
+    def __init__(self, learner): self.learner = learner
+    def __call__(self, run, k=None):
+        learn = self.learner(run, k)
+        last = [m for m in learn.model.modules() if isinstance(m, torch.nn.Linear)][-1]
+        with torch.no_grad(): last.bias[3] += 20
+        return learn
+
+
+def test_planted_collapse_is_said(tmp_path, monkeypatch):
+    biased = Biased(NoisyStudent.learner)
+    monkeypatch.setattr(NoisyStudent, "learner", lambda run, k=None: biased(run, k))
+    run = NoisyStudent(miniature(), "resnet9_4", tmp_path / "r", **{**SETTINGS, "rounds": 1, "threshold": .2})
+    said = quiet_fit(run)
+    [takes] = [o for o in said if "takes over: 3 (" in o]
+    assert takes.startswith("Round 1") and "10.0 % of the labeled images" in takes and any("collapse" in o for o in said)
+    assert takes.split(":")[1] in (run.path / "report.html").read_text() and takes in run_warnings(read_run(run.path))
+
+
+def test_shares_by_chance_and_tiny_counts():
+    "No class of one or two images is named, and neither is a class that is as frequent among both."
+    for labeled, pseudo in (([1, 1], [3, 0]), ([2, 2, 2], [5, 1, 0]), ([900, 100], [9000, 1000]), ([10, 10], [0, 0]), ([5], [100])):
+        assert skewed_classes(np.array(labeled), np.array(pseudo)) == []
+    assert skewed_classes(np.array([10, 10]), np.array([1000, 3])) == [(0, True), (1, False)]
+
+
+def test_a_page_that_fails_does_not_fail_the_run(tmp_path, monkeypatch):
+    import noisy_student.report
+    def broken(*a): raise RuntimeError("no ink")
+    monkeypatch.setattr(noisy_student.report, "write_report", broken)
+    monkeypatch.setattr(noisy_student.report, "round_warnings", broken)
+    run = NoisyStudent(miniature(), "resnet9_4", tmp_path / "r", **{**SETTINGS, "rounds": 0, "epochs": 1, "teacher_epochs": 1})
+    said = quiet_fit(run)
+    assert len(run.summary) == 1 and not (run.path / "report.html").exists()
+    assert sum("no ink" in o and "report.html could not be written" in o for o in said) == 1
+    monkeypatch.undo()
+    assert not quiet_fit(run) and (run.path / "report.html").exists()  # the next call makes it
+    assert len(run.report().axes) == 1 and "How good is it?" in (run.path / "report.html").read_text()
+
+
+def test_no_empty_axes_where_nothing_was_stored(tmp_path):
+    run = NoisyStudent(miniature(), "resnet9_4", tmp_path / "r", **{**SETTINGS, "rounds": 1, "epochs": 1, "teacher_epochs": 1, "on_the_fly": True, "threshold": 0,
+                                                                   "per_class": None})
+    quiet_fit(run)
+    assert len(run.report().axes) == 1 and "not kept" in (run.path / "report.html").read_text()
+
+
+def test_selection_that_is_relabeled(tmp_path):
+    run = NoisyStudent(miniature(), "resnet9_4", tmp_path / "r", **{**SETTINGS, "epochs": 1, "teacher_epochs": 4, "relabel": "selected", "threshold": .2})
+    quiet_fit(run)
+    labels = read_run(run.path, run.data).labels
+    assert labels[2].everything is None and labels[2].seen.sum() == labels[1].kept.sum()
+    assert "Class counts" in (run.path / "report.html").read_text()
+
+
+def test_extremes_of_few(nasty):
+    ends = extremes(nasty.path / "round_2" / "selected.parquet", 1000)
+    assert len(ends) == len(pd.read_parquet(nasty.path / "round_2" / "selected.parquet")) and ends.item.is_unique
+
+
+def test_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for c in "ab":
+        for part, n in (("train", 8), ("valid", 4)):
+            (tmp_path / "mine" / part / c).mkdir(parents=True)
+            for i in range(n): Image.fromarray(np.random.default_rng([ord(c), n, i]).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "mine" / part / c / f"{i}.png")
+    assert main("run mine --labels 4 --arch resnet9_4 --rounds 1 --epochs 1 --threshold 0 --device cpu".split()) == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == "report: " + os.path.join("runs", "mine", "report.html")
+    page = tmp_path / "runs" / "mine" / "report.html"
+    first = page.read_text()
+    page.unlink()
+    os.chdir("mine")  # names mean the same from every folder
+    assert main(["report", str(tmp_path / "runs" / "mine")]) == 0 and page.read_text() == first and "data:image/png" in first
+    assert capsys.readouterr().out.strip() == str(page)
+    assert main(["report", str(tmp_path / "runs" / "mine"), str(tmp_path / "mine")]) == 0 and page.read_text() == first
+    assert main(["report", str(tmp_path / "runs" / "mine"), "digits"]) == 2 and "is not what" in capsys.readouterr().err
+    shutil.move(tmp_path / "mine", tmp_path / "moved")
+    os.chdir(tmp_path)
+    assert main(["report", "runs/mine"]) == 0
+    assert "not at hand" in capsys.readouterr().err and "data:image" not in page.read_text()
+    assert main(["report", "moved"]) == 2 and "run.json" in capsys.readouterr().err
+
+
+def test_a_table_is_made_of_rows(tmp_path):
+    from sklearn.datasets import load_breast_cancer
+    from noisy_student.tabular import TabularNoisyStudent, TabularRecipe
+    df = load_breast_cancer(as_frame=True).frame.iloc[:300, -6:]
+    df.loc[100:, "target"] = None
+    run = TabularNoisyStudent(df, "target", tmp_path / "r", recipe=TabularRecipe(rounds=1, epochs=2))
+    quiet_fit(run)
+    page = (run.path / "report.html").read_text()
+    assert "rows labeled" in page and "data:image" not in page and "Class by class" in page
