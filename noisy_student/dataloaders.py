@@ -82,9 +82,12 @@ class SoftLabel:
                 ):
         soft = torch.as_tensor(target).ndim == 1
         i = int(target.argmax() if soft else target)
-        self.title = f"{vocab[i]} {float(target[i]):.2f}" if soft and float(target[i]) < 1 else str(vocab[i])
-    def show(self, ctx: object = None, # Matplotlib axis to write on
-             **kwargs): ctx.set_title(self.title, fontsize=9); return ctx
+        self.name = str(vocab[i])
+        self.title = f"{self.name} {float(target[i]):.2f}" if soft and float(target[i]) < 1 else self.name
+    def show(self, ctx: object = None, # Matplotlib axis to write on, below a title that is there: `show_results` adds the prediction
+             color: str = 'black', # `show_results` has red for a wrong one
+             **kwargs): ctx.set_title('\n'.join(filter(None, (ctx.get_title(), self.title))), fontsize=9, color=color); return ctx
+    def __eq__(self, other: object) -> bool: return isinstance(other, SoftLabel) and self.name == other.name
     def __str__(self) -> str: return self.title
     __repr__ = __str__
 

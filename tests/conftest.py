@@ -2,6 +2,7 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the tests run side by side, a process per core
+os.environ.setdefault("NOISY_STUDENT_QUICK", "1")  # tutorials in their short form, also where there is a GPU
 
 from hypothesis import settings
 

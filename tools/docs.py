@@ -2,7 +2,9 @@
 
     python tools/docs.py readme   nbs/index.ipynb -> README.md
     python tools/docs.py site     the notebooks -> _docs/
-    python tools/docs.py check    README.md is fresh, the site builds, every link inside both leads somewhere
+    python tools/docs.py check    README.md is fresh, the site builds, every link inside both leads somewhere, every page is
+                                  in the sidebar and every entry of the sidebar is a page; where there is a Chromium,
+                                  every page is looked at in it
 
 Where Quarto is installed, `nbdev_docs` builds the site from the same `_quarto.yml`.
 """
@@ -10,13 +12,17 @@ import argparse
 import json
 import os
 import re
+import shutil
+import subprocess
 import sys
 import tempfile
 from functools import partial
 from html import unescape
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
-from urllib.parse import unquote, urlsplit
+from threading import Thread
+from urllib.parse import quote, unquote, urlsplit
 
 import pypandoc
 from nbdev.doclinks import nbglob
@@ -136,18 +142,70 @@ def broken_links(
     return [f"broken link {ref} in {', '.join(sorted(on))}" for ref, on in broken.items()]
 
 
+# Opens the pages named in its fragment one after the other, wide and narrow, and writes what is wrong with them into itself.
+LOOK = """<!doctype html><title>look</title><pre id="found"></pre><script>
+const found = document.getElementById('found'), frame = document.createElement('iframe');
+const say = text => { found.textContent += text + '\\n'; };
+async function look(page) {
+  frame.style.cssText = 'width:1300px;height:900px;border:0';
+  await new Promise(done => { frame.onload = done; frame.src = page; });
+  const w = frame.contentWindow, d = w.document;
+  for (const img of d.images) {
+    img.loading = 'eager';
+    await img.decode().catch(() => say(`${page}: the picture ${img.getAttribute('src').slice(0, 80)} does not load`));
+  }
+  for (const width of [1300, 400]) {
+    frame.style.width = `${width}px`;
+    if (d.documentElement.scrollWidth > width) say(`${page}: at ${width} px it is ${d.documentElement.scrollWidth} px wide`);
+  }
+}
+(async () => {
+  document.body.append(frame);
+  for (const page of decodeURIComponent(location.hash.slice(1)).split(' ')) await look(page);
+  say('done');
+})();
+</script>"""
+
+
+def chromium() -> str | None:  # Its path
+    "The first Chromium that is installed."
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def look(
+    site: Path,  # Folder of a built site
+) -> list[str] | None:  # A line for each fault; None if there is no Chromium
+    "Open every page in a headless Chromium, wide and narrow: no error on the console, no missing picture, nothing too wide."
+    if (browser := chromium()) is None:
+        return None
+    pages = " ".join(p.relative_to(site).as_posix() for p in sorted(site.rglob("*.html")) if "site_libs" not in p.parts)
+    handler = type("Quiet", (SimpleHTTPRequestHandler,), dict(log_message=lambda *args: None))
+    (site / "look.html").write_text(LOOK, encoding="utf-8")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=site)) as server, tempfile.TemporaryDirectory() as home:
+        Thread(target=server.serve_forever, daemon=True).start()
+        flags = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-background-networking --enable-logging=stderr"
+        command = [browser, *flags.split(), "--no-proxy-server", "--virtual-time-budget=600000", f"--user-data-dir={home}", "--dump-dom"]
+        done = subprocess.run([*command, f"http://127.0.0.1:{server.server_port}/look.html#{quote(pages)}"], capture_output=True, text=True, timeout=300)
+        server.shutdown()
+    (site / "look.html").unlink()
+    found = unescape(re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.S)[1]).split("\n")
+    console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+    return found[:-2] + console + ([] if found[-2:-1] == ["done"] else ["Chromium did not get through all pages"])
+
+
 def check() -> list[str]:  # What is wrong, a line each
     "Look for everything that a reader of README.md or of the site would stumble over."
     text, problems = readme(), []
     if (ROOT / "README.md").read_text(encoding="utf-8") != text:
         problems.append("README.md is not what nbs/index.ipynb gives: python tools/docs.py readme")
     problems += [f"README.md: {m[2]} is not there" for m in README_LINK.finditer(text) if not (ROOT / m[2]).exists()]
-    listed = (ROOT / "_quarto.yml").read_text(encoding="utf-8")
-    names = [p.relative_to(NBS).as_posix() for p in sorted(nbglob(NBS, as_path=True))]
-    problems += [f"_quarto.yml: {name} is not in the sidebar" for name in names if name not in listed]
+    listed = set(re.findall(r"[\w/]+\.(?:ipynb|md)\b", (ROOT / "_quarto.yml").read_text(encoding="utf-8")))
+    pages = {p.relative_to(NBS).as_posix() for p in [*nbglob(NBS, as_path=True), *NBS.rglob("[!_.]*.md")]}
+    problems += [f"_quarto.yml: {name} is not in the sidebar" for name in sorted(pages - listed)]
+    problems += [f"_quarto.yml: {name} in the sidebar is not there" for name in sorted(listed - pages)]
     with tempfile.TemporaryDirectory() as tmp:
         out = Path(tmp).resolve() / "site"
-        problems += [w for w in build(out) if ": broken link " not in w] + broken_links(out)
+        problems += [w for w in build(out) if ": broken link " not in w] + broken_links(out) + (look(out) or [])
     return problems
 
 
