@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
+from typing import Callable, Iterable, Iterator, NamedTuple
 
 import duckdb
 import numpy as np
@@ -27,6 +27,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import __version__
+from .archives import is_archive, list_archive
 from .datasets import BadImage, ImageFileError, Split, load_image, load_images
 from .losses import temperature_softmax
 
@@ -224,7 +225,19 @@ def _as_items(items): # list of str, or uint8 array (N, H, W, C)
     if isinstance(items, list) and len(set(items)) < len(items):
         twice = next(o for o, n in Counter(items).items() if n > 1)
         raise PseudoLabelError(f"{twice} is listed twice: list every image once")
+    if _is_streamed(items) and not all(map(is_archive, items)):
+        raise PseudoLabelError(f"{items[0]} and other names are archives, but {next(o for o in items if not is_archive(o))} is none: label files and archives in two folders")
     return items
+
+def _is_streamed(items): return isinstance(items, list) and any(map(is_archive, items)) # archives, opened when their turn comes
+
+_HASHED = 1 << 30 # bytes of an array that are read to recognize it; each part is recognized by all of its own
+
+def _pool_digest(items): # every shard needs it: it must not cost as much as the labeling
+    if _is_streamed(items): return _digest([f"{o} {os.path.getsize(o)}" for o in items])
+    if not isinstance(items, np.ndarray) or items.nbytes <= _HASHED: return _digest(items)
+    rows = np.linspace(0, len(items) - 1, max(2, _HASHED * len(items) // items.nbytes)).astype(np.int64)
+    return _digest([str(items.shape), *(_digest(items[i]) for i in rows)])
 
 def _digest(items): # of file names, pixels or rows
     if isinstance(items, pd.DataFrame):
@@ -247,10 +260,50 @@ def _usable(file, meta): # the metadata of a finished part that can be kept, Non
                                f"{file.parent} or choose another")
     return None if old['skipped'] and not pq.read_metadata(file).num_rows else old # the disk may have been away then
 
-# %% ../nbs/05_pseudo_labels.ipynb #b352270a
+# %% ../nbs/05_pseudo_labels.ipynb #bd1d5119
+class _Part(NamedTuple): # of a shard
+    file: Path
+    items: list | np.ndarray | pd.DataFrame # The whole pool, or all of one archive
+    start: int
+    stop: int
+    archive: int | None # Its position in the pool
+
+def _parts(items, shard, num_shards, part_size, out): # made one after the other: only one archive is open
+    name, lo, hi = _share(len(items), shard, num_shards)
+    if not _is_streamed(items):
+        for i, a in enumerate(range(lo, hi, part_size)): yield _Part(out/f'part-{name}-{i:05d}.parquet', items, a, min(a + part_size, hi), None)
+        return
+    for j in range(lo, hi):
+        found = list_archive(items[j])
+        for i, a in enumerate(range(0, len(found), part_size)):
+            yield _Part(out/f'part-{name}-{j - lo:05d}-{i:05d}.parquet', found, a, min(a + part_size, len(found)), j)
+
+def _share(n, shard, num_shards): return f"{shard:05d}-of-{num_shards:05d}", n * shard // num_shards, n * (shard + 1) // num_shards
+
+def _label_part(t, part, meta, names, bs, tick=None): # -> its metadata; with a _Teacher in t.evaluating()
+    mine = dict(meta, items=_digest(part.items[part.start:part.stop]) + (_digest(names[part.start:part.stop]) if names else ''))
+    if done := _usable(part.file, mine):
+        if tick: tick(part.stop)
+        return done
+    probs, pos, bad = _predict(t, part.items, part.start, part.stop, bs, meta['temperature'], tick)
+    label_of = part.items if isinstance(part.items, list) else names # None: positions
+    done = dict(mine, skipped=bad, version=__version__)
+    with _replacing(part.file) as tmp: pq.write_table(_table(pos if label_of is None else [label_of[j] for j in pos], probs, done), tmp)
+    return done
+
+def _finish_shard(out, name, n, parts, skipped): # the manifest; n: images; parts: file name -> rows
+    with _replacing(csv := out/f'_skipped-{name}.csv') as tmp:
+        pd.DataFrame(skipped, columns=['item', 'reason']).to_csv(tmp, index=False)
+    if len(skipped) == n:
+        raise PseudoLabelError(f"none of the {n} images could be read ({': '.join(skipped[0])}, ...): see {csv}")
+    if skipped: warnings.warn(f"{len(skipped)} of {n} images could not be read and get no label: see {csv}")
+    with _replacing(out/f'_shard-{name}.json') as tmp:
+        tmp.write_text(json.dumps(dict(items=n, skipped=len(skipped), parts=parts), indent=1))
+
+# %% ../nbs/05_pseudo_labels.ipynb #816e889d
 def predict_pseudo_labels(
     teacher: Learner | nn.Module, # Gives logits (B, K)
-    items: list | np.ndarray | Tensor | Split | pd.DataFrame, # The pool: file names, uint8 images (N, H, W, C), or rows
+    items: list | np.ndarray | Tensor | Split | pd.DataFrame, # The pool: file names, names of archives, uint8 images (N, H, W, C), or rows
     out: str | Path, # Folder for the table; shards of one pool may share it
     shard: int = 0, # Which share of the pool to label, 0..num_shards-1
     num_shards: int = 1, # Number of shares, 1..N
@@ -263,49 +316,47 @@ def predict_pseudo_labels(
     names: list[str] | None = None, # The `item` of every row of an array or table; default: its position
     device: str | torch.device | None = None, # Where to compute; default: where the model is
     part_size: int = 8192, # Rows per file: what a crash loses, and what is in memory
-    progress: Callable[[int, int], None] | None = None, # Called with (done, total) images of this shard
+    progress: Callable[[int, int], None] | None = None, # Called with (done, total) images of this shard; for archives, megabytes
 ) -> Path: # `out`
     """Label `items` with the un-noised teacher, restartably, and return the folder of parquet files.
     Images that cannot be read are skipped, counted in a warning and listed in `_skipped-*.csv`. Raises
     `PseudoLabelError` if there is nothing to label, the teacher's output is not finite, or the folder holds other
     labels; OSError if the folder cannot be written. Algorithm 1, step 2, of Xie et al."""
-    items, out = _as_items(items), Path(out)
-    n = len(items)
-    if names is not None and len(names) != n: raise PseudoLabelError(f"{len(names)} names for {n} images: every image needs one")
-    if not 1 <= num_shards <= n:
-        raise PseudoLabelError(f"num_shards={num_shards} must be in 1..{n}: there are {n} images")
+    t, items, out, meta = _labeling(teacher, items, out, num_shards, temperature, bs, size, mean, std, classes, names, device, part_size)
     if not 0 <= shard < num_shards: raise PseudoLabelError(f"shard={shard} must be in 0..{num_shards - 1}")
+    name, lo, hi = _share(len(items), shard, num_shards)
+    tell = progress and _ticker(progress, items, lo, hi)
+    n, parts, skipped = 0, {}, []
+    with t.evaluating():
+        for part in _parts(items, shard, num_shards, part_size, out):
+            done = _label_part(t, part, meta, names, bs, tell and (lambda b: tell(part, b)))
+            n += part.stop - part.start
+            skipped += done['skipped']; parts[part.file.name] = pq.read_metadata(part.file).num_rows
+    _finish_shard(out, name, n, parts, skipped)
+    return out
+
+def _labeling(teacher, items, out, num_shards, temperature, bs, size, mean, std, classes, names, device, part_size):
+    "What all shards of a labeling have in common, checked: _Teacher, items, folder, metadata of the parts."
+    items, out = _as_items(items), Path(out)
+    n, what = len(items), 'archives' if _is_streamed(items) else 'images'
+    if names is not None and len(names) != n: raise PseudoLabelError(f"{len(names)} names for {n} images: every image needs one")
+    if not 1 <= num_shards <= n: raise PseudoLabelError(f"num_shards={num_shards} must be in 1..{n}: there are {n} {what}")
     if bs < 1 or part_size < 1: raise PseudoLabelError(f"bs={bs} and part_size={part_size} must be at least 1")
     if not temperature > 0: raise PseudoLabelError(f"temperature={temperature} must be greater than 0")
     _make_folder(out)
     t = _Teacher(teacher, items, classes, size, mean, std, device)
-    label_of = items if isinstance(items, list) else names # None: positions
-    pool = _digest(items)
-    meta = dict(classes=t.classes, temperature=float(temperature), teacher=t.hash, view=t.spec, pool=pool,
+    meta = dict(classes=t.classes, temperature=float(temperature), teacher=t.hash, view=t.spec, pool=_pool_digest(items),
                 num_shards=num_shards, part_size=part_size)
     for other in sorted(out.glob('part-*.parquet'))[:1]: _usable(other, meta)
-    name, lo, hi = f"{shard:05d}-of-{num_shards:05d}", n * shard // num_shards, n * (shard + 1) // num_shards
-    parts, skipped = {}, []
-    tick = progress and (lambda done: progress(done - lo, hi - lo))
-    with t.evaluating():
-        for i, a in enumerate(range(lo, hi, part_size)):
-            file, b = out/f'part-{name}-{i:05d}.parquet', min(a + part_size, hi)
-            mine = dict(meta, items=_digest(items[a:b]) + (_digest(names[a:b]) if names else ''))
-            if not (done := _usable(file, mine)):
-                probs, pos, bad = _predict(t, items, a, b, bs, temperature, tick)
-                rows = pos if label_of is None else [label_of[j] for j in pos]
-                done = dict(mine, skipped=bad, version=__version__)
-                with _replacing(file) as tmp: pq.write_table(_table(rows, probs, done), tmp)
-            elif tick: tick(b)
-            skipped += done['skipped']; parts[file.name] = pq.read_metadata(file).num_rows
-    with _replacing(csv := out/f'_skipped-{name}.csv') as tmp:
-        pd.DataFrame(skipped, columns=['item', 'reason']).to_csv(tmp, index=False)
-    if len(skipped) == hi - lo:
-        raise PseudoLabelError(f"none of the {hi - lo} images could be read ({': '.join(skipped[0])}, ...): see {csv}")
-    if skipped: warnings.warn(f"{len(skipped)} of {hi - lo} images could not be read and get no label: see {csv}")
-    with _replacing(out/f'_shard-{name}.json') as tmp:
-        tmp.write_text(json.dumps(dict(items=hi - lo, skipped=len(skipped), parts=parts), indent=1))
-    return out
+    return t, items, out, meta
+
+def _ticker(progress, items, lo, hi): # (part, images of it that are done) -> progress, in images or in megabytes of archives
+    if not _is_streamed(items): return lambda part, done: progress(done - lo, hi - lo)
+    ends = np.cumsum([0, *(os.path.getsize(o) for o in items[lo:hi])]) / 1e6
+    def tell(part, done):
+        a, b = ends[part.archive - lo:][:2]
+        progress(round(a + (b - a) * done / len(part.items)), round(ends[-1]))
+    return tell
 
 # %% ../nbs/05_pseudo_labels.ipynb #9b22803c
 def _check_sources(src): # -> files and the metadata they share; raises unless they are all shards of one labeling
@@ -508,7 +559,7 @@ def _open_selection(selection): # -> path, metadata
 def _check_pool(pool, images, last):
     if isinstance(images, list):
         raise PseudoLabelError("the selection holds positions in an array, but the pool is a list of files")
-    if last >= len(images) or (pool is not None and pool != _digest(images)):
+    if last >= len(images) or (pool is not None and pool != _pool_digest(images)):
         raise PseudoLabelError("the selection belongs to another pool of images: give the one that was labeled (the same data set, labels and seed)")
 
 def relabel_pseudo_labels(

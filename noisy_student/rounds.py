@@ -27,6 +27,7 @@ from fastcore.basics import patch
 from fastcore.imports import IN_NOTEBOOK
 from PIL import Image
 
+from .archives import ArchiveError, open_item, split_item
 from .dataloaders import MixedDL, PadCropFlip, ResizedCropFlip, mixed_dataloaders
 from .datasets import Splits, load_images
 from .learner import Noise, noisy_student_learner
@@ -208,7 +209,7 @@ def _fingerprint(data: Splits) -> str: # of all items and labels
         if s is None: continue
         if isinstance(s.images, np.ndarray): h.update(np.ascontiguousarray(s.images))
         else:
-            for f in s.images: h.update(f"{f}\0{os.path.getsize(f) if os.path.exists(f) else -1}\n".encode(errors='surrogateescape'))
+            for f, disk in ((f, split_item(f)[0]) for f in s.images): h.update(f"{f}\0{os.path.getsize(disk) if os.path.exists(disk) else -1}\n".encode(errors='surrogateescape'))
         if s.labels is not None: h.update(s.labels.tobytes())
     return h.hexdigest()[:16]
 
@@ -221,8 +222,8 @@ def _default_size(data): # px
     sides = [] # of some images: the first may be an odd one
     for i in np.linspace(0, len(images) - 1, min(len(images), 50)).astype(int):
         try:
-            with Image.open(images[i]) as im: sides.append(min(im.size))
-        except (OSError, Image.DecompressionBombError): pass # load_images will name the file
+            with Image.open(open_item(images[i])) as im: sides.append(min(im.size))
+        except (OSError, ArchiveError, Image.DecompressionBombError): pass # load_images will name the file
     return min(int(np.median(sides)), 128) if sides else 128
 
 # %% ../nbs/09_rounds.ipynb #0d458502
