@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .archives import is_archive, list_archive
-from .datasets import BadImage, ImageFileError, Split, load_image, load_images
+from .datasets import BadImage, ImageFileError, Split, _new_array, load_image, load_images
 from .losses import temperature_softmax
 
 # %% ../nbs/05_pseudo_labels.ipynb #38dea275
@@ -268,12 +268,13 @@ class _Part(NamedTuple): # of a shard
     stop: int
     archive: int | None # Its position in the pool
 
-def _parts(items, shard, num_shards, part_size, out): # made one after the other: only one archive is open
-    name, lo, hi = _share(len(items), shard, num_shards)
+def _parts(items, shard, num_shards, part_size, out, piece=None): # made one after the other: only one archive is open
+    name, lo, hi = _share(len(items), shard, num_shards) # piece: only this part, or the parts of this archive, of the shard
     if not _is_streamed(items):
-        for i, a in enumerate(range(lo, hi, part_size)): yield _Part(out/f'part-{name}-{i:05d}.parquet', items, a, min(a + part_size, hi), None)
+        for i, a in enumerate(range(lo, hi, part_size)):
+            if piece in (None, i): yield _Part(out/f'part-{name}-{i:05d}.parquet', items, a, min(a + part_size, hi), None)
         return
-    for j in range(lo, hi):
+    for j in range(lo, hi) if piece is None else [lo + piece]:
         found = list_archive(items[j])
         for i, a in enumerate(range(0, len(found), part_size)):
             yield _Part(out/f'part-{name}-{j - lo:05d}-{i:05d}.parquet', found, a, min(a + part_size, len(found)), j)
@@ -339,7 +340,7 @@ def _labeling(teacher, items, out, num_shards, temperature, bs, size, mean, std,
     "What all shards of a labeling have in common, checked: _Teacher, items, folder, metadata of the parts."
     items, out = _as_items(items), Path(out)
     n, what = len(items), 'archives' if _is_streamed(items) else 'images'
-    if names is not None and len(names) != n: raise PseudoLabelError(f"{len(names)} names for {n} images: every image needs one")
+    if names is not None and (len(names) != n or len(set(names)) < n): raise PseudoLabelError(f"{len(set(names))} names for {n} images: every image needs one of its own")
     if not 1 <= num_shards <= n: raise PseudoLabelError(f"num_shards={num_shards} must be in 1..{n}: there are {n} {what}")
     if bs < 1 or part_size < 1: raise PseudoLabelError(f"bs={bs} and part_size={part_size} must be at least 1")
     if not temperature > 0: raise PseudoLabelError(f"temperature={temperature} must be greater than 0")
@@ -358,8 +359,8 @@ def _ticker(progress, items, lo, hi): # (part, images of it that are done) -> pr
         progress(round(a + (b - a) * done / len(part.items)), round(ends[-1]))
     return tell
 
-# %% ../nbs/05_pseudo_labels.ipynb #9b22803c
-def _check_sources(src): # -> files and the metadata they share; raises unless they are all shards of one labeling
+# %% ../nbs/05_pseudo_labels.ipynb #5dd93a98
+def _check_sources(src): # -> files, the metadata they share, whether they are of one pool; raises unless they are all shards of one labeling
     files = []
     for s in map(Path, [src] if isinstance(src, (str, Path)) else src):
         if not s.exists(): raise PseudoLabelError(f"no pseudo labels at {s}: there is no such file or folder")
@@ -374,7 +375,7 @@ def _check_sources(src): # -> files and the metadata they share; raises unless t
             raise PseudoLabelError(f"{files[0]} and {f} do not belong together (what differs: {diff}): label all "
                                    "images with one teacher")
     if 'pool' in metas[0]: _check_shards(files, metas)
-    return files, metas[0]
+    return files, metas[0], len({m.get('pool') for m in metas} - {None}) == 1 # parts of one labeling: no image is there twice
 
 def _shard_of(file): # of part-00000-of-00001-00000.parquet
     try: return int(file.name.split('-')[1])
@@ -401,8 +402,8 @@ def _check_shards(files, metas):
             raise PseudoLabelError(f"shard {shard} of {num} in {folder} is not complete: run "
                                    f"predict_pseudo_labels(..., shard={shard}, num_shards={num}) again")
 
-def _parquet(files): # SQL for a table of parquet files, whatever characters their names have
-    return f"read_parquet([{', '.join(_quoted(glob.escape(str(f))) for f in files)}], hive_partitioning=false)"
+def _parquet(files, more='hive_partitioning=false'): # SQL for a table of parquet files, whatever characters their names have
+    return f"read_parquet([{', '.join(_quoted(glob.escape(str(f))) for f in files)}], {more})"
 
 def _quoted(o): return "'" + str(o).replace("'", "''") + "'"
 
@@ -462,36 +463,79 @@ def _write(tables, out): # a stream of tables of one schema as one file
         finally:
             if writer: writer.close()
 
-# %% ../nbs/05_pseudo_labels.ipynb #872e04b9
-def _class_stats(con, table, is_over, threshold, files): # per label: seen, passed; raises if there is nothing to select
-    stats = _sql(con, f"""SELECT label, count(*) AS seen, count(*) FILTER ({is_over}) AS passed, max(confidence) AS top,
-        count(*) FILTER (coalesce(isnan(confidence), true)) AS broken FROM {table} GROUP BY label""", files).df()
-    if not len(stats): raise PseudoLabelError(f"no pseudo labels in {files[0].parent}: the table has no row")
-    if n := int(stats.broken.sum()): raise PseudoLabelError(f"{n} pseudo labels have no confidence (NaN): redo them")
-    if not stats.passed.any():
+# %% ../nbs/05_pseudo_labels.ipynb #2172a203
+def _histogram(con, table, is_over, threshold, files, binned): # label, bucket of confidence (-1: not over the threshold), count
+    if binned: bucket = "near - ((near / 100)::FLOAT > confidence)::INT" # the edge below it, in hundredths
+    else: bucket = "floor(confidence::DOUBLE * 4096)"
+    rows = _sql(con, f"""SELECT label, CASE WHEN NOT coalesce(isfinite(confidence), false) THEN -2 WHEN {is_over} THEN ({bucket})::INT ELSE -1 END AS bucket,
+        count(*) AS count, max(confidence) AS top FROM (SELECT *, round(confidence::DOUBLE * 100) AS near FROM {table}) GROUP BY ALL""", files).df()
+    if not len(rows): raise PseudoLabelError(f"no pseudo labels in {files[0].parent}: the table has no row")
+    if n := int(rows['count'][rows.bucket == -2].sum()): raise PseudoLabelError(f"{n} pseudo labels have no confidence (NaN): redo them")
+    if not (rows.bucket >= 0).any():
         raise PseudoLabelError(f"no pseudo label reaches threshold={threshold}: the highest confidence is "
-                               f"{stats.top.max():.4f}; lower the threshold")
-    return stats.set_index('label')[['seen', 'passed']]
+                               f"{rows.top.max():.4f}; lower the threshold")
+    return rows.assign(passed=rows['count'].where(rows.bucket >= 0, 0)), bucket
 
-def _pick(con, table, is_over, target, files, seed): # the temporary table `kept`: item, label, confidence, copies
-    _sql(con, f"CREATE TEMP TABLE passed AS SELECT * FROM {table} WHERE {is_over}", files)
-    twice = con.execute("SELECT item FROM passed GROUP BY item HAVING count(*) > 1 ORDER BY item LIMIT 1").fetchone()
-    if twice: raise PseudoLabelError(f"image {twice[0]} has two pseudo labels: label the pool again in a new folder")
-    if seed is None: # r: its place in the class, n: the size of the class
+def _edges(rows, target, binned): # per label: the bucket below which nothing is needed, n: images it has, or with `binned` has above the edge
+    over = rows[rows.bucket >= 0].sort_values(['label', 'bucket'], ascending=[True, False])
+    above = over.groupby('label')['count'].cumsum() # images of the class in this bucket and higher ones
+    n = over.groupby('label')['count'].sum()
+    if target is None: return pd.DataFrame(dict(edge=0, n=n)).reset_index()
+    first = over.assign(above=above)[above >= target].groupby('label').first() # the highest bucket with N images at or above it
+    edges = pd.DataFrame(dict(edge=first.bucket.reindex(n.index).fillna(0).astype(int), n=n))
+    if binned: edges['n'] = first.above.reindex(n.index).fillna(n).astype(int)
+    return edges.reset_index()
+
+def _check_unique(con, table, is_over, files): # over everything that passed: expensive, and not needed for the parts of one labeling
+    twice = _sql(con, f"SELECT item FROM {table} WHERE {is_over} GROUP BY item HAVING count(*) > 1 ORDER BY item LIMIT 1", files).fetchall()
+    if twice: raise PseudoLabelError(f"image {twice[0][0]} has two pseudo labels: label the pool again in a new folder")
+
+def _pick(con, is_over, bucket, edges, target, files, seed): # the temporary table `kept`: item, label, confidence, copies, where it is, its place in the selection
+    parts = pd.DataFrame(dict(part=range(len(files)), filename=[str(f) for f in files]))
+    con.register('edges', edges); con.register('parts', parts)
+    needed = f"""SELECT item, label, confidence, part, pos, n FROM (SELECT item, label, confidence::FLOAT AS confidence, round(confidence::FLOAT::DOUBLE * 100) AS near,
+        filename, file_row_number AS pos FROM {_parquet(files, 'hive_partitioning=false, filename=true, file_row_number=true')}) JOIN parts USING (filename) JOIN edges USING (label)
+        WHERE {is_over} AND {bucket} >= edge"""
+    rank = "row_number() OVER (PARTITION BY label ORDER BY confidence DESC, item)"
+    if seed is None: # r: its place in the class
         copies = 1 if target is None else f"{target} // n + (r <= {target} % n)::INT"
-        ranked = """SELECT *, row_number() OVER (PARTITION BY label ORDER BY confidence DESC, item) AS r,
-            count(*) OVER (PARTITION BY label) AS n FROM passed"""
-    else: # bin: the edge below it, in hundredths; edge: that of number N; n: images of the class at or above the edge
+        picked = f"SELECT * FROM (SELECT *, {copies} AS copies FROM (SELECT *, {rank} AS r FROM ({needed}))) WHERE copies > 0"
+    else:
         draw = f"(md5_number_lower('{seed}:' || item) >> 11)::DOUBLE / {2 ** 53}" # uniform in 0..1
         copies = f"{target} // n + ({draw} < ({target} % n) / n::DOUBLE)::INT"
-        ranked = f"""SELECT *, count(*) OVER (PARTITION BY label) AS n FROM (SELECT *, nth_value(bin, {target}) OVER
-            (PARTITION BY label ORDER BY bin DESC ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING) AS edge FROM
-            (SELECT *, near - ((near / 100)::FLOAT > confidence)::INT AS bin FROM
-            (SELECT *, round(confidence::DOUBLE * 100) AS near FROM passed))) WHERE coalesce(bin >= edge, true)"""
-    _sql(con, f"""CREATE TEMP TABLE kept AS SELECT item, label, confidence, copies FROM
-        (SELECT *, {copies} AS copies FROM ({ranked})) WHERE copies > 0""", files)
-    if not con.execute("SELECT count(*) FROM kept").fetchone()[0]:
+        picked = f"SELECT *, {rank} AS r FROM (SELECT *, {copies} AS copies FROM ({needed})) WHERE copies > 0"
+    _sql(con, f"CREATE TEMP TABLE picked AS {picked}", files)
+    con.execute("""CREATE TEMP VIEW kept AS SELECT *, before + r - 1 AS place FROM picked JOIN (SELECT label, coalesce(sum(count(*)) OVER
+        (ORDER BY label ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0)::BIGINT AS before FROM picked GROUP BY label) USING (label)""")
+    if not (n := con.execute("SELECT count(*) FROM picked").fetchall()[0][0]):
         raise PseudoLabelError(f"binned=True with seed={seed} has drawn no image: {target} per class are too few")
+    return n
+
+# %% ../nbs/05_pseudo_labels.ipynb #7b32ca13
+def _chunks(con, query, vectors): # a result as data frames of up to 2048 * vectors rows
+    con.execute(query)
+    while len(df := con.fetch_df_chunk(vectors)): yield df
+
+def _fetch_probs(con, files, n, k, spill): # float16 (n, K) on disk, in the order of the selection
+    out = _new_array(Path(spill)/'probs.npy', (n, 2 * k)).view(np.float16)
+    for df in _chunks(con, "SELECT part, pos, place FROM kept ORDER BY part, pos", 256):
+        for part, rows in df.groupby('part'):
+            try: _fetch_part(files[part], rows.pos.to_numpy(), rows.place.to_numpy(), out)
+            except (pa.ArrowException, OSError) as e:
+                raise PseudoLabelError(f"{files[part]} is damaged ({e}): remove it and label its images again") from e
+    return out
+
+def _fetch_part(file, at, places, out): # the probabilities of these rows of one file
+    table = pq.ParquetFile(file)
+    starts = np.cumsum([0, *(table.metadata.row_group(i).num_rows for i in range(table.num_row_groups))])
+    group = np.searchsorted(starts, at, 'right') - 1
+    for g in np.unique(group):
+        mine = group == g
+        probs = table.read_row_group(g, ['probs'])['probs'].combine_chunks()
+        probs = (probs.combine_chunks() if isinstance(probs, pa.ChunkedArray) else probs).take(pa.array(at[mine] - starts[g]))
+        flat = probs.flatten().to_numpy(zero_copy_only=False)
+        if len(flat) != mine.sum() * out.shape[1]: raise PseudoLabelError(f"{file} has rows that do not have {out.shape[1]} probabilities each")
+        out[places[mine]] = flat.reshape(-1, out.shape[1])
 
 # %% ../nbs/05_pseudo_labels.ipynb #1bf7a230
 def _some(names): return ', '.join(names[:10]) + (', ...' if len(names) > 10 else '')
@@ -507,6 +551,17 @@ def _warn(classes, stats, threshold, target): # of what usually goes wrong
     if rare := [f"{c} ({n})" for c, n in zip(classes, stats.passed) if target and 0 < n <= target / 10]:
         warnings.warn(f"few pseudo labels are copied 10 times or more to reach {target} per class: {_some(rare)}")
 
+def _memory(): # of DuckDB, which goes to disk beyond it
+    try: return f"{min(4 << 30, os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 2) >> 20}MiB"
+    except (AttributeError, ValueError, OSError): return '2GiB' # not on Windows
+
+def _selected(con, probs, meta): # the selection as a stream of tables
+    done = 0
+    for df in _chunks(con, "SELECT item, label, confidence, copies FROM kept ORDER BY place", 4):
+        items = pa.array(df['item'], pa.int64() if df['item'].dtype.kind in 'iu' else pa.string())
+        yield _table(items, probs[done:done + len(df)], meta, df.label, df.confidence, df.copies)
+        done += len(df)
+
 def select_pseudo_labels(
     src: str | Path | list, # Folder(s) of predict_pseudo_labels with all shards, or parquet files with the same columns
     out: str | Path, # Parquet file to write
@@ -520,7 +575,7 @@ def select_pseudo_labels(
     per image, with its `copies`. Warns of classes without a single image. Raises `PseudoLabelError` if nothing reaches
     the threshold, or files are damaged, incomplete or do not belong together. Section 2 and appendix A.1 of Xie et
     al."""
-    out, (files, meta) = Path(out), _check_sources(src)
+    out, (files, meta, is_one) = Path(out), _check_sources(src)
     if not 0 <= threshold <= 1: raise PseudoLabelError(f"threshold={threshold} is a confidence and must be in 0..1")
     if _target(per_class, np.ones(1)) is None and binned:
         raise PseudoLabelError("binned=True balances the classes: per_class must not be None")
@@ -528,23 +583,22 @@ def select_pseudo_labels(
     table = f"(SELECT item, label, confidence::FLOAT AS confidence FROM {_parquet(files)})"
     is_over = f"confidence {'>' if strict else '>='} {float(np.float32(threshold))!r}::FLOAT"
     with tempfile.TemporaryDirectory(dir=out.parent, prefix='.select-') as spill, duckdb.connect() as con:
-        con.execute(f"SET temp_directory = {_quoted(spill)}")
-        stats = _class_stats(con, table, is_over, threshold, files)
-        k = len(_sql(con, f"SELECT probs FROM {_parquet(files)} LIMIT 1", files).fetchone()[0])
+        con.execute(f"SET temp_directory = {_quoted(spill)}; SET memory_limit = '{_memory()}'; SET preserve_insertion_order = false")
+        rows, bucket = _histogram(con, table, is_over, threshold, files, binned)
+        stats = rows.rename(columns=dict(count='seen')).groupby('label', dropna=False)[['seen', 'passed']].sum()
+        k = len(_sql(con, f"SELECT probs FROM {_parquet(files)} LIMIT 1", files).fetchall()[0][0])
         classes = meta.get('classes', [str(i) for i in range(k)])
         if stats.index.hasnans or not 0 <= stats.index.min() <= stats.index.max() < len(classes):
             raise PseudoLabelError(f"labels must be in 0..{len(classes) - 1}, one per class: see {files[0].parent}")
         stats = stats.reindex(range(len(classes)), fill_value=0)
-        _warn(classes, stats, threshold, _target(per_class, stats.passed))
-        _pick(con, table, is_over, _target(per_class, stats.passed), files, int(seed) if binned else None)
-        wide = Path(spill)/'kept.parquet'
-        _sql(con, f"""COPY (SELECT item, k.label::INT AS label, k.confidence, p.probs, k.copies::INT AS copies
-            FROM kept k JOIN {_parquet(files)} p USING (item) ORDER BY k.label, k.confidence DESC, item)
-            TO {_quoted(wide)} (FORMAT parquet)""", files)
+        target = _target(per_class, stats.passed)
+        _warn(classes, stats, threshold, target)
+        if not is_one: _check_unique(con, table, is_over, files)
+        n = _pick(con, is_over, bucket, _edges(rows, target, binned), target, files, int(seed) if binned else None)
         kept = {key: meta[key] for key in ('temperature', 'teacher', 'view', 'pool') if key in meta}
         kept.update(classes=classes, threshold=threshold, strict=strict, per_class=per_class, version=__version__)
         if binned: kept.update(binned=True, seed=int(seed))
-        _write((_table(c.pop('item'), c.pop('probs'), kept, **c) for c in _batches(wide, 8192)), out)
+        _write(_selected(con, _fetch_probs(con, files, n, k, spill), kept), out)
     return Selection(out, pd.concat([stats, _summary(out, classes)], axis=1)[['class', 'seen', 'passed', *_KEPT]])
 
 # %% ../nbs/05_pseudo_labels.ipynb #35d65925
