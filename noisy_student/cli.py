@@ -191,6 +191,7 @@ def run(
     _fit(data, load_data(data, labels, unlabeled, seed, recipe), out, arch, recipe, epochs, seed, device, as_json, settings)
 
 def _fit(name, data, out, archs, recipe, epochs, seed, device, as_json, settings, pseudo=None): # train, and print what came out
+    from noisy_student.distributed import rank
     from noisy_student.recipes import get_recipe
     from noisy_student.rounds import NoisyStudent
     recipe = get_recipe(recipe or DATA.get(name, FOLDER).recipe)
@@ -200,7 +201,7 @@ def _fit(name, data, out, archs, recipe, epochs, seed, device, as_json, settings
         ns = NoisyStudent(data, archs or recipe.archs or ['resnet18'], out, seed=seed, recipe=recipe, device=device,
                           progress=progress, pseudo_labels=pseudo, **given)
         rows = _rows(ns.fit())
-    _print_run(out, rows, as_json)
+    if not rank(): _print_run(out, rows, as_json)
 
 # %% ../nbs/13_cli.ipynb #701ff699
 def _trained(path, device): # a network on its device; what to do with images of another number of channels is settled here
@@ -256,6 +257,7 @@ def label(
     num_shards: Annotated[int, typer.Option(metavar='N', min=1, help="Number of shares.")] = 1,
     temperature: Annotated[float, typer.Option(metavar='T', help="Of the softmax, above 0; below 1 sharpens.")] = 1.,
     bs: BatchOpt = 64, labels: LabelsOpt = None, recipe: RecipeOpt = None, seed: SeedOpt = 0, device: DeviceOpt = None,
+    ray: Annotated[bool, typer.Option('--ray', help="Spread the work over the Ray cluster of $RAY_ADDRESS, else over the cores of this machine. All workers must see POOL and DIR under the same names. Needs the extra [ray].")] = False,
 ):
     """Let a trained network label a pool of images, without noise; --labels, --recipe and --seed as in run.
 
@@ -271,9 +273,14 @@ def label(
     import pyarrow.parquet as pq
     from noisy_student.pseudo_labels import predict_pseudo_labels
     t, items = _trained(model, device), _label_pool(pool, labels, seed, recipe)
+    if ray and (num_shards > 1 or device): raise ValueError("--ray deals out the work by itself, one GPU per replica: leave out --shard, --num-shards and --device")
     with show_progress() as progress:
-        predict_pseudo_labels(t.model, items, out, shard, num_shards, temperature, bs, t.size, t.mean, t.std, t.classes,
-                              progress=lambda done, total: progress('labeling', done, total))
+        if ray:
+            from noisy_student.cluster import label_on_ray
+            label_on_ray(t.model, items, out, None, 1, temperature, bs, t.size, t.mean, t.std, t.classes,
+                         progress=lambda done, total: progress('labeling (pieces)', done, total))
+        else: predict_pseudo_labels(t.model, items, out, shard, num_shards, temperature, bs, t.size, t.mean, t.std, t.classes,
+                                    progress=lambda done, total: progress('labeling', done, total))
     n = sum(pq.read_metadata(f).num_rows for f in Path(out).glob(f'part-{shard:05d}-of-{num_shards:05d}-*.parquet'))
     print(f"{n:,} pseudo labels of shard {shard} of {num_shards} in {out}")
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['pack', 'unpack', 'RunState', 'NoisyStudent', 'load_model']
 
-# %% ../nbs/09_rounds.ipynb #d48cea3f
-import hashlib, json, os, platform, random, sys, time, warnings
+# %% ../nbs/09_rounds.ipynb #fc1a7bf3
+import hashlib, json, os, platform, random, shutil, sys, time, warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
@@ -30,6 +30,7 @@ from PIL import Image
 from .archives import ArchiveError, open_item, split_item
 from .dataloaders import MixedDL, PadCropFlip, ResizedCropFlip, mixed_dataloaders
 from .datasets import Splits, load_images
+from .distributed import MeanGradients, barrier, first_rank_first, join, own_device, rank, world
 from .learner import Noise, noisy_student_learner
 from .losses import SoftLabelCrossEntropy
 from .models import create_model, load_tensors, load_weights, n_parameters, save_tensors, save_weights
@@ -83,6 +84,7 @@ def _seeded(seed): # all generators seeded inside; outside they go on as if noth
     finally: _set_rng_state(before)
 
 def _write_text(file, text): # whole or not at all
+    if rank(): return # of several processes one writes
     tmp = file.with_name(file.name + '.tmp')
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -143,6 +145,7 @@ class RunState(Callback):
         self.history.append(dict(epoch=self.epoch, train_loss=loss, valid_loss=valid, valid_accuracy=acc))
         state = dict(model=self.model.state_dict(), opt=self.opt.opt.state_dict(), rng=_rng_state(), history=self.history, epoch=self.epoch,
                      cbs={cb.name: cb.state_dict() for cb in self._stateful()}, seconds=time.perf_counter() - self.begun, smooth=(self.recorder.smooth_loss.val, self.recorder.smooth_loss.count))
+        if rank(): return
         tensors = {}
         skeleton = json.dumps(pack(state, tensors))
         save_tensors(tensors, self.file, dict(skeleton=skeleton))
@@ -166,7 +169,7 @@ def _in_bf16(model, device): # inside, every forward pass of `model` runs in bfl
 def _train(learn, epochs, recipe, folder, progress): # -> history, seconds; goes on from folder/checkpoint
     learn.create_opt()
     state, device = RunState(folder/'checkpoint'/'state.safetensors', progress), learn.dls.device
-    cbs = [state, *([] if recipe.ema is None else [EMA(recipe.ema)])]
+    cbs = [state, *([] if recipe.ema is None else [EMA(recipe.ema)]), *([] if world() == 1 else [MeanGradients(learn.dls.train.seed)])]
     if recipe.accumulate > 1: cbs.append(GradientAccumulation(learn.dls.train.bs * recipe.accumulate))
     wd = [recipe.wd * (2 if recipe.wd_on == 'shortcuts' else 1), 0.] # of the groups that the splitter makes
     fit = dict(wd=wd, start_epoch=state.load(learn)) # also if no epoch is left: the average may still have to be taken
@@ -253,7 +256,7 @@ class NoisyStudent:
             raise ValueError("archs must be names, teacher first, such as ['resnet18', 'resnet34']: every round builds a new network from its name")
         if self.recipe.init == 'teacher' and len(set(self.archs)) > 1:
             raise ValueError(f"init='teacher' needs one architecture for all rounds, not {', '.join(self.archs)}: larger students start from scratch")
-        self.device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        self.device = own_device(device)
         if self.device.type == 'cuda' and not torch.cuda.is_available(): raise ValueError("device='cuda', but torch sees no GPU here: use 'cpu'")
         self.size = self.recipe.size or _default_size(data)
         self._tell = progress or _one_line()
@@ -264,6 +267,10 @@ class NoisyStudent:
         if self.recipe.rounds and not len(data.unlabeled):
             raise ValueError("no unlabeled images: name a folder of them, keep fewer labels so that the rest can serve, or ask for 0 rounds")
         if not len(data.valid): raise ValueError("no validation images: they choose the best round")
+        if self.recipe.bs % (world() * self.recipe.accumulate):
+            raise ValueError(f"bs={self.recipe.bs} is not divisible by {world()} processes times accumulate={self.recipe.accumulate}: every process takes the same share of a batch")
+        if world() > 1: join(self.device)
+        if rank(): self._tell = lambda *_: None
         n_in = data.labeled.images.shape[-1] if isinstance(data.labeled.images, np.ndarray) else 3
         for i, arch in enumerate(self.archs): # a misspelled student must not wait for its teacher's training
             with torch.device('meta'): model = create_model(arch, len(data.classes), n_in)
@@ -291,9 +298,11 @@ class NoisyStudent:
 
         Raises ValueError if the directory holds a run of another configuration, or a labeled image cannot be read;
         OSError if something cannot be written. What was written stays, and `fit` again goes on from there."""
-        self._open()
+        with first_rank_first(): self._open()
         for k in range(self.recipe.rounds + 1):
+            barrier() # all processes see the same files
             if not (self._round(k)/'metrics.json').exists(): self._fit_round(k)
+            barrier()
             self._write_summary() # also for a finished round: a kill may have come between the two files
         return self.summary
 
@@ -361,8 +370,9 @@ def _images(self: NoisyStudent, name): # Decoded images of a split, decoded on f
     cache = self.__dict__.setdefault('_decoded', {})
     if name not in cache:
         split = getattr(self.data, name)
-        d = load_images(split.images, self.size, None if isinstance(split.images, np.ndarray) else self.path/'cache',
-                        lambda done, total: self._tell(f'decoding {name} images', done, total))
+        with first_rank_first():
+            d = load_images(split.images, self.size, None if isinstance(split.images, np.ndarray) else self.path/'cache',
+                            lambda done, total: self._tell(f'decoding {name} images', done, total))
         if d.bad and name != 'unlabeled':
             more = f" (and {len(d.bad) - 1} more)" if len(d.bad) > 1 else ''
             raise ValueError(f"a {name} image cannot be used: {d.bad[0].item}: {d.bad[0].reason}{more}; mend or remove it")
@@ -388,18 +398,19 @@ def _stats(self: NoisyStudent, k): # mean and standard deviation per channel: of
 def _learner(self: NoisyStudent, k, selection, noise, pretrained=False, teacher=None): # the network of round k, before training
     r, sets = self.recipe, {n: (self._images(n).images, getattr(self.data, n).labels) for n in ('labeled', 'valid')}
     pseudo, copies, augment, parts = None, None, _student_view(r), r.accumulate
+    bs = r.bs // (parts * world()) # images of a batch that are labeled, of this process
     if teacher is not None: # targets are made batch by batch
         pool = self._images('unlabeled').images
         pseudo = pool, torch.zeros(1, len(self.data.classes)).expand(len(pool), -1)
-        augment = [TeacherTargets(teacher.model, teacher.dls.clean_view, r.bs // parts, r.temperature), *augment]
+        augment = [TeacherTargets(teacher.model, teacher.dls.clean_view, bs, r.temperature), *augment]
     elif selection is not None:
         pseudo, copies = (_Rows(self._images('unlabeled').images, self._rows(selection.items)), self._targets(selection)), selection.copies
     pile = len(self.data.labeled) + (int(copies.sum()) if r.ratio is None and copies is not None else 0) # one pass over it is an epoch
     steps = (r.steps or -(-pile // r.bs)) * parts
-    dls = mixed_dataloaders(sets['labeled'], sets['valid'], self.data.classes, pseudo=pseudo, copies=copies, bs=r.bs // parts, ratio=r.ratio,
+    dls = mixed_dataloaders(sets['labeled'], sets['valid'], self.data.classes, pseudo=pseudo, copies=copies, bs=bs, ratio=r.ratio, rank=rank(), num_ranks=world(),
                             steps=steps, augment=augment, stats=self._stats(k), seed=self.seed * 1000 + k, device=self.device)
     loss = None
-    if pseudo is not None and r.unlabeled_weight is not None: loss = SoftLabelCrossEntropy(r.label_smoothing, r.bs // parts, r.unlabeled_weight)
+    if pseudo is not None and r.unlabeled_weight is not None: loss = SoftLabelCrossEntropy(r.label_smoothing, bs, r.unlabeled_weight)
     return self._network(k, dls, noise, pretrained, loss)
 
 @patch
@@ -457,16 +468,23 @@ def _label(self: NoisyStudent, k): # the pseudo labels for round k, made by the 
     tell, items = lambda done, total: self._tell(f'round {k}: labeling', done, total), self.data.unlabeled.images
     if out.exists(): return read_selection(out)
     if self.recipe.relabel == 'all' or not before.exists(): return self._label_pool(k - 1, self._round(k), tell)
-    relabel_pseudo_labels(self.learner(k - 1), before, out, items if isinstance(items, np.ndarray) else None, bs=256, progress=tell)
+    if not rank(): relabel_pseudo_labels(self.learner(k - 1), before, out, items if isinstance(items, np.ndarray) else None, bs=256, progress=tell)
+    barrier()
     return read_selection(out)
 
 @patch
 def _label_pool(self: NoisyStudent, k, folder, tell): # by the network of round k, into folder/pseudo_labels, selected into folder/selected.parquet
     r, items, pool = self.recipe, self.data.unlabeled.images, self._images('unlabeled')
     images, names = (items, None) if isinstance(items, np.ndarray) else (pool.images, [items[i] for i in pool.good])
-    predict_pseudo_labels(self.learner(k), images, folder/'pseudo_labels', names=names, temperature=r.temperature, bs=256, progress=tell)
-    return read_selection(select_pseudo_labels(folder/'pseudo_labels', folder/'selected.parquet', threshold=r.threshold, per_class=r.per_class,
-                                               strict=r.strict, binned=r.binned, seed=self.seed))
+    if not rank() and set(folder.glob('pseudo_labels/part-*')) - set(folder.glob(f'pseudo_labels/part-*-of-{world():05d}-*')):
+        shutil.rmtree(folder/'pseudo_labels') # begun by another number of processes, and not selected from
+    barrier()
+    predict_pseudo_labels(self.learner(k), images, folder/'pseudo_labels', rank(), world(), names=names, temperature=r.temperature, bs=256, progress=tell)
+    barrier()
+    if not rank(): select_pseudo_labels(folder/'pseudo_labels', folder/'selected.parquet', threshold=r.threshold, per_class=r.per_class,
+                                        strict=r.strict, binned=r.binned, seed=self.seed)
+    barrier()
+    return read_selection(folder/'selected.parquet')
 
 def _logits(learn, images): # float32 (N, K) on the CPU, of the clean view
     learn.model.eval()
@@ -501,7 +519,7 @@ def _fit_round(self: NoisyStudent, k): # everything of round k that is not there
         history, seconds = _train(learn, epochs, r, folder, lambda done, total: self._tell(stage, done, total))
     _write_text(folder/'history.csv', pd.DataFrame(history).to_csv(index=False))
     mean, std = self._stats(k)
-    save_weights(learn.model, folder/'model.safetensors', dict(arch=self.arch(k), classes=json.dumps(self.data.classes), size=str(self.size),
+    if not rank(): save_weights(learn.model, folder/'model.safetensors', dict(arch=self.arch(k), classes=json.dumps(self.data.classes), size=str(self.size),
                                                                mean=json.dumps(mean), std=json.dumps(std)))
     hidden, known = self.data.unlabeled.hidden, None
     if selection is not None and hidden is not None:
