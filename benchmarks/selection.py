@@ -24,19 +24,19 @@ import argparse, json, resource, subprocess, sys, time
 from importlib.metadata import version
 from pathlib import Path
 
-FILE_ROWS, PER_CLASS, THRESHOLD, CLASSES = 1_000_000, 1000, .3, 1000
+PER_CLASS, THRESHOLD, CLASSES = 1000, .3, 1000
 
 
-def make(folder, rows, width):
+def make(folder, rows, width, file_rows=1_000_000):
     import numpy as np, pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq
     folder.mkdir(parents=True, exist_ok=True)
-    n = -(-rows // FILE_ROWS)
+    n = -(-rows // file_rows)
     meta = dict(classes=json.dumps([f"class {i}" for i in range(CLASSES)]), temperature="1.0", teacher="0" * 64, version="0",
-                view="{}", pool='"0"', num_shards="1", part_size=str(FILE_ROWS), items='"0"', skipped="[]")
+                view="{}", pool='"0"', num_shards="1", part_size=str(file_rows), items='"0"', skipped="[]")
     parts = {}
     for i in range(n):
-        rng, m = np.random.default_rng(i), min(FILE_ROWS, rows - i * FILE_ROWS)
-        name = pc.binary_join_element_wise(f"pool-{i:05d}.tar/", pc.cast(pa.array(rng.permutation(m) + FILE_ROWS), pa.string()), ".jpg", "")
+        rng, m = np.random.default_rng(i), min(file_rows, rows - i * file_rows)
+        name = pc.binary_join_element_wise(f"pool-{i:05d}.tar/", pc.cast(pa.array(rng.permutation(m) + file_rows), pa.string()), ".jpg", "")
         half = rng.integers(0, 0x3c00, (m if width > 4 else 1) * width, dtype=np.uint16).view(np.float16)
         if width <= 4: half = np.broadcast_to(half, (m, width)).ravel()
         table = pa.table(dict(item=name, label=pa.array(rng.integers(0, CLASSES, m), pa.int32()),
@@ -61,7 +61,7 @@ def by_pandas(folder, out):
     files, narrow = sorted(folder.glob("part-*")), []
     for f in files: narrow.append(pd.read_parquet(f, columns=["item", "label", "confidence"]).assign(file=f.name).astype(dict(file="category")))
     df = pd.concat(narrow, ignore_index=True)
-    df["pos"] = df.index % FILE_ROWS
+    df["pos"] = df.groupby("file", observed=True).cumcount()
     df = df[df.confidence >= THRESHOLD].sort_values(["label", "confidence", "item"], ascending=[True, False, True])
     df = df.groupby("label").head(PER_CLASS).reset_index(drop=True)
     probs, order = [], []
@@ -95,6 +95,7 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--rows", type=float, required=True)
     p.add_argument("--width", type=int, default=4, help="probabilities per row")
+    p.add_argument("--file-rows", type=int, default=1_000_000, help="rows per file; `label` writes 8192")
     p.add_argument("--folder", type=Path, required=True, help="where the table is")
     p.add_argument("--make", action="store_true", help="write the table")
     p.add_argument("--candidate", choices=["ours", "pandas", "polars"])
@@ -102,8 +103,8 @@ if __name__ == "__main__":
     p.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     a = p.parse_args()
     rows = int(a.rows)
-    folder = a.folder / f"{rows}-{a.width}"
-    if a.make: make(folder, rows, a.width)
+    folder = a.folder / f"{rows}-{a.width}-{a.file_rows}"
+    if a.make: make(folder, rows, a.width, a.file_rows)
     if a.candidate and a.here:
         seconds, kept = dict(ours=ours, pandas=by_pandas, polars=by_polars)[a.candidate](folder, a.folder / "out.parquet")
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
@@ -116,7 +117,7 @@ if __name__ == "__main__":
             done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--here"], capture_output=True, text=True)
             if done.returncode: sys.exit(done.stderr)
             got = json.loads(done.stdout.splitlines()[-1])
-        row = dict(rows=rows, probs_per_row=a.width, table_gb=round(bytes_on_disk(folder) / 1e9, 2), candidate=a.candidate, **got, **machine(),
+        row = dict(rows=rows, probs_per_row=a.width, rows_per_file=a.file_rows, table_gb=round(bytes_on_disk(folder) / 1e9, 2), candidate=a.candidate, **got, **machine(),
                    **{o: version(o) for o in ("duckdb", "pyarrow", "pandas", "polars")})
         print(row)
         file = Path(__file__).parent / "results" / "select.csv"
