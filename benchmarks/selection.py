@@ -1,20 +1,22 @@
 """Seconds and memory of a selection from N rows of pseudo labels with 1,000 classes, against pandas and Polars.
 
-    python benchmarks/selection.py --rows 3e6 --width 1000 --folder /tmp/select --make
-    python benchmarks/selection.py --rows 3e6 --width 1000 --folder /tmp/select --candidate ours
+    python benchmarks/selection.py --rows 3e6 --folder /tmp/select --make
+    python benchmarks/selection.py --rows 3e6 --folder /tmp/select --candidate ours
     python benchmarks/selection.py --rows 3e8 --folder /tmp/select --make          # 5 GB; 10 minutes
     python benchmarks/selection.py --rows 3e8 --folder /tmp/select --candidate ours
 
 The task: of the rows with confidence 0.3 or more, the 1,000 most confident of each class (1,000,000 rows), in the order of
 class, confidence and item, with their probabilities, as one parquet file. Each candidate runs in a process of its own; `seconds`
-is from the start of its imports' end to the file's end, `peak_gb` the largest resident memory of the process. The
+runs from the end of its imports to the end of the file, `peak_gb` the largest resident memory of the process. The
 confidences are those of random draws: 1 - u^2 with u uniform, a class drawn uniformly, in files of a million rows in random order.
 
-What is in the files. Items, labels, confidences, schema and metadata are the real ones. The probabilities are real in width
-(1,000 of float16, incompressible) only up to 3 million rows (6 GB): 300 million would take 600 GB, which was not
-there. In larger tables the list has --width 4 values, so those figures hold for the two passes over the narrow columns of
-all rows, the ranking, and the fetching and writing of narrow lists for the selected rows; they do not hold the time to
-read wide lists. That time has a floor: a scattered selection touches every row group, and 600 GB at 1 GB/s are 600 s.
+What is in the files. Items, labels, confidences, schema and metadata are the real ones. The probabilities are not: 1,000 of
+float16 per row would be 600 GB for 300 million rows, which was not there, so the list has --width 4 values, the same in
+every row. The figures hold for the two passes over the narrow columns of all rows, the ranking, and the fetching and
+writing of narrow lists for the selected rows; they do not hold the time to read wide lists, which is not measured (up to
+3 million rows, 6 GB, --width 1000 writes lists of real width and random values). That time has a floor: a scattered selection
+touches every row group, and 600 GB at 1 GB/s are 600 s. Files have a million rows, or with --file-rows 8192 as many as
+`label` writes.
 
 pandas and Polars do the task as a user would write it: narrow columns first, then the probabilities of the selected rows. A row
 says "not run" where the narrow columns alone, as measured on a tenth of the rows, would not fit the memory of this machine.
