@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner
+from fastcore.basics import noop
 
 from .dataloaders import MixedDL
+from .distributed import rank, world
 from .files import Stopped
 from .models import load_tensors, save_tensors
 
@@ -113,7 +115,7 @@ class RunState(Callback):
             self.recorder.smooth_loss.val, self.recorder.smooth_loss.count = self.smooth
         if isinstance(self.dls.train, MixedDL):
             self.dls.train.epoch = self.epoch
-            if self.done: self.dls.train.start_at(self.done, partial(_set_rng_state, self.rng))
+            if self.done: self.dls.train.start_at(self.done, partial(_set_rng_state, self.rng) if world() == 1 else noop) # each process has noise of its own
         if self.progress: self.progress(self.epoch * len(self.dls.train) + self.done, self.n_epoch * len(self.dls.train))
     def before_train(self):
         if self.done: self.learn.pct_train = self.pct # the same sum of small steps
@@ -155,6 +157,7 @@ class RunState(Callback):
             raise FloatingPointError(f"{bad} is not finite after batch {self.done} of epoch {self.epoch}: {_DIVERGED}")
         state = dict(model=self.model.state_dict(), opt=self.opt.opt.state_dict(), rng=rng, history=self.history, epoch=epoch, **within,
                      cbs={cb.name: cb.state_dict() for cb in self._stateful()}, seconds=time.perf_counter() - self.begun, smooth=(self.recorder.smooth_loss.val, self.recorder.smooth_loss.count))
+        if rank(): return # of several processes one writes
         tensors = {}
         skeleton = json.dumps(pack(state, tensors))
         new = save_tensors(tensors, self.file.with_name('new.safetensors'), dict(skeleton=skeleton))

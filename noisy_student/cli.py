@@ -177,7 +177,7 @@ def run(
     data: DataArg,
     out: Annotated[Optional[str], typer.Option(metavar='DIR', show_default=False, help="Run directory; an existing one is gone on with. Default: runs/NAME.")] = None,
     labels: LabelsOpt = None,
-    unlabeled: Annotated[Optional[str], typer.Option(metavar='POOL', show_default=False, help="Unlabeled images: rest (training images without a label), imagenet32 or rest+imagenet32 (cifar10), extra (svhn), or a folder. Default: DATA/unlabeled and the rest, or the recipe's.")] = None,
+    unlabeled: Annotated[Optional[str], typer.Option(metavar='POOL', show_default=False, help="Unlabeled images: rest (training images without a label), imagenet32 or rest+imagenet32 (cifar10), extra (svhn), a folder (of images or .tar and .parquet files of them), or such a file. Default: DATA/unlabeled and the rest, or the recipe's.")] = None,
     arch: Annotated[Optional[list[str]], typer.Option(metavar='NAME', show_default=False, help="Architecture: a timm name or resnet9_24; repeat it, teacher first, then students. Default: the recipe's, else resnet18.")] = None,
     rounds: Annotated[Optional[int], typer.Option(metavar='N', min=0, show_default=False, help="Students, one after the other. Default: the recipe's.")] = None,
     epochs: EpochsOpt = None, size: SizeOpt = None, recipe: RecipeOpt = None, seed: SeedOpt = 0, device: DeviceOpt = None,
@@ -201,6 +201,7 @@ def _source(name, labels, unlabeled, seed, recipe): # arguments of load_data, wi
     return dict(name=absolute(name), labels=labels, unlabeled=absolute(unlabeled), seed=seed, recipe=recipe)
 
 def _fit(name, data, out, archs, recipe, epochs, seed, device, as_json, settings, pseudo=None, source=None, auto_batch=False): # train, and print what came out
+    from noisy_student.distributed import rank
     from noisy_student.recipes import get_recipe
     from noisy_student.rounds import NoisyStudent
     recipe = get_recipe(recipe or DATA.get(name, FOLDER).recipe)
@@ -211,6 +212,7 @@ def _fit(name, data, out, archs, recipe, epochs, seed, device, as_json, settings
                           progress=progress, pseudo_labels=pseudo, auto_batch=auto_batch, **given)
         ns.source = source
         rows = _rows(ns.fit())
+    if rank(): return # the first of several processes tells
     _print_run(out, rows, as_json)
     if not as_json and (page := Path(out)/'report.html').exists(): print(f"report: {page}")
 
@@ -240,22 +242,35 @@ def _published(name, device): # a network that knows ImageNet
     else: found = pretrained_model(name, True)
     return found._replace(model=found.model.to(device))
 
-def _pool(name, labels, seed, recipe=None): # unlabeled images: of a data set, or all files of a folder
+def _label_pool(names, labels, seed, recipe): # as `_pool`, but archives stay closed: their images may be too many to list
+    from noisy_student.archives import is_archive
     from noisy_student.datasets import list_files
+    for o in names:
+        if is_archive(o) and not Path(o).exists(): raise ValueError(f"no file {o}: the pool is a folder of images, or archives of them")
+    files = [f for o in names for f in ([o] if is_archive(o) else list_files(o) if Path(o).is_dir() and not (Path(o)/'train').is_dir() else [])]
+    if archives := [f for f in files if is_archive(f)]:
+        if rest := len(files) - len(archives): warnings.warn(f"{rest} files beside {len(archives)} archives are left out: label them into a folder of their own")
+        return archives
+    if len(names) > 1: raise ValueError(f"one folder or data set, or any number of archives, not {', '.join(names)}")
+    return _pool(names[0], labels, seed, recipe)
+
+def _pool(name, labels, seed, recipe=None): # unlabeled images: of a data set, or all of a folder
+    from noisy_student.datasets import list_images
     if name in DATA or (Path(name)/'train').is_dir(): return load_data(name, labels, seed=seed, recipe=recipe).unlabeled
     if not Path(name).is_dir(): return load_data(name) # which says what it could have been
-    if not (files := list_files(Path(name))): raise ValueError(f"no file in {name}: the pool is a folder of images")
+    if not (files := list_images(Path(name))): raise ValueError(f"no file in {name}: the pool is a folder of images")
     return files
 
 @app.command(short_help='Let a trained network label a pool of images.')
 def label(
     model: ModelArg,
-    pool: Annotated[str, typer.Argument(metavar='POOL', help="Folder of images, or DATA as in run: its unlabeled images.")],
+    pool: Annotated[list[str], typer.Argument(metavar='POOL...', help="Folder of images or of archives of them (.tar, .parquet), archives by name, or DATA as in run: its unlabeled images.")],
     out: Annotated[str, typer.Option(metavar='DIR', help="Folder for the table; shards of one pool may share it.")] = 'pseudo_labels',
     shard: Annotated[int, typer.Option(metavar='I', min=0, help="Which share of the pool to label, 0 to N-1.")] = 0,
     num_shards: Annotated[int, typer.Option(metavar='N', min=1, help="Number of shares.")] = 1,
     temperature: Annotated[float, typer.Option(metavar='T', help="Of the softmax, above 0; below 1 sharpens.")] = 1.,
     bs: BatchOpt = None, labels: LabelsOpt = None, recipe: RecipeOpt = None, seed: SeedOpt = 0, device: DeviceOpt = None,
+    ray: Annotated[bool, typer.Option('--ray', help="Spread the work over the Ray cluster of $RAY_ADDRESS, else over the cores of this machine. All workers must see POOL and DIR under the same names. Needs the extra [ray].")] = False,
 ):
     """Let a trained network label a pool of images, without noise; --labels, --recipe and --seed as in run.
 
@@ -263,14 +278,22 @@ def label(
     Example: the second of four shares
       noisy-student label runs/mine my_images/unlabeled --out pseudo_labels --shard 1 --num-shards 4
 
+    Archives are read one after the other, so the pool may be larger than the disk or the memory of a machine:
+      noisy-student label runs/mine pool-*.tar --out pseudo_labels
+
     Can be interrupted: the same command goes on where it stopped.
     """
     import pyarrow.parquet as pq
     from noisy_student.pseudo_labels import predict_pseudo_labels
-    t, items = _trained(model, device), _pool(pool, labels, seed, recipe)
+    t, items = _trained(model, device), _label_pool(pool, labels, seed, recipe)
+    if ray and (num_shards > 1 or device): raise ValueError("--ray deals out the work by itself, one GPU per replica: leave out --shard, --num-shards and --device")
     with show_progress() as progress:
-        predict_pseudo_labels(t.model, items, out, shard, num_shards, temperature, bs, t.size, t.mean, t.std, t.classes,
-                              progress=lambda done, total: progress('labeling', done, total))
+        if ray:
+            from noisy_student.cluster import label_on_ray
+            label_on_ray(t.model, items, out, None, 1, temperature, bs, t.size, t.mean, t.std, t.classes,
+                         progress=lambda done, total: progress('labeling (pieces)', done, total))
+        else: predict_pseudo_labels(t.model, items, out, shard, num_shards, temperature, bs, t.size, t.mean, t.std, t.classes,
+                                    progress=lambda done, total: progress('labeling', done, total))
     n = sum(pq.read_metadata(f).num_rows for f in Path(out).glob(f'part-{shard:05d}-of-{num_shards:05d}-*.parquet'))
     print(f"{n:,} pseudo labels of shard {shard} of {num_shards} in {out}")
 
@@ -327,7 +350,7 @@ def relabel(
 def _items_of(selection): # its files, None if its images are positions in an array
     from noisy_student.pseudo_labels import read_selection
     items = read_selection(selection).items
-    return items if isinstance(items, list) else None
+    return sorted(items) if isinstance(items, list) else None # in the order of archives, so that each is opened once
 
 @app.command(short_help='Train one teacher or one student.')
 def train(
@@ -479,9 +502,10 @@ def predict(
     Example:
       noisy-student predict runs/mine photo.jpg --top 3
     """
-    from noisy_student.datasets import list_files, load_images
+    from noisy_student.archives import is_archive
+    from noisy_student.datasets import list_images, load_images
     t, rows, bad = _trained(model, device), [], []
-    files = [f for o in images for f in (list_files(o) if Path(o).is_dir() else [o])]
+    files = [f for o in images for f in (list_images(o) if Path(o).is_dir() or is_archive(o) else [o])]
     if not files: raise ValueError(f"no file in {', '.join(images)}")
     with show_progress() as progress:
         for i in range(0, len(files), 256):

@@ -143,8 +143,11 @@ class MixedDL(ArrayDL):
         copies: np.ndarray | None = None, # int (N,): how often each pseudo-labeled image occurs in a pass; without `pseudo`, each labeled one
         steps: int | None = None, # Batches per epoch; None: one pass over the labeled images, or over the one pile
         seed: int = 0, # Decides the order
+        rank: int = 0, # Of `num_ranks` processes that train together: this loader gives the share of this one
+        num_ranks: int = 1, # Processes; the batches of all of them together are those of one with `bs * num_ranks`
         **kwargs # To `TfmdDL`: after_batch, device
     ):
+        self.rank, self.num_ranks = rank, num_ranks
         self.labeled, self.n_labeled, self.ratio, self.seed, self.epoch = labeled, bs, ratio if pseudo else 0, seed, 0
         labeled.split_idx = 0
         if pseudo is not None and not len(pseudo): raise ValueError("there are no pseudo-labeled images to train on")
@@ -164,9 +167,9 @@ class MixedDL(ArrayDL):
 
     def get_idxs(self) -> np.ndarray:
         "Positions of all images of this epoch, batch after batch; `epoch` then counts up."
-        def rows(pile, per_batch, key): # of one pile, (steps, per_batch)
-            n = self.steps * per_batch
-            return pile[stream(len(pile), self.epoch * n, n, (self.seed, key))].reshape(self.steps, per_batch)
+        def rows(pile, per_batch, key): # of one pile, (steps, per_batch): the share of this rank
+            n, mine = self.steps * per_batch * self.num_ranks, slice(self.rank * per_batch, (self.rank + 1) * per_batch)
+            return pile[stream(len(pile), self.epoch * n, n, (self.seed, key))].reshape(self.steps, -1)[:, mine]
         idxs = rows(self.own, self.n_labeled, 0) if self.n_labeled else np.empty((self.steps, 0), np.int64)
         if self.pool is not None: idxs = np.concatenate([idxs, rows(self.pool, self.bs - self.n_labeled, 1)], 1)
         self.epoch += 1
@@ -269,6 +272,8 @@ def mixed_dataloaders(
     stats: tuple[list[float], list[float]] | None = None, # Mean and standard deviation per channel, for pixels in 0..1
     seed: int = 0, # Decides the order of the images
     device: str | torch.device = 'cpu', # Where batches go
+    rank: int = 0, # As `MixedDL`
+    num_ranks: int = 1, # Likewise
 ) -> NoisyStudentDataLoaders:
     "Training batches of labeled and pseudo-labeled images, validation batches of labeled ones."
     if labeled[0].shape[1:] != valid[0].shape[1:] or (pseudo is not None and pseudo[0].shape[1:] != labeled[0].shape[1:]):
@@ -277,8 +282,8 @@ def mixed_dataloaders(
     norm = [Normalize.from_stats(*stats, cuda=False)] if stats else []
     tfms = [IntToFloatTensor(), *norm]
     piles = [o and ArrayDataset(*o, classes, 0).to(torch.device(device)) for o in (labeled, pseudo)]
-    train = MixedDL(*piles, bs=bs, ratio=ratio, copies=copies,
-                    steps=steps, seed=seed, after_batch=[*(augment or []), *tfms], device=torch.device(device))
+    train = MixedDL(*piles, bs=bs, ratio=ratio, copies=copies, steps=steps, seed=seed, rank=rank, num_ranks=num_ranks,
+                    after_batch=[*(augment or []), *tfms], device=torch.device(device))
     dls = NoisyStudentDataLoaders(train, ArrayDL(ArrayDataset(*valid, classes), bs=max(256, bs), after_batch=tfms, device=torch.device(device)),
                                   device=torch.device(device))
     return dls

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'IMAGENETTE_CLASSES', 'SVHN_STATS', 'Split', 'Splits', 'stratified', 'digits', 'ImageFileError',
-           'BadImage', 'load_image', 'Decoded', 'square', 'load_images', 'file_sha256', 'list_files', 'from_folder',
-           'cifar10', 'imagenette', 'svhn']
+           'BadImage', 'load_image', 'Decoded', 'square', 'load_images', 'file_sha256', 'list_files', 'list_images',
+           'from_folder', 'cifar10', 'imagenette', 'svhn']
 
 # %% ../nbs/00_datasets.ipynb #66496977
 import errno, hashlib, json, os, shutil, warnings
@@ -16,6 +16,8 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
+from .archives import ArchiveError, is_archive, list_archive, open_item, split_item
 
 # %% ../nbs/00_datasets.ipynb #3732470e
 @dataclass
@@ -154,7 +156,7 @@ def load_image(path: str | Path, # An image file of any format and mode that Pil
     "Decode an image file completely. Raises `ImageFileError`, naming the file, for whatever is not a usable image."
     def fail(reason): return ImageFileError(str(path), reason)
     try:
-        with open(path, 'rb') as f:
+        with open_item(path) as f:
             if not f.read(1): raise fail("the file is empty")
             f.seek(0)
             img = Image.open(f)
@@ -163,6 +165,7 @@ def load_image(path: str | Path, # An image file of any format and mode that Pil
             if size: img.draft('RGB', (2 * size, 2 * size))
             return _to_rgb(ImageOps.exif_transpose(img))
     except ImageFileError: raise
+    except ArchiveError as e: raise fail(str(e)) from None
     except FileNotFoundError: raise fail("dangling link" if Path(path).is_symlink() else "no such file") from None
     except IsADirectoryError: raise fail("is a folder, not an image") from None
     except PermissionError: raise fail("no permission to read it") from None
@@ -195,7 +198,7 @@ def _decode(item, size): # str or uint8 (H, W, C) -> uint8 (size, size, C) or Ba
 def _cache_key(items, size): # what identifies the decoded result: the files as they are now, and the size
     h = hashlib.sha256(f"{size}".encode())
     for o in items:
-        try: s = os.stat(o); h.update(f"{o}\0{s.st_size}\0{s.st_mtime_ns}\n".encode(errors='surrogateescape'))
+        try: s = os.stat(split_item(str(o))[0]); h.update(f"{o}\0{s.st_size}\0{s.st_mtime_ns}\n".encode(errors='surrogateescape'))
         except OSError: h.update(f"{o}\0missing\n".encode(errors='surrogateescape'))
     return h.hexdigest()[:16]
 
@@ -285,7 +288,7 @@ def _fill_cache(items, size, file, meta, progress): # written under temporary na
 # %% ../nbs/00_datasets.ipynb #f954f109
 def list_files(folder: str | Path # A folder; links to folders are followed
               ) -> list[str]: # Sorted paths of all files at any depth, hidden ones left out; dangling links are kept
-    "Every file under `folder`."
+    "Every file under `folder`. Archives are not opened."
     found, seen = [], set()
     for root, dirs, files in os.walk(folder, followlinks=True):
         dirs[:] = sorted(d for d in dirs if not d.startswith('.'))
@@ -294,6 +297,14 @@ def list_files(folder: str | Path # A folder; links to folders are followed
         found += [os.path.join(root, f) for f in files if not f.startswith('.') and f not in ('Thumbs.db', 'desktop.ini')]
     return sorted(found)
 
+def list_images(folder: str | Path # A folder, or one archive
+               ) -> list[str]: # As `list_files`, but for every .tar and .parquet file the images in it
+    "Every image under `folder`. Raises `ArchiveError` for an archive that cannot be used."
+    return _inside([str(folder)] if is_archive(folder) else list_files(folder))
+
+def _inside(files): # with the images of archives in their place
+    return [o for f in files for o in (list_archive(f) if is_archive(f) else [f])]
+
 def _class_folders(folder): # names of the class folders in `folder`
     return sorted(o.name for o in folder.iterdir() if o.is_dir() and not o.name.startswith('.'))
 
@@ -301,14 +312,14 @@ def _labeled_folder(folder, classes): # Split of folder/<class>/**
     found = _class_folders(folder)
     if set(found) - set(classes):
         raise ValueError(f"{folder} has the class {sorted(set(found) - set(classes))[0]!r}, which is not in {folder.parent/'train'}: the classes must be the same")
-    files = [(f, i) for i, c in enumerate(classes) if c in found for f in list_files(folder/c)]
+    files = [(f, i) for i, c in enumerate(classes) if c in found for f in list_images(folder/c)]
     return Split([f for f, _ in files], np.array([i for _, i in files], dtype=np.int64))
 
 # %% ../nbs/00_datasets.ipynb #afa05b4b
 def from_folder(
     path: str | Path, # Folder with train/<class>/, and optionally valid/ (or val/), test/ and unlabeled/
     n_labeled: int | None = None, # Keep this many labels of train (stratified), the rest joins the pool; None keeps all
-    unlabeled: str | Path | list[str] | None = None, # Pool: a folder, a list of files, 'rest' (unused train images); None: path/unlabeled, if there, and the rest
+    unlabeled: str | Path | list[str] | None = None, # Pool: a folder, an archive, a list of files, 'rest' (unused train images); None: path/unlabeled, if there, and the rest
     valid_pct: float = 0.2, # Share of train held out where there is no valid folder, in (0, 1)
     seed: int = 0, # Which images land in which pile
 ) -> Splits:
@@ -345,11 +356,12 @@ def _without_labeled(s): # Splits whose pool has no file that is labeled, or in 
     return s
 
 def _pool(unlabeled, rest, default): # the unlabeled Split that the argument `unlabeled` asks for
-    if isinstance(unlabeled, (list, tuple)): return Split([os.path.abspath(o) for o in unlabeled])
-    if unlabeled is None: return _concat(rest, Split(list_files(default))) if default.is_dir() else rest
+    if isinstance(unlabeled, (list, tuple)): return Split(_inside([os.path.abspath(o) for o in unlabeled]))
+    if unlabeled is None: return _concat(rest, Split(list_images(default))) if default.is_dir() else rest
     if unlabeled == 'rest': return rest
-    if not Path(unlabeled).is_dir(): raise FileNotFoundError(f"no folder {unlabeled} with unlabeled images")
-    return Split(list_files(os.path.abspath(unlabeled)))
+    if not Path(unlabeled).is_dir() and not (is_archive(unlabeled) and Path(unlabeled).exists()):
+        raise FileNotFoundError(f"no folder or archive {unlabeled} with unlabeled images")
+    return Split(list_images(os.path.abspath(unlabeled)))
 
 def _concat(a, b): # two unlabeled piles of files; hidden labels survive where both have them, unknown is -1
     if not len(a) or not len(b): return a if len(a) else b

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
+from typing import Callable, Iterable, Iterator, NamedTuple
 
 import duckdb
 import numpy as np
@@ -27,7 +27,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import __version__
-from .datasets import BadImage, ImageFileError, Split, file_sha256, load_image, load_images
+from .archives import is_archive, list_archive
+from .datasets import BadImage, ImageFileError, Split, _new_array, file_sha256, load_image, load_images
 from .files import locked, read_sums, stoppable
 from .losses import temperature_softmax
 
@@ -259,7 +260,19 @@ def _as_items(items): # list of str, or uint8 array (N, H, W, C)
     if isinstance(items, list) and len(set(items)) < len(items):
         twice = next(o for o, n in Counter(items).items() if n > 1)
         raise PseudoLabelError(f"{twice} is listed twice: list every image once")
+    if _is_streamed(items) and not all(map(is_archive, items)):
+        raise PseudoLabelError(f"{items[0]} and other names are archives, but {next(o for o in items if not is_archive(o))} is none: label files and archives in two folders")
     return items
+
+def _is_streamed(items): return isinstance(items, list) and any(map(is_archive, items)) # archives, opened when their turn comes
+
+_HASHED = 1 << 30 # bytes of an array that are read to recognize it; each part is recognized by all of its own
+
+def _pool_digest(items): # every shard needs it: it must not cost as much as the labeling
+    if _is_streamed(items): return _digest([f"{o} {os.path.getsize(o)}" for o in items])
+    if not isinstance(items, np.ndarray) or items.nbytes <= _HASHED: return _digest(items)
+    rows = np.linspace(0, len(items) - 1, max(2, _HASHED * len(items) // items.nbytes)).astype(np.int64)
+    return _digest([str(items.shape), *(_digest(items[i]) for i in rows)])
 
 def _digest(items): # of file names, pixels or rows
     if isinstance(items, pd.DataFrame):
@@ -284,10 +297,62 @@ def _usable(file, meta, sums={}): # the metadata of a finished part that can be 
                                f"{file.parent} or choose another")
     return None if old['skipped'] and not pq.read_metadata(file).num_rows else old # the disk may have been away then
 
-# %% ../nbs/05_pseudo_labels.ipynb #b352270a
+# %% ../nbs/05_pseudo_labels.ipynb #bd1d5119
+class _Part(NamedTuple): # of a shard
+    file: Path
+    items: list | np.ndarray | pd.DataFrame # The whole pool, or all of one archive
+    start: int
+    stop: int
+    archive: int | None # Its position in the pool
+
+def _parts(items, shard, num_shards, part_size, out, piece=None): # made one after the other: only one archive is open
+    name, lo, hi = _share(len(items), shard, num_shards) # piece: only this part, or the parts of this archive, of the shard
+    if not _is_streamed(items):
+        for i, a in enumerate(range(lo, hi, part_size)):
+            if piece in (None, i): yield _Part(out/f'part-{name}-{i:05d}.parquet', items, a, min(a + part_size, hi), None)
+        return
+    for j in range(lo, hi) if piece is None else [lo + piece]:
+        found = list_archive(items[j])
+        for i, a in enumerate(range(0, len(found), part_size)):
+            yield _Part(out/f'part-{name}-{j - lo:05d}-{i:05d}.parquet', found, a, min(a + part_size, len(found)), j)
+
+def _share(n, shard, num_shards): return f"{shard:05d}-of-{num_shards:05d}", n * shard // num_shards, n * (shard + 1) // num_shards
+
+def _label_part(t, part, meta, names, bs, tick=None, known={}, leave_out={}, save=None): # -> its metadata, rows; with a _Teacher in t.evaluating()
+    mine = dict(meta, items=_digest(part.items[part.start:part.stop]) + (_digest(names[part.start:part.stop]) if names else ''))
+    label_of = part.items if isinstance(part.items, list) else names # None: positions
+    gone = [j for j in sorted(leave_out) if part.start <= j < part.stop]
+    if gone: mine['left_out'] = [[str(j if label_of is None else label_of[j]), leave_out[j]] for j in gone]
+    if done := _usable(part.file, mine, known):
+        if tick: tick(part.stop)
+        return done, pq.read_metadata(part.file).num_rows
+    probs, pos, bad = _predict(t, part.items, part.start, part.stop, bs, meta['temperature'], tick)
+    if gone: stay = ~np.isin(pos, gone); probs, pos, bad = probs[stay], pos[stay], [*bad, *mine['left_out']]
+    done = dict(mine, skipped=bad, version=__version__)
+    (save or _save)(part.file, pos if label_of is None else [label_of[j] for j in pos], probs, done)
+    return done, len(pos)
+
+def _save(file, rows, probs, meta, sums=None): # a part, and its checksum as a line of the file `sums`
+    with _replacing(file) as tmp:
+        pq.write_table(_table(rows, probs, meta), tmp)
+        if sums:
+            with open(sums, 'a') as f: f.write(f"{file_sha256(tmp)}  {file.name}\n") # before the part has its name
+
+def _finish_shard(out, name, n, parts, skipped, known={}, left_out=0): # the manifest; n: images; parts: file name -> rows; known: checksums
+    with _replacing(csv := out/f'_skipped-{name}.csv') as tmp:
+        pd.DataFrame(skipped, columns=['item', 'reason']).to_csv(tmp, index=False)
+    with _replacing(out/f'_sha256-{name}.txt') as tmp: # a line per part, in order
+        tmp.write_text(''.join(f"{known.get(o) or file_sha256(out/o)}  {o}\n" for o in parts))
+    if len(skipped) == n:
+        raise PseudoLabelError(f"none of the {n} images could be read ({': '.join(skipped[0])}, ...): see {csv}")
+    if unread := len(skipped) - left_out: warnings.warn(f"{unread} of {n} images could not be read and get no label: see {csv}")
+    with _replacing(out/f'_shard-{name}.json') as tmp:
+        tmp.write_text(json.dumps(dict(items=n, skipped=len(skipped), parts=parts), indent=1))
+
+# %% ../nbs/05_pseudo_labels.ipynb #816e889d
 def predict_pseudo_labels(
     teacher: Learner | nn.Module, # Gives logits (B, K)
-    items: list | np.ndarray | Tensor | Split | pd.DataFrame, # The pool: file names, uint8 images (N, H, W, C), or rows
+    items: list | np.ndarray | Tensor | Split | pd.DataFrame, # The pool: file names, names of archives, uint8 images (N, H, W, C), or rows
     out: str | Path, # Folder for the table; shards of one pool may share it
     shard: int = 0, # Which share of the pool to label, 0..num_shards-1
     num_shards: int = 1, # Number of shares, 1..N
@@ -300,68 +365,56 @@ def predict_pseudo_labels(
     names: list[str] | None = None, # The `item` of every row of an array or table; default: its position
     device: str | torch.device | None = None, # Where to compute; default: where the model is
     part_size: int = 8192, # Rows per file; a crash loses two files at most, and so many are in memory
-    progress: Callable[[int, int], None] | None = None, # Called with (done, total) images of this shard
+    progress: Callable[[int, int], None] | None = None, # Called with (done, total) images of this shard; for archives, megabytes
     bf16: bool | None = None, # Compute in bfloat16; default: on GPUs that have it, for a teacher in float32
-    leave_out: dict[int, str] | None = None, # Positions in `items` that get no label, and why
+    leave_out: dict[int, str] | None = None, # Positions in `items` (images, not archives) that get no label, and why
 ) -> Path: # `out`
     """Label `items` with the un-noised teacher, restartably, and return the folder of parquet files.
     Images that cannot be read are skipped, counted in a warning and listed, like those left out, in `_skipped-*.csv`. Raises
     `PseudoLabelError` if there is nothing to label, the teacher's output is not finite, or the folder holds other
     labels; OSError if the folder cannot be written. Algorithm 1, step 2, of Xie et al."""
-    items, out = _as_items(items), Path(out)
-    n = len(items)
-    if names is not None and len(names) != n: raise PseudoLabelError(f"{len(names)} names for {n} images: every image needs one")
-    if not 1 <= num_shards <= n:
-        raise PseudoLabelError(f"num_shards={num_shards} must be in 1..{n}: there are {n} images")
+    t, items, out, meta = _labeling(teacher, items, out, num_shards, temperature, bs, size, mean, std, classes, names, device, part_size, bf16)
     if not 0 <= shard < num_shards: raise PseudoLabelError(f"shard={shard} must be in 0..{num_shards - 1}")
+    name, lo, hi = _share(len(items), shard, num_shards)
+    tell = progress and _ticker(progress, items, lo, hi)
+    bs = bs or (2048 if t.device.type == 'cuda' else 64)
+    sums, n, parts, skipped, leave_out = out/f'_sha256-{name}.txt', 0, {}, [], leave_out or {}
+    with locked(out/f'.lock-{name}'), stoppable(), t.evaluating(), _Behind() as behind:
+        known = read_sums(sums)
+        def save(*args): behind(_save, *args, sums)
+        for part in _parts(items, shard, num_shards, part_size, out):
+            done, rows = _label_part(t, part, meta, names, bs, tell and (lambda b: tell(part, b)), known, leave_out, save)
+            n += part.stop - part.start
+            skipped += done['skipped']; parts[part.file.name] = rows
+    _finish_shard(out, name, n, parts, skipped, read_sums(sums), sum(lo <= j < hi for j in leave_out))
+    return out
+
+def _labeling(teacher, items, out, num_shards, temperature, bs, size, mean, std, classes, names, device, part_size, bf16=None):
+    "What all shards of a labeling have in common, checked: _Teacher, items, folder, metadata of the parts."
+    items, out = _as_items(items), Path(out)
+    n, what = len(items), 'archives' if _is_streamed(items) else 'images'
+    if names is not None and (len(names) != n or len(set(names)) < n):
+        raise PseudoLabelError(f"{len(set(names))} names for {n} images: every image needs one of its own")
+    if not 1 <= num_shards <= n: raise PseudoLabelError(f"num_shards={num_shards} must be in 1..{n}: there are {n} {what}")
     if bs is not None and bs < 1 or part_size < 1: raise PseudoLabelError(f"bs={bs} and part_size={part_size} must be at least 1")
     if not temperature > 0: raise PseudoLabelError(f"temperature={temperature} must be greater than 0")
     _make_folder(out)
     t = _Teacher(teacher, items, classes, size, mean, std, device, bf16)
-    bs = bs or (2048 if t.device.type == 'cuda' else 64)
-    label_of = items if isinstance(items, list) else names # None: positions
-    pool = _digest(items)
-    meta = dict(classes=t.classes, temperature=float(temperature), teacher=t.hash, view=t.spec, pool=pool,
+    meta = dict(classes=t.classes, temperature=float(temperature), teacher=t.hash, view=t.spec, pool=_pool_digest(items),
                 num_shards=num_shards, part_size=part_size)
-    name, lo, hi = f"{shard:05d}-of-{num_shards:05d}", n * shard // num_shards, n * (shard + 1) // num_shards
-    sums, leave_out, names_of = out/f'_sha256-{name}.txt', leave_out or {}, range(n) if label_of is None else label_of
     for other in sorted(out.glob('part-*.parquet'))[:1]: _usable(other, meta)
-    parts, skipped = {}, []
-    tick = progress and (lambda done: progress(done - lo, hi - lo))
-    def write(file, rows, probs, done):
-        with _replacing(file) as tmp:
-            pq.write_table(_table(rows, probs, done), tmp)
-            with open(sums, 'a') as f: f.write(f"{file_sha256(tmp)}  {file.name}\n") # before the part has its name
-    with locked(out/f'.lock-{name}'), stoppable(), t.evaluating(), _Behind() as behind:
-        known = read_sums(sums)
-        for i, a in enumerate(range(lo, hi, part_size)):
-            file, b = out/f'part-{name}-{i:05d}.parquet', min(a + part_size, hi)
-            mine = dict(meta, items=_digest(items[a:b]) + (_digest(names[a:b]) if names else ''))
-            if gone := [j for j in sorted(leave_out) if a <= j < b]: mine['left_out'] = [[str(names_of[j]), leave_out[j]] for j in gone]
-            if done := _usable(file, mine, known):
-                n = pq.read_metadata(file).num_rows
-                if tick: tick(b)
-            else:
-                probs, pos, bad = _predict(t, items, a, b, bs, temperature, tick)
-                if gone: stay = ~np.isin(pos, gone); probs, pos, bad = probs[stay], pos[stay], [*bad, *mine['left_out']]
-                rows, n = pos if label_of is None else [label_of[j] for j in pos], len(pos)
-                done = dict(mine, skipped=bad, version=__version__)
-                behind(write, file, rows, probs, done)
-            skipped += done['skipped']; parts[file.name] = n
-    with _replacing(csv := out/f'_skipped-{name}.csv') as tmp:
-        pd.DataFrame(skipped, columns=['item', 'reason']).to_csv(tmp, index=False)
-    last = {**known, **read_sums(sums)} # a line per part, in order
-    with _replacing(sums) as tmp: tmp.write_text(''.join(f"{last[o]}  {o}\n" for o in parts if o in last))
-    if len(skipped) == hi - lo:
-        raise PseudoLabelError(f"none of the {hi - lo} images could be read ({': '.join(skipped[0])}, ...): see {csv}")
-    if unread := len(skipped) - sum(lo <= j < hi for j in leave_out):
-        warnings.warn(f"{unread} of {hi - lo} images could not be read and get no label: see {csv}")
-    with _replacing(out/f'_shard-{name}.json') as tmp:
-        tmp.write_text(json.dumps(dict(items=hi - lo, skipped=len(skipped), parts=parts), indent=1))
-    return out
+    return t, items, out, meta
 
-# %% ../nbs/05_pseudo_labels.ipynb #9b22803c
-def _check_sources(src): # -> files and the metadata they share; raises unless they are all shards of one labeling
+def _ticker(progress, items, lo, hi): # (part, images of it that are done) -> progress, in images or in megabytes of archives
+    if not _is_streamed(items): return lambda part, done: progress(done - lo, hi - lo)
+    ends = np.cumsum([0, *(os.path.getsize(o) for o in items[lo:hi])]) / 1e6
+    def tell(part, done):
+        a, b = ends[part.archive - lo:][:2]
+        progress(round(a + (b - a) * done / len(part.items)), round(ends[-1]))
+    return tell
+
+# %% ../nbs/05_pseudo_labels.ipynb #5dd93a98
+def _check_sources(src): # -> files, the metadata they share, whether they are of one pool; raises unless they are all shards of one labeling
     files = []
     for s in map(Path, [src] if isinstance(src, (str, Path)) else src):
         if not s.exists(): raise PseudoLabelError(f"no pseudo labels at {s}: there is no such file or folder")
@@ -377,7 +430,7 @@ def _check_sources(src): # -> files and the metadata they share; raises unless t
             raise PseudoLabelError(f"{files[0]} and {f} do not belong together (what differs: {diff}): label all "
                                    "images with one teacher")
     if 'pool' in metas[0]: _check_shards(files, metas)
-    return files, metas[0]
+    return files, metas[0], len({m.get('pool') for m in metas} - {None}) == 1 # parts of one labeling: no image is there twice
 
 def _check_sums(folder): # of all parts in it
     known = {k: v for o in sorted(folder.glob('_sha256-*.txt')) for k, v in read_sums(o).items() if (folder/k).exists()}
@@ -412,8 +465,8 @@ def _check_shards(files, metas):
             raise PseudoLabelError(f"shard {shard} of {num} in {folder} is not complete: run "
                                    f"predict_pseudo_labels(..., shard={shard}, num_shards={num}) again")
 
-def _parquet(files): # SQL for a table of parquet files, whatever characters their names have
-    return f"read_parquet([{', '.join(_quoted(glob.escape(str(f))) for f in files)}], hive_partitioning=false)"
+def _parquet(files, more='hive_partitioning=false'): # SQL for a table of parquet files, whatever characters their names have
+    return f"read_parquet([{', '.join(_quoted(glob.escape(str(f))) for f in files)}], {more})"
 
 def _quoted(o): return "'" + str(o).replace("'", "''") + "'"
 
@@ -495,36 +548,79 @@ def _check_content(path, meta): # raises unless everything can be read and is wh
     except Exception as e: why = ' '.join(str(e).split())[:200] # readers raise all sorts
     raise PseudoLabelError(f"{path} is not what was written ({why}): select again")
 
-# %% ../nbs/05_pseudo_labels.ipynb #872e04b9
-def _class_stats(con, table, is_over, threshold, files): # per label: seen, passed; raises if there is nothing to select
-    stats = _sql(con, f"""SELECT label, count(*) AS seen, count(*) FILTER ({is_over}) AS passed, max(confidence) AS top,
-        count(*) FILTER (coalesce(isnan(confidence), true)) AS broken FROM {table} GROUP BY label""", files).df()
-    if not len(stats): raise PseudoLabelError(f"no pseudo labels in {files[0].parent}: the table has no row")
-    if n := int(stats.broken.sum()): raise PseudoLabelError(f"{n} pseudo labels have no confidence (NaN): redo them")
-    if not stats.passed.any():
+# %% ../nbs/05_pseudo_labels.ipynb #2172a203
+def _histogram(con, table, is_over, threshold, files, binned): # label, bucket of confidence (-1: not over the threshold), count
+    if binned: bucket = "near - ((near / 100)::FLOAT > confidence)::INT" # the edge below it, in hundredths
+    else: bucket = "floor(confidence::DOUBLE * 4096)"
+    rows = _sql(con, f"""SELECT label, CASE WHEN NOT coalesce(isfinite(confidence), false) THEN -2 WHEN {is_over} THEN ({bucket})::INT ELSE -1 END AS bucket,
+        count(*) AS count, max(confidence) AS top FROM (SELECT *, round(confidence::DOUBLE * 100) AS near FROM {table}) GROUP BY ALL""", files).df()
+    if not len(rows): raise PseudoLabelError(f"no pseudo labels in {files[0].parent}: the table has no row")
+    if n := int(rows['count'][rows.bucket == -2].sum()): raise PseudoLabelError(f"{n} pseudo labels have no confidence (NaN): redo them")
+    if not (rows.bucket >= 0).any():
         raise PseudoLabelError(f"no pseudo label reaches threshold={threshold}: the highest confidence is "
-                               f"{stats.top.max():.4f}; lower the threshold")
-    return stats.set_index('label')[['seen', 'passed']]
+                               f"{rows.top.max():.4f}; lower the threshold")
+    return rows.assign(passed=rows['count'].where(rows.bucket >= 0, 0)), bucket
 
-def _pick(con, table, is_over, target, files, seed): # the temporary table `kept`: item, label, confidence, copies
-    _sql(con, f"CREATE TEMP TABLE passed AS SELECT * FROM {table} WHERE {is_over}", files)
-    twice = con.execute("SELECT item FROM passed GROUP BY item HAVING count(*) > 1 ORDER BY item LIMIT 1").fetchone()
-    if twice: raise PseudoLabelError(f"image {twice[0]} has two pseudo labels: label the pool again in a new folder")
-    if seed is None: # r: its place in the class, n: the size of the class
+def _edges(rows, target, binned): # per label: the bucket below which nothing is needed, n: images it has, or with `binned` has above the edge
+    over = rows[rows.bucket >= 0].sort_values(['label', 'bucket'], ascending=[True, False])
+    above = over.groupby('label')['count'].cumsum() # images of the class in this bucket and higher ones
+    n = over.groupby('label')['count'].sum()
+    if target is None: return pd.DataFrame(dict(edge=0, n=n)).reset_index()
+    first = over.assign(above=above)[above >= target].groupby('label').first() # the highest bucket with N images at or above it
+    edges = pd.DataFrame(dict(edge=first.bucket.reindex(n.index).fillna(0).astype(int), n=n))
+    if binned: edges['n'] = first.above.reindex(n.index).fillna(n).astype(int)
+    return edges.reset_index()
+
+def _check_unique(con, table, is_over, files): # over everything that passed: expensive, and not needed for the parts of one labeling
+    twice = _sql(con, f"SELECT item FROM {table} WHERE {is_over} GROUP BY item HAVING count(*) > 1 ORDER BY item LIMIT 1", files).fetchall()
+    if twice: raise PseudoLabelError(f"image {twice[0][0]} has two pseudo labels: label the pool again in a new folder")
+
+def _pick(con, is_over, bucket, edges, target, files, seed): # the temporary table `kept`: item, label, confidence, copies, where it is, its place in the selection
+    parts = pd.DataFrame(dict(part=range(len(files)), filename=[str(f) for f in files]))
+    con.register('edges', edges); con.register('parts', parts)
+    needed = f"""SELECT item, label, confidence, part, pos, n FROM (SELECT item, label, confidence::FLOAT AS confidence, round(confidence::FLOAT::DOUBLE * 100) AS near,
+        filename, file_row_number AS pos FROM {_parquet(files, 'hive_partitioning=false, filename=true, file_row_number=true')}) JOIN parts USING (filename) JOIN edges USING (label)
+        WHERE {is_over} AND {bucket} >= edge"""
+    rank = "row_number() OVER (PARTITION BY label ORDER BY confidence DESC, item)"
+    if seed is None: # r: its place in the class
         copies = 1 if target is None else f"{target} // n + (r <= {target} % n)::INT"
-        ranked = """SELECT *, row_number() OVER (PARTITION BY label ORDER BY confidence DESC, item) AS r,
-            count(*) OVER (PARTITION BY label) AS n FROM passed"""
-    else: # bin: the edge below it, in hundredths; edge: that of number N; n: images of the class at or above the edge
+        picked = f"SELECT * FROM (SELECT *, {copies} AS copies FROM (SELECT *, {rank} AS r FROM ({needed}))) WHERE copies > 0"
+    else:
         draw = f"(md5_number_lower('{seed}:' || item) >> 11)::DOUBLE / {2 ** 53}" # uniform in 0..1
         copies = f"{target} // n + ({draw} < ({target} % n) / n::DOUBLE)::INT"
-        ranked = f"""SELECT *, count(*) OVER (PARTITION BY label) AS n FROM (SELECT *, nth_value(bin, {target}) OVER
-            (PARTITION BY label ORDER BY bin DESC ROWS BETWEEN UNBOUNDED PRECEDING AND UNBOUNDED FOLLOWING) AS edge FROM
-            (SELECT *, near - ((near / 100)::FLOAT > confidence)::INT AS bin FROM
-            (SELECT *, round(confidence::DOUBLE * 100) AS near FROM passed))) WHERE coalesce(bin >= edge, true)"""
-    _sql(con, f"""CREATE TEMP TABLE kept AS SELECT item, label, confidence, copies FROM
-        (SELECT *, {copies} AS copies FROM ({ranked})) WHERE copies > 0""", files)
-    if not con.execute("SELECT count(*) FROM kept").fetchone()[0]:
+        picked = f"SELECT *, {rank} AS r FROM (SELECT *, {copies} AS copies FROM ({needed})) WHERE copies > 0"
+    _sql(con, f"CREATE TEMP TABLE picked AS {picked}", files)
+    con.execute("""CREATE TEMP VIEW kept AS SELECT *, before + r - 1 AS place FROM picked JOIN (SELECT label, coalesce(sum(count(*)) OVER
+        (ORDER BY label ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0)::BIGINT AS before FROM picked GROUP BY label) USING (label)""")
+    if not (n := con.execute("SELECT count(*) FROM picked").fetchall()[0][0]):
         raise PseudoLabelError(f"binned=True with seed={seed} has drawn no image: {target} per class are too few")
+    return n
+
+# %% ../nbs/05_pseudo_labels.ipynb #7b32ca13
+def _chunks(con, query, vectors): # a result as data frames of up to 2048 * vectors rows
+    con.execute(query)
+    while len(df := con.fetch_df_chunk(vectors)): yield df
+
+def _fetch_probs(con, files, n, k, spill): # float16 (n, K) on disk, in the order of the selection
+    out = _new_array(Path(spill)/'probs.npy', (n, 2 * k)).view(np.float16)
+    for df in _chunks(con, "SELECT part, pos, place FROM kept ORDER BY part, pos", 256):
+        for part, rows in df.groupby('part'):
+            try: _fetch_part(files[part], rows.pos.to_numpy(), rows.place.to_numpy(), out)
+            except (pa.ArrowException, OSError) as e:
+                raise PseudoLabelError(f"{files[part]} is damaged ({e}): remove it and label its images again") from e
+    return out
+
+def _fetch_part(file, at, places, out): # the probabilities of these rows of one file
+    table = pq.ParquetFile(file)
+    starts = np.cumsum([0, *(table.metadata.row_group(i).num_rows for i in range(table.num_row_groups))])
+    group = np.searchsorted(starts, at, 'right') - 1
+    for g in np.unique(group):
+        mine = group == g
+        probs = table.read_row_group(g, ['probs'])['probs'].combine_chunks()
+        probs = (probs.combine_chunks() if isinstance(probs, pa.ChunkedArray) else probs).take(pa.array(at[mine] - starts[g]))
+        flat = probs.flatten().to_numpy(zero_copy_only=False)
+        if len(flat) != mine.sum() * out.shape[1]: raise PseudoLabelError(f"{file} has rows that do not have {out.shape[1]} probabilities each")
+        out[places[mine]] = flat.reshape(-1, out.shape[1])
 
 # %% ../nbs/05_pseudo_labels.ipynb #1bf7a230
 def _some(names): return ', '.join(names[:10]) + (', ...' if len(names) > 10 else '')
@@ -540,6 +636,17 @@ def _warn(classes, stats, threshold, target): # of what usually goes wrong
     if rare := [f"{c} ({n})" for c, n in zip(classes, stats.passed) if target and 0 < n <= target / 10]:
         warnings.warn(f"few pseudo labels are copied 10 times or more to reach {target} per class: {_some(rare)}")
 
+def _memory(): # of DuckDB, which goes to disk beyond it
+    try: return f"{min(4 << 30, os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 2) >> 20}MiB"
+    except (AttributeError, ValueError, OSError): return '2GiB' # not on Windows
+
+def _selected(con, probs, meta): # the selection as a stream of tables
+    done = 0
+    for df in _chunks(con, "SELECT item, label, confidence, copies FROM kept ORDER BY place", 4):
+        items = pa.array(df['item'], pa.int64() if df['item'].dtype.kind in 'iu' else pa.string())
+        yield _table(items, probs[done:done + len(df)], meta, df.label, df.confidence, df.copies)
+        done += len(df)
+
 def select_pseudo_labels(
     src: str | Path | list, # Folder(s) of predict_pseudo_labels with all shards, or parquet files with the same columns
     out: str | Path, # Parquet file to write
@@ -553,7 +660,7 @@ def select_pseudo_labels(
     per image, with its `copies`. Warns of classes without a single image. Raises `PseudoLabelError` if nothing reaches
     the threshold, or files are damaged, incomplete or do not belong together. Section 2 and appendix A.1 of Xie et
     al."""
-    out, (files, meta) = Path(out), _check_sources(src)
+    out, (files, meta, is_one) = Path(out), _check_sources(src)
     if not 0 <= threshold <= 1: raise PseudoLabelError(f"threshold={threshold} is a confidence and must be in 0..1")
     if _target(per_class, np.ones(1)) is None and binned:
         raise PseudoLabelError("binned=True balances the classes: per_class must not be None")
@@ -561,23 +668,22 @@ def select_pseudo_labels(
     table = f"(SELECT item, label, confidence::FLOAT AS confidence FROM {_parquet(files)})"
     is_over = f"confidence {'>' if strict else '>='} {float(np.float32(threshold))!r}::FLOAT"
     with tempfile.TemporaryDirectory(dir=out.parent, prefix='.select-') as spill, duckdb.connect() as con:
-        con.execute(f"SET temp_directory = {_quoted(spill)}")
-        stats = _class_stats(con, table, is_over, threshold, files)
-        k = len(_sql(con, f"SELECT probs FROM {_parquet(files)} LIMIT 1", files).fetchone()[0])
+        con.execute(f"SET temp_directory = {_quoted(spill)}; SET memory_limit = '{_memory()}'; SET preserve_insertion_order = false")
+        rows, bucket = _histogram(con, table, is_over, threshold, files, binned)
+        stats = rows.rename(columns=dict(count='seen')).groupby('label', dropna=False)[['seen', 'passed']].sum()
+        k = len(_sql(con, f"SELECT probs FROM {_parquet(files)} LIMIT 1", files).fetchall()[0][0])
         classes = meta.get('classes', [str(i) for i in range(k)])
         if stats.index.hasnans or not 0 <= stats.index.min() <= stats.index.max() < len(classes):
             raise PseudoLabelError(f"labels must be in 0..{len(classes) - 1}, one per class: see {files[0].parent}")
         stats = stats.reindex(range(len(classes)), fill_value=0)
-        _warn(classes, stats, threshold, _target(per_class, stats.passed))
-        _pick(con, table, is_over, _target(per_class, stats.passed), files, int(seed) if binned else None)
-        wide = Path(spill)/'kept.parquet'
-        _sql(con, f"""COPY (SELECT item, k.label::INT AS label, k.confidence, p.probs, k.copies::INT AS copies
-            FROM kept k JOIN {_parquet(files)} p USING (item) ORDER BY k.label, k.confidence DESC, item)
-            TO {_quoted(wide)} (FORMAT parquet)""", files)
+        target = _target(per_class, stats.passed)
+        _warn(classes, stats, threshold, target)
+        if not is_one: _check_unique(con, table, is_over, files)
+        n = _pick(con, is_over, bucket, _edges(rows, target, binned), target, files, int(seed) if binned else None)
         kept = {key: meta[key] for key in ('temperature', 'teacher', 'view', 'pool') if key in meta}
         kept.update(classes=classes, threshold=threshold, strict=strict, per_class=per_class, version=__version__)
         if binned: kept.update(binned=True, seed=int(seed))
-        _write((_table(c.pop('item'), c.pop('probs'), kept, **c) for c in _batches(wide, 8192)), out, kept)
+        _write(_selected(con, _fetch_probs(con, files, n, k, spill), kept), out, kept)
     return Selection(out, pd.concat([stats, _summary(out, classes)], axis=1)[['class', 'seen', 'passed', *_KEPT]])
 
 # %% ../nbs/05_pseudo_labels.ipynb #35d65925
@@ -594,7 +700,7 @@ def _open_selection(selection): # -> path, metadata
 def _check_pool(pool, images, last):
     if isinstance(images, list):
         raise PseudoLabelError("the selection holds positions in an array, but the pool is a list of files")
-    if last >= len(images) or (pool is not None and pool != _digest(images)):
+    if last >= len(images) or (pool is not None and pool != _pool_digest(images)):
         raise PseudoLabelError("the selection belongs to another pool of images: give the one that was labeled (the same data set, labels and seed)")
 
 def relabel_pseudo_labels(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NoisyStudent', 'load_model']
 
-# %% ../nbs/09_rounds.ipynb #baece803
-import gc, hashlib, json, os, platform, sys, time, warnings, zlib
+# %% ../nbs/09_rounds.ipynb #76c8d33c
+import gc, hashlib, json, os, platform, shutil, sys, time, warnings, zlib
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -31,10 +31,12 @@ from PIL import Image
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .archives import ArchiveError, open_item, split_item
 from .checkpoints import RunState, _seeded, pack, unpack # pack and unpack for those who import them here
 from .dataloaders import PadCropFlip, ResizedCropFlip, mixed_dataloaders
 from .datasets import Splits, load_images
-from .files import altered, locked, read_metrics, stoppable, write_sums, write_text as _write_text
+from .distributed import MeanGradients, barrier, first_rank_first, join, own_device, rank, world
+from .files import altered, locked, read_metrics, stoppable, write_sums, write_text
 from .leaks import find_leaks
 from .learner import Noise, noisy_student_learner
 from .losses import SoftLabelCrossEntropy
@@ -46,7 +48,10 @@ from .recipes import Recipe, get_recipe
 from .stochastic_depth import TrainingNoise
 from .training import EMA, Plateau, TeacherTargets, optimizer, staircase
 
-# %% ../nbs/09_rounds.ipynb #3cd7a40a
+# %% ../nbs/09_rounds.ipynb #8f5ae4aa
+def _write_text(file, text): # of several processes one writes
+    if not rank(): write_text(file, text)
+
 def _has_fast_bf16(device): # bfloat16 matrix units, on a GPU or (AMX, AVX512-BF16) in a CPU
     if device.type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != 'cpu': return False
@@ -74,6 +79,7 @@ def _fit(learn, epochs, recipe, state, more):
     learn.create_opt()
     device = learn.dls.device
     cbs = [state, *([] if recipe.ema is None else [EMA(recipe.ema)]), *more]
+    if world() > 1: cbs.append(MeanGradients(learn.dls.train.seed))
     if recipe.bf16 and device.type == 'cuda' and not _has_fast_bf16(device): cbs.append(_Half())
     if recipe.accumulate > 1: cbs.append(GradientAccumulation(learn.dls.train.bs * recipe.accumulate))
     wd = [recipe.wd * (2 if recipe.wd_on == 'shortcuts' else 1), 0.] # of the groups that the splitter makes
@@ -118,7 +124,7 @@ def _fingerprint(data: Splits) -> str: # of all items and labels
         if s is None: continue
         if isinstance(s.images, np.ndarray): h.update(np.ascontiguousarray(s.images))
         else:
-            for f in s.images: h.update(f"{f}\0{os.path.getsize(f) if os.path.exists(f) else -1}\n".encode(errors='surrogateescape'))
+            for f, disk in ((f, split_item(f)[0]) for f in s.images): h.update(f"{f}\0{os.path.getsize(disk) if os.path.exists(disk) else -1}\n".encode(errors='surrogateescape'))
         if s.labels is not None: h.update(s.labels.tobytes())
     return h.hexdigest()[:16]
 
@@ -131,8 +137,8 @@ def _default_size(data): # px
     sides = [] # of some images: the first may be an odd one
     for i in np.linspace(0, len(images) - 1, min(len(images), 50)).astype(int):
         try:
-            with Image.open(images[i]) as im: sides.append(min(im.size))
-        except (OSError, Image.DecompressionBombError): pass # load_images will name the file
+            with Image.open(open_item(images[i])) as im: sides.append(min(im.size))
+        except (OSError, ArchiveError, Image.DecompressionBombError): pass # load_images will name the file
     return min(int(np.median(sides)), 128) if sides else 128
 
 # %% ../nbs/09_rounds.ipynb #0d458502
@@ -167,7 +173,7 @@ class NoisyStudent:
             raise ValueError("archs must be names, teacher first, such as ['resnet18', 'resnet34']: every round builds a new network from its name")
         if self.recipe.init == 'teacher' and len(set(self.archs)) > 1:
             raise ValueError(f"init='teacher' needs one architecture for all rounds, not {', '.join(self.archs)}: larger students start from scratch")
-        self.device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        self.device = own_device(device)
         if self.device.type == 'cuda' and not torch.cuda.is_available(): raise ValueError("device='cuda', but torch sees no GPU here: use 'cpu'")
         self.size = self.recipe.size or _default_size(data)
         self._tell, self.auto_batch, self.cbs = progress or _one_line(), auto_batch, cbs or (lambda k, folder: [])
@@ -178,6 +184,10 @@ class NoisyStudent:
         if self.recipe.rounds and not len(data.unlabeled):
             raise ValueError("no unlabeled images: name a folder of them, keep fewer labels so that the rest can serve, or ask for 0 rounds")
         if not len(data.valid): raise ValueError("no validation images: they choose the best round")
+        if self.recipe.bs % (world() * self.recipe.accumulate):
+            raise ValueError(f"bs={self.recipe.bs} is not divisible by {world()} processes times accumulate={self.recipe.accumulate}: every process takes the same share of a batch")
+        if world() > 1: join(self.device)
+        if rank(): self._tell = lambda *_: None
         n_in = data.labeled.images.shape[-1] if isinstance(data.labeled.images, np.ndarray) else 3
         for i, arch in enumerate(self.archs): # a misspelled student must not wait for its teacher's training
             with torch.device('meta'): model = create_model(arch, len(data.classes), n_in)
@@ -207,23 +217,31 @@ class NoisyStudent:
         OSError if something cannot be written; MemoryError if the device has too little, see `auto_batch`; `InUseError`
         if another process works in the directory; `Stopped` on SIGTERM and Ctrl-C. What was written stays, and `fit`
         again goes on from there."""
-        self._check_folder()
-        with locked(self.path/'.lock'), stoppable():
-            self._open()
+        with self._alone(), stoppable():
+            with first_rank_first(): self._open()
             old = not (self.path/'report.html').exists()
             for k in range(self.recipe.rounds + 1):
-                self._check_round(k)
+                with first_rank_first(): self._check_round(k)
+                barrier() # all processes see the same files
                 new = not (self._round(k)/'metrics.json').exists()
                 while not (self._round(k)/'metrics.json').exists():
                     try: self._fit_round(k)
                     except torch.cuda.OutOfMemoryError: out_of_memory = True
                     else: out_of_memory = False
                     if out_of_memory: self._halve_batch(k) # here, where the error holds on to nothing any more
+                    barrier()
+                if rank(): continue
                 self._seal_round(k)
                 self._write_summary() # also for a finished round: a kill may have come between the two files
                 if new: old = True; self._warn(k)
-            if old: self._write_report()
+            if old and not rank(): self._write_report()
+            barrier()
         return self.summary
+
+    @contextmanager
+    def _alone(self): # the only run, of one or several processes, that writes into the directory
+        with first_rank_first(): self._check_folder()
+        with nullcontext() if rank() else locked(self.path/'.lock'): yield
 
     def _write_summary(self):
         file, text = self.path/'summary.csv', self.summary.to_csv(index=False)
@@ -327,7 +345,7 @@ def _recipe(self: NoisyStudent, k): # with the parts that batches of round k are
 
 @patch
 def _halve_batch(self: NoisyStudent, k): # or raise: as errors of the device are no mistake of the settings
-    if not self.auto_batch:
+    if not self.auto_batch or world() > 1:
         raise MemoryError(f"out of memory in round {k}: ask for auto_batch (--auto-batch), which computes batches in parts, "
                           "or start a new run with a smaller size, bs or network")
     r = self._recipe(k)
@@ -344,8 +362,9 @@ def _images(self: NoisyStudent, name): # Decoded images of a split, decoded on f
     cache = self.__dict__.setdefault('_decoded', {})
     if name not in cache:
         split = getattr(self.data, name)
-        d = load_images(split.images, self.size, None if isinstance(split.images, np.ndarray) else self.path/'cache',
-                        lambda done, total: self._tell(f'decoding {name} images', done, total))
+        with first_rank_first():
+            d = load_images(split.images, self.size, None if isinstance(split.images, np.ndarray) else self.path/'cache',
+                            lambda done, total: self._tell(f'decoding {name} images', done, total))
         if d.bad and name != 'unlabeled':
             more = f" (and {len(d.bad) - 1} more)" if len(d.bad) > 1 else ''
             raise ValueError(f"a {name} image cannot be used: {d.bad[0].item}: {d.bad[0].reason}{more}; mend or remove it")
@@ -419,18 +438,19 @@ def _stats(self: NoisyStudent, k): # mean and standard deviation per channel: of
 def _learner(self: NoisyStudent, k, selection, noise, pretrained=False, teacher=None): # the network of round k, before training
     r, sets = self._recipe(k), {n: (self._images(n).images, getattr(self.data, n).labels) for n in ('labeled', 'valid')}
     pseudo, copies, augment, parts = None, None, _student_view(r), r.accumulate
+    bs = r.bs // (parts * world()) # images of a batch that are labeled, of this process
     if teacher is not None: # targets are made batch by batch
         pool = self._pool_images()
         pseudo = pool, torch.zeros(1, len(self.data.classes)).expand(len(pool), -1)
-        augment = [TeacherTargets(teacher.model, teacher.dls.clean_view, r.bs // parts, r.temperature), *augment]
+        augment = [TeacherTargets(teacher.model, teacher.dls.clean_view, bs, r.temperature), *augment]
     elif selection is not None:
         pseudo, copies = (_Rows(self._images('unlabeled').images, self._rows(selection.items)), self._targets(selection)), selection.copies
     pile = len(self.data.labeled) + (int(copies.sum()) if r.ratio is None and copies is not None else 0) # one pass over it is an epoch
     steps = (r.steps or -(-pile // r.bs)) * parts
-    dls = mixed_dataloaders(sets['labeled'], sets['valid'], self.data.classes, pseudo=pseudo, copies=copies, bs=r.bs // parts, ratio=r.ratio,
+    dls = mixed_dataloaders(sets['labeled'], sets['valid'], self.data.classes, pseudo=pseudo, copies=copies, bs=bs, ratio=r.ratio, rank=rank(), num_ranks=world(),
                             steps=steps, augment=augment, stats=self._stats(k), seed=self.seed * 1000 + k, device=self.device)
     loss = None
-    if pseudo is not None and r.unlabeled_weight is not None: loss = SoftLabelCrossEntropy(r.label_smoothing, r.bs // parts, r.unlabeled_weight)
+    if pseudo is not None and r.unlabeled_weight is not None: loss = SoftLabelCrossEntropy(r.label_smoothing, bs, r.unlabeled_weight)
     return self._network(k, dls, noise, pretrained, loss)
 
 @patch
@@ -490,17 +510,25 @@ def _label(self: NoisyStudent, k): # the pseudo labels for round k, made by the 
         try: return read_selection(out)
         except PseudoLabelError as e: warnings.warn(f"{e}; it is made again now")
     if self.recipe.relabel == 'all' or not before.exists(): return self._label_pool(k - 1, self._round(k), tell)
-    relabel_pseudo_labels(self._labeler(k - 1), before, out, items if isinstance(items, np.ndarray) else None, bs=256, progress=tell)
+    if not rank(): relabel_pseudo_labels(self._labeler(k - 1), before, out, items if isinstance(items, np.ndarray) else None, bs=256, progress=tell)
+    barrier()
     return read_selection(out)
 
 @patch
 def _label_pool(self: NoisyStudent, k, folder, tell): # by the network of round k, into folder/pseudo_labels, selected into folder/selected.parquet
     r, items, pool = self.recipe, self.data.unlabeled.images, self._images('unlabeled')
     images, names = (items, None) if isinstance(items, np.ndarray) else (pool.images, [items[i] for i in pool.good])
-    predict_pseudo_labels(self._labeler(k), images, folder/'pseudo_labels', names=names, temperature=r.temperature, bs=256, progress=tell,
+    if not rank() and set(folder.glob('pseudo_labels/part-*')) - set(folder.glob(f'pseudo_labels/part-*-of-{world():05d}-*')):
+        shutil.rmtree(folder/'pseudo_labels') # begun by another number of processes, and not selected from
+    barrier()
+    bs = 256 if self.device.type == 'cpu' else None # on a GPU as many as fit
+    predict_pseudo_labels(self._labeler(k), images, folder/'pseudo_labels', rank(), world(), names=names, temperature=r.temperature, bs=bs, progress=tell,
                           leave_out=self._left_out())
-    return read_selection(select_pseudo_labels(folder/'pseudo_labels', folder/'selected.parquet', threshold=r.threshold, per_class=r.per_class,
-                                               strict=r.strict, binned=r.binned, seed=self.seed))
+    barrier()
+    if not rank(): select_pseudo_labels(folder/'pseudo_labels', folder/'selected.parquet', threshold=r.threshold, per_class=r.per_class,
+                                        strict=r.strict, binned=r.binned, seed=self.seed)
+    barrier()
+    return read_selection(folder/'selected.parquet')
 
 def _logits(learn, images): # float32 (N, K) on the CPU, of the clean view
     learn.model.eval()
@@ -538,7 +566,7 @@ def _fit_round(self: NoisyStudent, k): # everything of round k that is not there
         history, seconds = _train(learn, epochs, r, folder, lambda done, total: self._tell(stage, done, total), self.cbs(k, folder))
     _write_text(folder/'history.csv', pd.DataFrame(history).to_csv(index=False))
     mean, std = self._stats(k)
-    save_weights(learn.model, folder/'model.safetensors', dict(arch=self.arch(k), classes=json.dumps(self.data.classes), size=str(self.size),
+    if not rank(): save_weights(learn.model, folder/'model.safetensors', dict(arch=self.arch(k), classes=json.dumps(self.data.classes), size=str(self.size),
                                                                mean=json.dumps(mean), std=json.dumps(std)))
     hidden, known = self.data.unlabeled.hidden, None
     if selection is not None and hidden is not None:
