@@ -44,7 +44,7 @@ def label_on_ray(
     replicas: int | None = None, # Of the teacher; None: one per GPU of the cluster, or one per CPU
     cpus: float = 1, # CPU cores that each replica reserves, to decode with
     temperature: float = 1., # T > 0 of softmax(logits / T)
-    bs: int = 64, # Images per forward pass
+    bs: int | None = None, # Images per forward pass; None: 64, on GPUs as many as fit, up to 2048
     size: int | None = None, # Side in pixels; default: `pretrained_cfg`
     mean: Iterable[float] | None = None, # Per channel, of images in 0..1; default: `pretrained_cfg`, else 0
     std: Iterable[float] | None = None, # Per channel; default: `pretrained_cfg`, else 1
@@ -65,7 +65,7 @@ def label_on_ray(
     bf16 = gpus > 0 and all(p.dtype == torch.float32 for p in teacher.parameters()) # as on one machine with a GPU
     t, items, out, meta = _labeling(teacher, items, out, 1, temperature, bs, size, mean, std, classes, None, 'cpu', part_size, bf16)
     replicas = replicas or gpus or max(1, int(cores // cpus))
-    args = items, out, meta, (size, mean, std), bs, 'cuda' if gpus else 'cpu', bf16
+    args = items, out, meta, (size, mean, std), bs or (2048 if gpus else 64), 'cuda' if gpus else 'cpu', bf16
     n = len(items) if _is_streamed(items) else -(-len(items) // part_size)
     results = _stream(ray, n, (ray.put(t.model), *map(ray.put, args)), min(replicas, n), cpus, 1 if gpus else 0, progress)
     flat = [p for i in range(n) for p in results[i]]

@@ -345,7 +345,8 @@ def _recipe(self: NoisyStudent, k): # with the parts that batches of round k are
 
 @patch
 def _halve_batch(self: NoisyStudent, k): # or raise: as errors of the device are no mistake of the settings
-    if not self.auto_batch or world() > 1:
+    if world() > 1: raise MemoryError(f"out of memory in round {k}: start again with more processes, or a new run with a smaller size, bs or network")
+    if not self.auto_batch:
         raise MemoryError(f"out of memory in round {k}: ask for auto_batch (--auto-batch), which computes batches in parts, "
                           "or start a new run with a smaller size, bs or network")
     r = self._recipe(k)
