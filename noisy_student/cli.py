@@ -19,7 +19,7 @@ import typer
 
 from . import __version__, datasets
 from .datasets import Splits
-from .files import read_metrics, stoppable
+from .files import stoppable
 
 # %% ../nbs/13_cli.ipynb #a938e718
 class Data(NamedTuple):
@@ -211,7 +211,11 @@ def _fit(name, data, out, archs, recipe, epochs, seed, device, as_json, settings
         ns = NoisyStudent(data, archs or recipe.archs or ['resnet18'], out, seed=seed, recipe=recipe, device=device,
                           progress=progress, pseudo_labels=pseudo, auto_batch=auto_batch, **given)
         ns.source = source
-        rows = _rows(ns.fit())
+        before = len(ns.summary)
+        try: rows = _rows(ns.fit())
+        except (ValueError, FloatingPointError, MemoryError): # what is finished is worth knowing, such as how good the teacher is that no label passed the filter of
+            for r in _rows(ns.summary)[before:]: _to_stderr(f"finished: round {r['round']}, {r['role']} {r['arch']}, validation accuracy {100 * r['valid_accuracy']:.1f} %")
+            raise
     if rank(): return # the first of several processes tells
     _print_run(out, rows, as_json)
     if not as_json and (page := Path(out)/'report.html').exists(): print(f"report: {page}")
@@ -426,7 +430,7 @@ def _accuracy(t, images, labels, name, progress): # share of right answers, and 
 @app.command(short_help='Accuracy of a network or a run.')
 def evaluate(
     model: Annotated[str, typer.Argument(metavar='RUN_OR_MODEL', help="A run directory (all its rounds), a round_K folder or a model.safetensors.")],
-    data: Annotated[Optional[str], typer.Argument(metavar='DATA', help="As in run. Default: show what was measured during the run.")] = None,
+    data: Annotated[Optional[str], typer.Argument(metavar='DATA', help="As in run. Default: show what was measured during the run; with --robustness, what the run was made from.")] = None,
     seed: Annotated[Optional[int], typer.Option(metavar='N', min=0, show_default=False, help="Which images are validation images. Default: the seed of the run.")] = None,
     device: DeviceOpt = None, as_json: JsonOpt = False,
     robustness: Annotated[bool, typer.Option('--robustness', help="Errors under corruptions, flips under perturbations, FGSM and calibration, on test images (validation images if there are none); writes RUN/robustness.csv.")] = False,
@@ -441,12 +445,15 @@ def evaluate(
 
     With --robustness it can be interrupted: the same command goes on where it stopped.
     """
+    from noisy_student.report import read_run
+    from noisy_student.rounds import read_summary
     path = Path(model)
     rounds = sorted(path.glob('round_*/model.safetensors'), key=lambda o: int(o.parent.name.split('_')[1]))
     if data is None:
-        if robustness: raise ValueError(f"--robustness needs images: name the data that {model} is to be evaluated on")
         if not (path/'summary.csv').exists(): raise ValueError(f"{model} is not the directory of a run with a finished round: name the data to evaluate it on")
-        return _print_run(path, sorted((read_metrics(f.parent) for f in path.glob('round_*/metrics.json')), key=lambda r: r['round']), as_json)
+        if not robustness: return _print_run(path, _rows(read_summary(path)), as_json)
+        if not (splits := _data_of(read_run(path), None)): raise ValueError(f"--robustness needs images: name the data that {model} is to be evaluated on")
+        return _robustness(path, rounds, data, splits, limit, device, as_json)
     if seed not in (None, own := _seed_of(path)):
         _to_stderr(f"warning: the run has seed {own}: with --seed {seed} its training images may be among the validation images")
     splits, rows = load_data(data, seed=own if seed is None else seed), []
@@ -466,6 +473,7 @@ def evaluate(
 def _robustness(path, rounds, name, splits, limit, device, as_json): # all rounds in one table, kept as robustness.csv
     import torch
     from noisy_student.evaluation import evaluate_run
+    from noisy_student.report import read_run, write_report
     from noisy_student.rounds import _write_text, load_model
     for file in rounds or [path]:
         if (own := load_model(file).classes) != splits.classes:
@@ -473,7 +481,9 @@ def _robustness(path, rounds, name, splits, limit, device, as_json): # all round
     with show_progress() as progress:
         table = evaluate_run(path if rounds else {str(path): path}, splits.test or splits.valid, limit, progress=progress,
                              device=device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    if rounds: _write_text(path/'robustness.csv', table.to_csv())
+    if rounds:
+        _write_text(path/'robustness.csv', table.to_csv())
+        write_report(path, _data_of(read_run(path), None)) # which shows it as bars
     rows = _rows(table.reset_index())
     if as_json: return print_table(rows, True)
     def interval(r, pre): return None if r[f'{pre}accuracy'] is None else f"{100 * r[f'{pre}accuracy']:.1f} ({100 * r[f'{pre}low']:.1f} to {100 * r[f'{pre}high']:.1f})"
