@@ -114,7 +114,7 @@ def _share_teacher(run, full): # copy the finished first round of `full` if `run
     new, old = run._round(0), full._round(0)
     if new.exists() or not (old/'metrics.json').exists() or _teacher_config(run) != _teacher_config(full): return
     run._open()
-    tmp = new.with_name('round_0.tmp')
+    tmp = new.with_name('.round_0.tmp') # no round to anyone
     shutil.rmtree(tmp, ignore_errors=True)
     shutil.copytree(old, tmp, ignore=shutil.ignore_patterns('checkpoint'))
     tmp.rename(new)

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, NamedTuple
+from typing import Callable, Iterable, NamedTuple
 
 import duckdb
 import numpy as np
@@ -93,7 +93,7 @@ def _meta(path): # parquet metadata of a pseudo-label file as a dict; {} for a t
     except ValueError as e: raise PseudoLabelError(f"{path} has metadata that are no JSON: if it is one of pseudo labels, make it again") from e
 
 _PLAIN = ('teacher', 'version', 'sha256') # stored as they are, everything else as JSON
-_KEYS = [o.encode() for o in ('sha256 classes temperature teacher version view pool num_shards part_size items skipped '
+_KEYS = [o.encode() for o in ('sha256 classes temperature teacher version view pool num_shards part_size items skipped left_out '
                               'threshold strict per_class binned seed').split()]
 
 # %% ../nbs/05_pseudo_labels.ipynb #d56c754a
@@ -322,7 +322,7 @@ def _label_part(t, part, meta, names, bs, tick=None, known={}, leave_out={}, sav
     mine = dict(meta, items=_digest(part.items[part.start:part.stop]) + (_digest(names[part.start:part.stop]) if names else ''))
     label_of = part.items if isinstance(part.items, list) else names # None: positions
     gone = [j for j in sorted(leave_out) if part.start <= j < part.stop]
-    if gone: mine['left_out'] = [[str(j if label_of is None else label_of[j]), leave_out[j]] for j in gone]
+    mine['left_out'] = [[str(j if label_of is None else label_of[j]), leave_out[j]] for j in gone] or None # None is what a file without it says
     if done := _usable(part.file, mine, known):
         if tick: tick(part.stop)
         return done, pq.read_metadata(part.file).num_rows
