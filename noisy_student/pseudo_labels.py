@@ -681,7 +681,7 @@ def select_pseudo_labels(
         if not is_one: _check_unique(con, table, is_over, files)
         n = _pick(con, is_over, bucket, _edges(rows, target, binned), target, files, int(seed) if binned else None)
         kept = {key: meta[key] for key in ('temperature', 'teacher', 'view', 'pool') if key in meta}
-        kept.update(classes=classes, threshold=threshold, strict=strict, per_class=per_class, version=__version__)
+        kept.update(classes=classes, threshold=float(threshold), strict=bool(strict), per_class=per_class if per_class in (None, 'mean', 'largest') else int(per_class), version=__version__)
         if binned: kept.update(binned=True, seed=int(seed))
         _write(_selected(con, _fetch_probs(con, files, n, k, spill), kept), out, kept)
     return Selection(out, pd.concat([stats, _summary(out, classes)], axis=1)[['class', 'seen', 'passed', *_KEPT]])
