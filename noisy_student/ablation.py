@@ -13,11 +13,10 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 
 from .datasets import Splits
-from .learner import Noise
+from .distributed import first_rank_first, rank
 from .recipes import Recipe, _describe, get_recipe
 from .rounds import NoisyStudent, _one_line, _write_text
 
@@ -114,7 +113,7 @@ def _share_teacher(run, full): # copy the finished first round of `full` if `run
     new, old = run._round(0), full._round(0)
     if new.exists() or not (old/'metrics.json').exists() or _teacher_config(run) != _teacher_config(full): return
     run._open()
-    tmp = new.with_name('round_0.tmp')
+    tmp = new.with_name('.round_0.tmp') # no round to anyone
     shutil.rmtree(tmp, ignore_errors=True)
     shutil.copytree(old, tmp, ignore=shutil.ignore_patterns('checkpoint'))
     tmp.rename(new)
@@ -167,7 +166,7 @@ def ablate(
             run = NoisyStudent(d, None, out/name/f'seed_{seed}', seed=seed, recipe=r, device=device, progress=tell)
             run._decoded = decoded.setdefault(run.size, {}) # images are decoded once for all runs of a seed
             first = first or run
-            _share_teacher(run, first)
+            with first_rank_first(): _share_teacher(run, first)
             last = run.fit().iloc[-1]
             rows.append(dict(variant=name, changes=_in_words(r, recipes['full']), seed=seed, valid_accuracy=last.valid_accuracy, test_accuracy=last.test_accuracy,
                              images=_trained_images(run), seconds=run.summary.seconds.sum()))
@@ -176,6 +175,7 @@ def ablate(
 
 def _write(out, runs, skipped): # the table so far
     table = ablation_table(runs, skipped)
+    if rank(): return table # of several processes one writes
     for name, o in (('runs', runs), ('ablation', table)): _write_text(out/f'{name}.csv', o.to_csv(index=False))
     fig = plot_ablation(runs)
     fig.savefig(out/'.ablation.png', dpi=150); plt.close(fig)

@@ -47,15 +47,15 @@ def unpack(skeleton: object, # From `pack`
     if kind == 'dict': return {k: unpack(v, tensors) for k, v in o}
     return {'list': list, 'tuple': tuple}[kind](unpack(v, tensors) for v in o)
 
-# %% ../nbs/08d_checkpoints.ipynb #cd4b0a18
+# %% ../nbs/08d_checkpoints.ipynb #c1da252b
 def _rng_state(): # of every generator that training draws from
     kind, keys, *rest = np.random.get_state()
-    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [] # asking an unused GPU would take its memory
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [] # asking an unused GPU would take its memory
     return dict(torch=torch.get_rng_state(), cuda=cuda, python=random.getstate(), numpy=[kind, keys, *rest])
 
 def _set_rng_state(s):
     torch.set_rng_state(s['torch'])
-    if s['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state(s['cuda'][0])
+    for i, o in enumerate(s['cuda'][:torch.cuda.device_count()]): torch.cuda.set_rng_state(o, i)
     random.setstate(s['python'])
     kind, keys, *rest = s['numpy']
     np.random.set_state((kind, np.asarray(keys).astype(np.uint32), *rest))
@@ -157,12 +157,12 @@ class RunState(Callback):
             raise FloatingPointError(f"{bad} is not finite after batch {self.done} of epoch {self.epoch}: {_DIVERGED}")
         state = dict(model=self.model.state_dict(), opt=self.opt.opt.state_dict(), rng=rng, history=self.history, epoch=epoch, **within,
                      cbs={cb.name: cb.state_dict() for cb in self._stateful()}, seconds=time.perf_counter() - self.begun, smooth=(self.recorder.smooth_loss.val, self.recorder.smooth_loss.count))
+        self.saved = time.monotonic()
         if rank(): return # of several processes one writes
         tensors = {}
         skeleton = json.dumps(pack(state, tensors))
         new = save_tensors(tensors, self.file.with_name('new.safetensors'), dict(skeleton=skeleton))
         if self.file.exists(): os.replace(self.file, self.previous) # at any moment one of the two is whole
         os.replace(new, self.file)
-        self.saved = time.monotonic()
 
 _DIVERGED = "training diverged; the last good weights are kept, try a lower lr in a new run"

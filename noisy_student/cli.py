@@ -197,7 +197,8 @@ def run(
     _fit(data, load_data(**source), out, arch, recipe, epochs, seed, device, as_json, settings, source=source, auto_batch=auto_batch)
 
 def _source(name, labels, unlabeled, seed, recipe): # arguments of load_data, with names that mean the same from every folder
-    def absolute(o): return os.path.abspath(o) if isinstance(o, str) and o not in DATA and Path(o).is_dir() else o
+    names = {*DATA, *(p for d in DATA.values() for p in d.pools)} # also where a folder is called so
+    def absolute(o): return os.path.abspath(o) if isinstance(o, str) and o not in names and Path(o).exists() else o
     return dict(name=absolute(name), labels=labels, unlabeled=absolute(unlabeled), seed=seed, recipe=recipe)
 
 def _fit(name, data, out, archs, recipe, epochs, seed, device, as_json, settings, pseudo=None, source=None, auto_batch=False): # train, and print what came out
@@ -496,7 +497,9 @@ def _robustness(path, rounds, name, splits, limit, device, as_json): # all round
 
 def _seed_of(path): # of the run that a network belongs to, 0 if it belongs to none
     for folder in [path, *path.resolve().parents[:2]]:
-        if (folder/'run.json').exists(): return json.loads((folder/'run.json').read_text())['config']['seed']
+        if not (file := folder/'run.json').exists(): continue
+        try: return int(json.loads(file.read_text())['config']['seed'])
+        except (ValueError, KeyError, TypeError): raise ValueError(f"{file} is damaged: copy the model.safetensors you need to another folder and name that") from None
     return 0
 
 @app.command(short_help='The most probable classes of images.')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['label_on_ray']
 
-# %% ../nbs/12_cluster.ipynb #9d541758
+# %% ../nbs/12_cluster.ipynb #f11ae071
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,13 +14,14 @@ import pyarrow.parquet as pq
 import torch
 from torch import nn
 
+from .files import locked, read_sums, stoppable
 from .pseudo_labels import PseudoLabelError, _finish_shard, _is_streamed, _label_part, _labeling, _parts, _share, _Teacher
 
-# %% ../nbs/12_cluster.ipynb #52f56804
+# %% ../nbs/12_cluster.ipynb #d131f738
 class _Replica: # an actor: a teacher that labels whole pieces of a pool
-    def __init__(self, teacher, items, out, meta, args, bs, device, bf16):
+    def __init__(self, teacher, items, out, meta, args, bs, device, bf16=None, known={}):
         self.t = _Teacher(teacher, items[:1], meta['classes'], *args, device, bf16)
-        self.items, self.out, self.meta, self.bs = items, out, meta, bs
+        self.items, self.out, self.meta, self.bs, self.known = items, out, meta, bs, known
 
     def __call__(self, batch): # of one piece; mistakes of the user come back as text, which Ray would bury in its own
         done = []
@@ -33,7 +34,8 @@ class _Replica: # an actor: a teacher that labels whole pieces of a pool
         parts, size = [], self.meta['part_size']
         with self.t.evaluating():
             for p in _parts(self.items, 0, 1, size, self.out, i):
-                parts.append([p.file.name, p.stop - p.start, _label_part(self.t, p, self.meta, None, self.bs)[0]['skipped']])
+                known = {p.file.name: o} if (o := self.known.get(p.file.name)) else {} # parts that Ray made are added in the end
+                parts.append([p.file.name, p.stop - p.start, _label_part(self.t, p, self.meta, None, self.bs, known=known)[0]['skipped']])
         return parts
 
 # %% ../nbs/12_cluster.ipynb #5a0770a7
@@ -65,12 +67,13 @@ def label_on_ray(
     bf16 = gpus > 0 and all(p.dtype == torch.float32 for p in teacher.parameters()) # as on one machine with a GPU
     t, items, out, meta = _labeling(teacher, items, out, 1, temperature, bs, size, mean, std, classes, None, 'cpu', part_size, bf16)
     replicas = replicas or gpus or max(1, int(cores // cpus))
-    args = items, out, meta, (size, mean, std), bs or (2048 if gpus else 64), 'cuda' if gpus else 'cpu', bf16
-    n = len(items) if _is_streamed(items) else -(-len(items) // part_size)
-    results = _stream(ray, n, (ray.put(t.model), *map(ray.put, args)), min(replicas, n), cpus, 1 if gpus else 0, progress)
-    flat = [p for i in range(n) for p in results[i]]
-    rows = {name: pq.read_metadata(out/name).num_rows for name, *_ in flat}
-    _finish_shard(out, _share(1, 0, 1)[0], sum(o[1] for o in flat), rows, [b for o in flat for b in o[2]])
+    name, n = _share(1, 0, 1)[0], len(items) if _is_streamed(items) else -(-len(items) // part_size)
+    with locked(out/f'.lock-{name}'), stoppable():
+        args = items, out, meta, (size, mean, std), bs or (2048 if gpus else 64), 'cuda' if gpus else 'cpu', bf16, read_sums(out/f'_sha256-{name}.txt')
+        results = _stream(ray, n, (ray.put(t.model), *map(ray.put, args)), min(replicas, n), cpus, 1 if gpus else 0, progress)
+        flat = [p for i in range(n) for p in results[i]]
+        rows = {part: pq.read_metadata(out/part).num_rows for part, *_ in flat}
+        _finish_shard(out, name, sum(o[1] for o in flat), rows, [b for o in flat for b in o[2]])
     return out
 
 class _RemoteReplica(_Replica): # big arguments by reference: Ray stores each once per machine

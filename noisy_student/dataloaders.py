@@ -41,10 +41,10 @@ class ArrayDataset:
         return ArrayDataset(self.images[:0], self.targets[:0], self.vocab, self.split_idx)
 
     def to(self, device: torch.device, # Where `batch` delivers
-           free: int | None = None # Bytes of memory there that may be used; None: half of what a GPU has free, none of the host's
+           free: int | None = None # Bytes of memory there that may be used; None: a quarter of what a GPU has free, none of the host's
           ) -> 'ArrayDataset': # itself
         "Keep a copy of everything on `device` if there is room for it; else images travel there batch by batch."
-        if free is None: free = torch.cuda.mem_get_info(device)[0] // 2 if device.type == 'cuda' else 0
+        if free is None: free = torch.cuda.mem_get_info(device)[0] // 4 if device.type == 'cuda' else 0
         n_bytes = int(np.prod(self.images.shape)) + self.targets.numel() * self.targets.element_size()
         self.device, self.there = device, None
         if n_bytes <= free:

@@ -258,7 +258,7 @@ def _read_cache(file, meta): # what `_fill_cache` returned, None if it has to be
         d = json.loads(meta.read_text())
         known = d.pop('sha256', None)
         if known in (None, file_sha256(file, json.dumps(d))): return d
-    except (ValueError, AttributeError): pass # no JSON, or not ours
+    except (ValueError, AttributeError, TypeError): pass # no JSON, or not ours
     warnings.warn(f"{file} or {meta.name} has been altered since it was written: the images are decoded again")
 
 def _write_json(file, value): # whole or not at all

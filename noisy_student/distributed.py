@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['rank', 'world', 'own_device', 'join', 'barrier', 'first_rank_first', 'MeanGradients']
 
-# %% ../nbs/06b_distributed.ipynb #6ab56177
+# %% ../nbs/06b_distributed.ipynb #76517922
 import os
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,7 @@ def join(device: torch.device # Where this process computes
     "Make a group of the processes, once."
     if world() == 1 or dist.is_initialized(): return
     if device.type == 'cuda': torch.cuda.set_device(device)
-    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(days=7)) # the others wait while one decodes or selects
 
 def barrier():
     "Wait for the other processes."
@@ -47,10 +48,10 @@ def first_rank_first(): # rank 0 does what is inside and the others wait, then t
     finally:
         if not rank(): barrier()
 
-# %% ../nbs/06b_distributed.ipynb #469c2500
+# %% ../nbs/06b_distributed.ipynb #fed4caf2
 class MeanGradients(Callback):
     "Keeps the networks of all processes equal. Needs loaders that give each process its share of a batch; does nothing for one process."
-    order = 60 # after gradient accumulation has decided whether there is a step, before EMA (70) sees the weights
+    order = 8 # after gradient accumulation (6) has decided whether there is a step; before float16 (10) looks for overflow, which all must see
     def __init__(self, seed: int = 0 # Of the noise
                 ): self.seed = seed
     def before_fit(self):

@@ -252,7 +252,7 @@ def evaluate_run(
             warnings.warn(f"images of {few.shape[2]}x{few.shape[1]} px: corruptions are made for 32 px or more, so "
                           "their columns stay empty")
     if folder is None and base is not None: folder = base/'cache'/'corrupted'
-    rows, first, asked = {}, None, [corruptions, severities, perturbations, eps, seed, sample.tolist()]
+    rows, first, asked = {}, None, [list(corruptions), list(severities), list(perturbations), eps, seed, sample.tolist()]
     for k, net in nets.items():
         tell = lambda stage: None if progress is None else lambda done, total: progress(f'{k}: {stage}', done, total)
         file = None if base is None else base/'cache'/'robustness'/f'{_key(net, images, labels, asked)}.json'

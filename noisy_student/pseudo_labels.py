@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, NamedTuple
+from typing import Callable, Iterable, NamedTuple
 
 import duckdb
 import numpy as np
@@ -93,7 +93,7 @@ def _meta(path): # parquet metadata of a pseudo-label file as a dict; {} for a t
     except ValueError as e: raise PseudoLabelError(f"{path} has metadata that are no JSON: if it is one of pseudo labels, make it again") from e
 
 _PLAIN = ('teacher', 'version', 'sha256') # stored as they are, everything else as JSON
-_KEYS = [o.encode() for o in ('sha256 classes temperature teacher version view pool num_shards part_size items skipped '
+_KEYS = [o.encode() for o in ('sha256 classes temperature teacher version view pool num_shards part_size items skipped left_out '
                               'threshold strict per_class binned seed').split()]
 
 # %% ../nbs/05_pseudo_labels.ipynb #d56c754a
@@ -322,7 +322,7 @@ def _label_part(t, part, meta, names, bs, tick=None, known={}, leave_out={}, sav
     mine = dict(meta, items=_digest(part.items[part.start:part.stop]) + (_digest(names[part.start:part.stop]) if names else ''))
     label_of = part.items if isinstance(part.items, list) else names # None: positions
     gone = [j for j in sorted(leave_out) if part.start <= j < part.stop]
-    if gone: mine['left_out'] = [[str(j if label_of is None else label_of[j]), leave_out[j]] for j in gone]
+    mine['left_out'] = [[str(j if label_of is None else label_of[j]), leave_out[j]] for j in gone] or None # None is what a file without it says
     if done := _usable(part.file, mine, known):
         if tick: tick(part.stop)
         return done, pq.read_metadata(part.file).num_rows
@@ -343,6 +343,7 @@ def _finish_shard(out, name, n, parts, skipped, known={}, left_out=0): # the man
         pd.DataFrame(skipped, columns=['item', 'reason']).to_csv(tmp, index=False)
     with _replacing(out/f'_sha256-{name}.txt') as tmp: # a line per part, in order
         tmp.write_text(''.join(f"{known.get(o) or file_sha256(out/o)}  {o}\n" for o in parts))
+    if len(skipped) == n and left_out == n: raise PseudoLabelError(f"all {n} images are left out: see {csv}")
     if len(skipped) == n:
         raise PseudoLabelError(f"none of the {n} images could be read ({': '.join(skipped[0])}, ...): see {csv}")
     if unread := len(skipped) - left_out: warnings.warn(f"{unread} of {n} images could not be read and get no label: see {csv}")
@@ -375,6 +376,7 @@ def predict_pseudo_labels(
     labels; OSError if the folder cannot be written. Algorithm 1, step 2, of Xie et al."""
     t, items, out, meta = _labeling(teacher, items, out, num_shards, temperature, bs, size, mean, std, classes, names, device, part_size, bf16)
     if not 0 <= shard < num_shards: raise PseudoLabelError(f"shard={shard} must be in 0..{num_shards - 1}")
+    if leave_out and _is_streamed(items): raise PseudoLabelError("leave_out counts images, and items are archives: give the images")
     name, lo, hi = _share(len(items), shard, num_shards)
     tell = progress and _ticker(progress, items, lo, hi)
     bs = bs or (2048 if t.device.type == 'cuda' else 64)
@@ -681,7 +683,7 @@ def select_pseudo_labels(
         if not is_one: _check_unique(con, table, is_over, files)
         n = _pick(con, is_over, bucket, _edges(rows, target, binned), target, files, int(seed) if binned else None)
         kept = {key: meta[key] for key in ('temperature', 'teacher', 'view', 'pool') if key in meta}
-        kept.update(classes=classes, threshold=threshold, strict=strict, per_class=per_class, version=__version__)
+        kept.update(classes=classes, threshold=float(threshold), strict=bool(strict), per_class=per_class if per_class in (None, 'mean', 'largest') else int(per_class), version=__version__)
         if binned: kept.update(binned=True, seed=int(seed))
         _write(_selected(con, _fetch_probs(con, files, n, k, spill), kept), out, kept)
     return Selection(out, pd.concat([stats, _summary(out, classes)], axis=1)[['class', 'seen', 'passed', *_KEPT]])

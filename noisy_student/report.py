@@ -17,7 +17,6 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -25,6 +24,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from PIL import Image
 
 from .datasets import ImageFileError, Splits, load_image, square
+from .files import read_metrics
 from .metrics import wilson
 from .pseudo_labels import _batches, _parquet
 from .suspects import flipped_labels
@@ -88,7 +88,9 @@ def read_run(path: str | Path, # Run directory
     path = Path(path)
     try: about = json.loads((path/'run.json').read_text())
     except (OSError, ValueError): raise ValueError(f"{path} is not the directory of a run: there is no readable run.json in it") from None
-    done = sorted((json.loads(o.read_text()) for o in path.glob('round_*/metrics.json')), key=lambda o: o['round'])
+    done = sorted((read_metrics(o.parent) for o in path.glob('round_*/metrics.json')), key=lambda o: o['round'])
+    if [o['round'] for o in done] != list(range(len(done))):
+        raise ValueError(f"{path}: a round before the last one has no metrics.json: fit(), or noisy-student run, makes it again")
     history = {o['round']: pd.read_csv(path/f"round_{o['round']}"/'history.csv') for o in done}
     r, labels, truth = about['config']['recipe'], {}, _Truth(data)
     for o in done:

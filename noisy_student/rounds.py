@@ -91,7 +91,7 @@ def _fit(learn, epochs, recipe, state, more):
         else:
             stairs = staircase(recipe.rate, epochs, **recipe.stairs(epochs))
             learn.fit(epochs, recipe.rate, cbs=[ParamScheduler({'lr': stairs}), *cbs], **fit)
-    state.previous.unlink(missing_ok=True) # the last one holds the finished training
+    if not rank(): state.previous.unlink(missing_ok=True) # the last one holds the finished training
     return state.history, time.perf_counter() - state.begun
 
 # %% ../nbs/09_rounds.ipynb #b873f69e
@@ -423,6 +423,7 @@ def _pool_images(self: NoisyStudent): # of all unlabeled images that may train
 @patch
 def _without_leaks(self: NoisyStudent, selection): # a selection made elsewhere, without what is left out
     stay = ~np.isin(self._rows(selection.items), list(self._left_out()))
+    if not stay.any(): raise ValueError(f"every selected image is also a validation or test image (see {self.path/'leaks.json'}): label other images")
     items = selection.items[stay] if isinstance(selection.items, np.ndarray) else [o for o, s in zip(selection.items, stay) if s]
     return replace(selection, items=items, **{o: getattr(selection, o)[stay] for o in ('labels', 'confidence', 'probs', 'copies')})
 
@@ -454,6 +455,7 @@ def _learner(self: NoisyStudent, k, selection, noise, pretrained=False, teacher=
                             steps=steps, augment=augment, stats=self._stats(k), seed=self.seed * 1000 + k, device=self.device)
     loss = None
     if pseudo is not None and r.unlabeled_weight is not None: loss = SoftLabelCrossEntropy(r.label_smoothing, bs, r.unlabeled_weight)
+    if parts > self.recipe.accumulate: dls.valid.bs = max(1, dls.valid.bs * self.recipe.accumulate // parts) # what does not fit in training does not fit here
     return self._network(k, dls, noise, pretrained, loss)
 
 @patch
@@ -509,7 +511,9 @@ def _rows(self: NoisyStudent, items): # positions in the decoded pool of the ite
 def _label(self: NoisyStudent, k): # the pseudo labels for round k, made by the network of round k - 1
     out, before = self._round(k)/'selected.parquet', self._round(k - 1)/'selected.parquet'
     tell, items = lambda done, total: self._tell(f'round {k}: labeling', done, total), self.data.unlabeled.images
-    if out.exists():
+    there = out.exists()
+    barrier() # all have looked before the first process writes
+    if there:
         try: return read_selection(out)
         except PseudoLabelError as e: warnings.warn(f"{e}; it is made again now")
     if self.recipe.relabel == 'all' or not before.exists(): return self._label_pool(k - 1, self._round(k), tell)
@@ -535,8 +539,9 @@ def _label_pool(self: NoisyStudent, k, folder, tell): # by the network of round 
 
 def _logits(learn, images): # float32 (N, K) on the CPU, of the clean view
     learn.model.eval()
+    bs = min(256, learn.dls.valid.bs)
     with torch.inference_mode():
-        return torch.cat([learn.model(learn.dls.clean_view(images[i:i + 256])).float().cpu() for i in range(0, len(images), 256)])
+        return torch.cat([learn.model(learn.dls.clean_view(images[i:i + bs])).float().cpu() for i in range(0, len(images), bs)])
 
 @patch
 def _accuracy(self: NoisyStudent, learn, name): # share of right answers on a labeled split, None where there is none
@@ -682,7 +687,7 @@ def suspects(self: NoisyStudent, # After `fit`
 
 @patch
 def _unseen_probs(self: NoisyStudent, k, folder): # float32 (N, K) of the labeled images, by a network that was not trained on them
-    r, seed, tell = self.recipe, self.seed * 1000 + 999, lambda done, total: self._tell('suspects: labeling', done, total)
+    r, seed, tell = self._recipe(k), self.seed * 1000 + 999, lambda done, total: self._tell('suspects: labeling', done, total)
     sel = read_selection(folder/'selected.parquet') if (folder/'selected.parquet').exists() else self._label_pool(k, folder, tell)
     pool, valid = _Rows(self._images('unlabeled').images, self._rows(sel.items)), (self._images('valid').images, self.data.valid.labels)
     parts, pile = r.accumulate, len(self.data.labeled) + (int(sel.copies.sum()) if r.ratio is None else 0) # as many steps as a student

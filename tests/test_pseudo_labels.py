@@ -700,3 +700,15 @@ def test_bf16_labels_are_labels_apart(tmp_path):
             for o in (False, True))
     assert 0 < np.abs(a - b).max() < .03
     with pytest.raises(PseudoLabelError, match='view'): predict_pseudo_labels(model, _pool(50), tmp_path/'False', bf16=True)
+
+
+def test_labels_left_out_are_known_when_labeling_goes_on(tmp_path):
+    "A part whose images are partly left out is kept as it is by the same call, and refused by another."
+    torch.manual_seed(0)
+    images, net = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3))
+    call = dict(part_size=8, bs=4, leave_out={3: "also a test image", 11: "also a test image"})
+    out = predict_pseudo_labels(net, images, tmp_path/"a", **call)
+    made = {o: o.stat().st_mtime_ns for o in out.glob("part-*")}
+    predict_pseudo_labels(net, images, out, **call)
+    assert {o: o.stat().st_mtime_ns for o in made} == made
+    with pytest.raises(PseudoLabelError, match="what differs: left_out"): predict_pseudo_labels(net, images, out, part_size=8, bs=4)
