@@ -32,6 +32,7 @@ from smalldocs.config import load
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
+SITE_URL = re.search(r"site-url: (\S+)", (ROOT / "_quarto.yml").read_text(encoding="utf-8"))[1] + "/"
 # The path in [text](path), ![alt](path) and <img src="path">
 README_LINK = re.compile(r"""(\]\(|src=")(?![a-z]+:)([^\s)"#]+)""")
 
@@ -76,6 +77,8 @@ class Site(smalldocs.Site):
         page = super().read(src)
         # nbdev names a page without the number of its notebook, 03_losses.ipynb -> losses.html, and links to that name.
         page.out = page.out.with_name(page.front.get("output-file", page.out.name))
+        # The social card is the site's, also for pages in folders.
+        page.front.setdefault("image", "/" + self.project.website["image"])
         # nbdev also links the `names` in the comments of a signature, where the link would stand as Markdown.
         unlink = partial(re.compile(r"\[(`[^`]+`)\]\(\S+?\)").sub, r"\1")
         page.body = re.sub(r"^```.*?^```", lambda block: unlink(block[0]), page.body, flags=re.M | re.S)
@@ -113,7 +116,7 @@ class Links(HTMLParser):
 
     def __init__(self, page: Path):
         super().__init__()
-        self.ids, self.refs = {""}, []
+        self.ids, self.refs, self.card = {""}, [], None
         self.feed(page.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
@@ -122,6 +125,8 @@ class Links(HTMLParser):
                 self.ids.add(value)
             elif key in ("href", "src") and value:
                 self.refs.append(value)
+        if tag == "meta" and dict(attrs).get("property") == "og:image":
+            self.card = dict(attrs)["content"]
 
 
 def broken_links(
@@ -139,6 +144,8 @@ def broken_links(
             target = target / "index.html" if target.is_dir() else target
             if not target.is_file() or (target in pages and unquote(url.fragment) not in pages[target].ids):
                 broken.setdefault(ref, set()).add(page.relative_to(site).as_posix())
+        if links.card and not (site / links.card.removeprefix(SITE_URL)).is_file():
+            broken.setdefault(links.card, set()).add(page.relative_to(site).as_posix())
     return [f"broken link {ref} in {', '.join(sorted(on))}" for ref, on in broken.items()]
 
 
