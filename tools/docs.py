@@ -82,6 +82,7 @@ class Site(smalldocs.Site):
         # nbdev also links the `names` in the comments of a signature, where the link would stand as Markdown.
         unlink = partial(re.compile(r"\[(`[^`]+`)\]\(\S+?\)").sub, r"\1")
         page.body = re.sub(r"^```.*?^```", lambda block: unlink(block[0]), page.body, flags=re.M | re.S)
+        page.body = page.body.replace("\b", "")  # with which the command line keeps lines of its help apart
         return page
 
     def find_page(self, target: PurePosixPath) -> smalldocs.Page | None:
