@@ -21,7 +21,7 @@ from html import unescape
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
-from threading import Thread
+from threading import Event, Thread
 from urllib.parse import quote, unquote, urlsplit
 
 import pypandoc
@@ -32,6 +32,7 @@ from smalldocs.config import load
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
+SITE_URL = re.search(r"site-url: (\S+)", (ROOT / "_quarto.yml").read_text(encoding="utf-8"))[1] + "/"
 # The path in [text](path), ![alt](path) and <img src="path">
 README_LINK = re.compile(r"""(\]\(|src=")(?![a-z]+:)([^\s)"#]+)""")
 
@@ -76,9 +77,12 @@ class Site(smalldocs.Site):
         page = super().read(src)
         # nbdev names a page without the number of its notebook, 03_losses.ipynb -> losses.html, and links to that name.
         page.out = page.out.with_name(page.front.get("output-file", page.out.name))
+        # The social card is the site's, also for pages in folders.
+        page.front.setdefault("image", "/" + self.project.website["image"])
         # nbdev also links the `names` in the comments of a signature, where the link would stand as Markdown.
         unlink = partial(re.compile(r"\[(`[^`]+`)\]\(\S+?\)").sub, r"\1")
         page.body = re.sub(r"^```.*?^```", lambda block: unlink(block[0]), page.body, flags=re.M | re.S)
+        page.body = page.body.replace("\b", "")  # with which the command line keeps lines of its help apart
         return page
 
     def find_page(self, target: PurePosixPath) -> smalldocs.Page | None:
@@ -86,6 +90,8 @@ class Site(smalldocs.Site):
 
     def resolve(self, href: str, page: smalldocs.Page | None, record: bool = True) -> str:
         "nbdev links `names` to the published site: here they stay within the site that is being built."
+        if href.startswith(self.project.website["site-url"]):  # methods and private names have no heading of their own
+            href = re.sub(r"#(_.*|.*\..*)$", "", href)
         return super().resolve(href.removeprefix(self.project.website["site-url"]), page, record)
 
     def render_page(self, page: smalldocs.Page) -> None:
@@ -113,7 +119,7 @@ class Links(HTMLParser):
 
     def __init__(self, page: Path):
         super().__init__()
-        self.ids, self.refs = {""}, []
+        self.ids, self.refs, self.card = {""}, [], None
         self.feed(page.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list) -> None:
@@ -122,6 +128,8 @@ class Links(HTMLParser):
                 self.ids.add(value)
             elif key in ("href", "src") and value:
                 self.refs.append(value)
+        if tag == "meta" and dict(attrs).get("property") == "og:image":
+            self.card = dict(attrs)["content"]
 
 
 def broken_links(
@@ -139,13 +147,15 @@ def broken_links(
             target = target / "index.html" if target.is_dir() else target
             if not target.is_file() or (target in pages and unquote(url.fragment) not in pages[target].ids):
                 broken.setdefault(ref, set()).add(page.relative_to(site).as_posix())
+        if links.card and not (site / links.card.removeprefix(SITE_URL)).is_file():
+            broken.setdefault(links.card, set()).add(page.relative_to(site).as_posix())
     return [f"broken link {ref} in {', '.join(sorted(on))}" for ref, on in broken.items()]
 
 
-# Opens the pages named in its fragment one after the other, wide and narrow, and writes what is wrong with them into itself.
-LOOK = """<!doctype html><title>look</title><pre id="found"></pre><script>
-const found = document.getElementById('found'), frame = document.createElement('iframe');
-const say = text => { found.textContent += text + '\\n'; };
+# Opens the pages named in its fragment one after the other, wide and narrow, and sends what is wrong with them to the server.
+LOOK = """<!doctype html><title>look</title><link rel="icon" href="data:,"><body><script>
+const found = [], frame = document.createElement('iframe');
+const say = text => found.push(text);
 async function look(page) {
   frame.style.cssText = 'width:1300px;height:900px;border:0';
   await new Promise(done => { frame.onload = done; frame.src = page; });
@@ -162,7 +172,7 @@ async function look(page) {
 (async () => {
   document.body.append(frame);
   for (const page of decodeURIComponent(location.hash.slice(1)).split(' ')) await look(page);
-  say('done');
+  await fetch('/found', {method: 'POST', body: JSON.stringify(found)});
 })();
 </script>"""
 
@@ -179,18 +189,32 @@ def look(
     if (browser := chromium()) is None:
         return None
     pages = " ".join(p.relative_to(site).as_posix() for p in sorted(site.rglob("*.html")) if "site_libs" not in p.parts)
-    handler = type("Quiet", (SimpleHTTPRequestHandler,), dict(log_message=lambda *args: None))
+    found, done = [], Event()
+
+    def receive(self) -> None:
+        found.extend(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(204)
+        self.end_headers()
+        done.set()
+
+    handler = type("Quiet", (SimpleHTTPRequestHandler,), dict(log_message=lambda *args: None, do_POST=receive))
     (site / "look.html").write_text(LOOK, encoding="utf-8")
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=site)) as server, tempfile.TemporaryDirectory() as home:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=site)) as server, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
         Thread(target=server.serve_forever, daemon=True).start()
         flags = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-background-networking --enable-logging=stderr"
-        command = [browser, *flags.split(), "--no-proxy-server", "--virtual-time-budget=600000", f"--user-data-dir={home}", "--dump-dom"]
-        done = subprocess.run([*command, f"http://127.0.0.1:{server.server_port}/look.html#{quote(pages)}"], capture_output=True, text=True, timeout=300)
-        server.shutdown()
+        command = [browser, *flags.split(), "--no-proxy-server", f"--user-data-dir={home}/profile", "--remote-debugging-port=0"]
+        with open(f"{home}/log", "w+", encoding="utf-8", errors="replace") as log:
+            url = f"http://127.0.0.1:{server.server_port}/look.html#{quote(pages)}"
+            process = subprocess.Popen([*command, url], stdout=subprocess.DEVNULL, stderr=log)
+            if not done.wait(timeout=300):
+                found.append("Chromium did not get through all pages in 300 seconds")
+            process.terminate()
+            process.wait()
+            server.shutdown()
+            log.seek(0)
+            console = [line.strip() for line in log if ":CONSOLE" in line]
     (site / "look.html").unlink()
-    found = unescape(re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.S)[1]).split("\n")
-    console = [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
-    return found[:-2] + console + ([] if found[-2:-1] == ["done"] else ["Chromium did not get through all pages"])
+    return found + console
 
 
 def check() -> list[str]:  # What is wrong, a line each
