@@ -466,14 +466,15 @@ def evaluate(
 def _robustness(path, rounds, name, splits, limit, device, as_json): # all rounds in one table, kept as robustness.csv
     import torch
     from noisy_student.evaluation import evaluate_run
-    from noisy_student.rounds import _write_text, load_model
+    from noisy_student.files import write_with_sum
+    from noisy_student.rounds import load_model
     for file in rounds or [path]:
         if (own := load_model(file).classes) != splits.classes:
             raise ValueError(f"{file} knows the classes {', '.join(own)}, but {name} has {', '.join(splits.classes)}")
     with show_progress() as progress:
         table = evaluate_run(path if rounds else {str(path): path}, splits.test or splits.valid, limit, progress=progress,
                              device=device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    if rounds: _write_text(path/'robustness.csv', table.to_csv())
+    if rounds: write_with_sum(path/'robustness.csv', table.to_csv())
     rows = _rows(table.reset_index())
     if as_json: return print_table(rows, True)
     def interval(r, pre): return None if r[f'{pre}accuracy'] is None else f"{100 * r[f'{pre}accuracy']:.1f} ({100 * r[f'{pre}low']:.1f} to {100 * r[f'{pre}high']:.1f})"
