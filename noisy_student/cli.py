@@ -486,8 +486,9 @@ def _robustness(path, rounds, name, splits, limit, device, as_json): # all round
     if rounds: print(f"{path/'robustness.csv'}: of {min(limit, len(splits.test or splits.valid)):,} images; accuracy and ECE of all {table.n.iloc[0]:,}")
 
 def _seed_of(path): # of the run that a network belongs to, 0 if it belongs to none
+    from noisy_student.files import unsealed
     for folder in [path, *path.resolve().parents[:2]]:
-        if (folder/'run.json').exists(): return json.loads((folder/'run.json').read_text())['config']['seed']
+        if (folder/'run.json').exists(): return unsealed(folder/'run.json')['config']['seed']
     return 0
 
 @app.command(short_help='The most probable classes of images.')

@@ -57,13 +57,13 @@ def sealed(d: dict # JSON types
     d = json.loads(json.dumps(d)) # as it will be read
     return json.dumps(dict(d, sha256=_digest(d)), indent=1)
 
-def unsealed(file: Path # Written by `sealed`, or by hand without a checksum
+def unsealed(file: Path # Written by `sealed`
             ) -> dict: # What was sealed
     "Read a JSON file. Raises FileNotFoundError; ValueError, naming the file, if it is not what was written."
     try:
         d = json.loads(file.read_text(encoding='utf-8'))
-        if d.pop('sha256', None) not in (None, _digest(d)): raise ValueError
-    except (ValueError, TypeError, AttributeError, RecursionError): raise ValueError(f"{file} is damaged") from None
+        if d.pop('sha256') != _digest(d): raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError): raise ValueError(f"{file} is damaged") from None
     return d
 
 def _digest(d): return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()

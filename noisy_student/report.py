@@ -97,7 +97,7 @@ def read_run(path: str | Path, # Run directory
         if (folder/'selected.parquet').exists():
             labels[o['round']] = _count_labels(folder, len(about['config']['classes']), r['threshold'], r.get('strict', False), truth)
     try: leaks = unsealed(path/'leaks.json')['found'] if (path/'leaks.json').exists() else []
-    except (ValueError, KeyError): raise ValueError(f"{path/'leaks.json'} is damaged: fit(), or noisy-student run, searches again") from None
+    except ValueError: raise ValueError(f"{path/'leaks.json'} is damaged: fit(), or noisy-student run, searches again") from None
     return RunRecord(path, about['config'], about, pd.DataFrame(done), done, history, labels, leaks, data)
 
 # %% ../nbs/11_report.ipynb #9abf245f

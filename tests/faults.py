@@ -12,7 +12,7 @@ SETTINGS = dict(recipe="digits", epochs=2, teacher_epochs=3, steps=4, bs=16, acc
 
 
 def make_pictures(root: Path) -> Path:
-    "Red and blue pictures with noise, in the layout of `from_folder`, and a file that is none."
+    "Red and blue pictures with noise, in the layout of `from_folder`, a file that is none, and a validation picture in the pool."
     rng = np.random.default_rng(0)
     def picture(file, color):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -24,6 +24,7 @@ def make_pictures(root: Path) -> Path:
             for i in range(n): picture(root/split/name/f"{i}.png", color)
     for i in range(60): picture(root/"unlabeled"/f"{i}.png", 2 * (i % 2))
     (root/"unlabeled"/"notes.txt").write_text("no picture")
+    (root/"unlabeled"/"leak.png").write_bytes((root/"valid"/"red"/"0.png").read_bytes())
     return root
 
 
@@ -106,6 +107,13 @@ def is_readable(path):
         elif f.suffix == ".json": json.loads(f.read_text())
         elif f.suffix == ".npy": np.load(f, allow_pickle=False)
     return not any(altered(o) for o in path.glob("round_*"))
+
+
+def add_tables(path):
+    "The files that `noisy-student evaluate --robustness` and `NoisyStudent.suspects` add to a finished run, with figures of no meaning."
+    from noisy_student.files import write_with_sum
+    write_with_sum(path/"robustness.csv", "round,n,accuracy,low,high,ece\n0,12,0.5,0.4,0.6,0.125\n1,12,0.75,0.5,0.9,0.125\n")
+    write_with_sum(path/"suspects"/"round_2"/"suspects.csv", "kind,item,label,predicted,confidence,quality,issue\nlabeled,a.png,red,blue,0.75,0.25,True\n")
 
 
 def kinds(path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from faults import make_pictures, noisy_student
+from faults import add_tables, make_pictures, noisy_student
 
 
 @cache
@@ -24,9 +24,10 @@ def samples() -> dict:
         found[f"image {name}"] = (root/name).read_bytes()
     pictures = make_pictures(root/"pictures")
     noisy_student(pictures, run := root/"run", rounds=1, epochs=1, teacher_epochs=1).fit()
+    add_tables(run)
     for name, file in dict(part="round_1/pseudo_labels/part-00000-of-00001-00000.parquet", selection="round_1/selected.parquet", run="run.json",
                            metrics="round_0/metrics.json", weights="round_0/model.safetensors", summary="summary.csv",
-                           manifest="round_1/pseudo_labels/_shard-00000-of-00001.json", sums="round_0/SHA256SUMS").items():
+                           manifest="round_1/pseudo_labels/_shard-00000-of-00001.json", sums="round_0/SHA256SUMS", leaks="leaks.json", history="round_0/history.csv", robustness="robustness.csv").items():
         found[name] = (run/file).read_bytes()
     found["folder"], found["pictures"], found["work"] = run, pictures, root/"work"
     found["work"].mkdir()
@@ -117,6 +118,23 @@ def check_sums(data):
     finally: f.write_bytes(s["sums"])
 
 
+def _in_report(data, name, kind):
+    from noisy_student.report import report_html, read_run
+    s = samples()
+    (f := s["folder"]/name).write_bytes(data)
+    try: return refused(lambda: report_html(read_run(s["folder"])), f)
+    finally: f.write_bytes(s[kind])
+
+
+def check_leaks(data): return _in_report(data, "leaks.json", "leaks")
+
+
+def check_history(data): return _in_report(data, "round_0/history.csv", "history")
+
+
+def check_robustness(data): return _in_report(data, "robustness.csv", "robustness")
+
+
 WORDS = """run label select relabel train evaluate predict export recipes --help --version digits cifa10 nowhere {folder} {pictures} {work} {work}/s.parquet
     --out --arch --rounds --epochs --size --labels --unlabeled --recipe --seed --device --threshold --json --shard --num-shards --temperature --bs --per-class
     --strict --binned --pool --pseudo --top --auto-batch 0 1 -1 2 1e9 nan inf .5 1.5 mean largest none cpu cuda tpu default svhn keras-cifar10 resnet9_4
@@ -141,7 +159,8 @@ def check_line(words):
     return "used" if code == 0 else "refused"
 
 
-CHECKS = dict(part=check_part, selection=check_selection, weights=check_weights, run=check_run, metrics=check_metrics, sums=check_sums)
+CHECKS = dict(part=check_part, selection=check_selection, weights=check_weights, run=check_run, metrics=check_metrics, sums=check_sums,
+              leaks=check_leaks, history=check_history, robustness=check_robustness)
 
 
 def one(kind: str, rng: np.random.Generator) -> str:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from faults import SETTINGS, damage, is_readable, kinds, make_pictures, noisy_student, outcome, run, server
+from faults import add_tables, damage, is_readable, kinds, make_pictures, noisy_student, outcome, run, server
+from noisy_student.files import unsealed
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 
@@ -103,19 +104,24 @@ def test_other_threads_are_left_alone(pictures, tmp_path):
 @pytest.mark.parametrize("how", ["truncated", "flipped", "removed"])
 def test_damaged_files_of_every_kind(pictures, whole, tmp_path, how):
     path, _, expected = whole
-    rng = np.random.default_rng(1)
-    found = kinds(path)
-    assert len(found) >= 15
+    add_tables(path)
+    rng, found = np.random.default_rng(1), kinds(path)
+    assert len(found) >= 20 and {"leaks.json", "skipped.csv", "report.html", "robustness.csv", "suspects/round_N/suspects.csv"} <= set(found)
     for i, (kind, file) in enumerate(found.items()):
         shutil.copytree(path, copy := tmp_path/f"{i}")
         damage(copy/file, how, rng)
         said = []
         with warnings.catch_warnings(record=True) as seen:
-            try: noisy_student_again(pictures, copy, seen)
+            try:
+                noisy_student_again(pictures, copy, seen)
+                if file.suffix == ".csv": read_report(copy)
             except (ValueError, OSError) as e: said.append(str(e)); assert "\n" not in str(e)
         said += [str(o.message) for o in seen]
-        if said and any(file.name in o for o in said): continue
-        assert outcome(copy) == expected, (kind, how, said)
+        named = any(file.name in o for o in said)
+        if how != "removed" and file.name in ("leaks.json", "robustness.csv", "suspects.csv"): assert named, (kind, said)
+        assert named or outcome(copy) == expected, (kind, how, said)
+        if file.name == "leaks.json" and how != "removed": assert unsealed(copy/file) == unsealed(path/file)
+        if file.name == "report.html" and how != "flipped": assert (copy/file).read_bytes().endswith(b"</html>\n")
         shutil.rmtree(copy)
 
 
@@ -123,6 +129,11 @@ def noisy_student_again(pictures, path, seen):
     ns = noisy_student(pictures, path)
     warnings.simplefilter("always")
     ns.fit()
+
+
+def read_report(path):
+    from noisy_student.report import report_html, read_run
+    report_html(read_run(path))
 
 
 def test_damaged_checkpoint_in_the_middle(pictures, tmp_path):
