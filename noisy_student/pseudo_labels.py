@@ -93,7 +93,7 @@ def _meta(path): # parquet metadata of a pseudo-label file as a dict; {} for a t
     except ValueError as e: raise PseudoLabelError(f"{path} has metadata that are no JSON: if it is one of pseudo labels, make it again") from e
 
 _PLAIN = ('teacher', 'version', 'sha256') # stored as they are, everything else as JSON
-_KEYS = [o.encode() for o in ('sha256 classes temperature teacher version view pool num_shards part_size items skipped '
+_KEYS = [o.encode() for o in ('sha256 classes temperature teacher version view pool num_shards part_size items skipped left_out '
                               'threshold strict per_class binned seed').split()]
 
 # %% ../nbs/05_pseudo_labels.ipynb #d56c754a
