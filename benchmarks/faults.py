@@ -18,7 +18,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent/"tests"), str(Path(__file__).pa
 import numpy as np
 import pandas as pd
 
-from faults import damage, is_readable, kinds, make_pictures, outcome, run, server
+from faults import add_tables, damage, is_readable, kinds, make_pictures, outcome, read_report, run, server
 from runs import machine
 
 
@@ -52,6 +52,7 @@ def kills(context, pictures, whole, seconds, folder, n, until, sig):
 def damages(context, pictures, whole, folder, n, until):
     "Counts: faults, ended, refused, different (silently)."
     rng, counts, expected = np.random.default_rng(0), dict(faults=0, ended=0, refused=0, different=0), outcome(whole)
+    add_tables(whole)
     names = list(kinds(whole).values())
     while counts["faults"] < n and time.monotonic() < until:
         file, how = names[counts["faults"] % len(names)], ("flipped", "truncated", "removed")[counts["faults"] // len(names) % 3]
@@ -59,6 +60,9 @@ def damages(context, pictures, whole, folder, n, until):
         damage(path/file, how, rng)
         code, *_ = run(context, pictures, path, 600., folder/"log")
         said = (folder/"log").read_text()
+        if code == 0 and file.suffix == ".csv":  # which the page is made of
+            try: read_report(path)
+            except ValueError as e: code, said = 2, str(e)
         counts["faults"] += 1
         if code == 0 and outcome(path) == expected: counts["ended"] += 1
         elif code == 2 and Path(file).name in said: counts["refused"] += 1

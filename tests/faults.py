@@ -116,6 +116,12 @@ def add_tables(path):
     write_with_sum(path/"suspects"/"round_2"/"suspects.csv", "kind,item,label,predicted,confidence,quality,issue\nlabeled,a.png,red,blue,0.75,0.25,True\n")
 
 
+def read_report(path):
+    "Make the page of a run: raises ValueError if it cannot be made of what is there."
+    from noisy_student.report import report_html, read_run
+    report_html(read_run(path))
+
+
 def kinds(path):
     "One file per kind that a run directory holds, the largest: a kind is a name without its numbers."
     import re

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from faults import add_tables, damage, is_readable, kinds, make_pictures, noisy_student, outcome, run, server
+from faults import add_tables, damage, is_readable, kinds, make_pictures, noisy_student, outcome, read_report, run, server
 from noisy_student.files import unsealed
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
@@ -129,11 +129,6 @@ def noisy_student_again(pictures, path, seen):
     ns = noisy_student(pictures, path)
     warnings.simplefilter("always")
     ns.fit()
-
-
-def read_report(path):
-    from noisy_student.report import report_html, read_run
-    report_html(read_run(path))
 
 
 def test_damaged_checkpoint_in_the_middle(pictures, tmp_path):
