@@ -6,7 +6,7 @@
 __all__ = ['write_sums', 'read_sums', 'write_with_sum', 'altered', 'read_metrics', 'sealed', 'unsealed', 'write_text',
            'InUseError', 'locked', 'Stopped', 'stoppable']
 
-# %% ../nbs/04b_files.ipynb #8d0301d6
+# %% ../nbs/04b_files.ipynb #233a527d
 import hashlib, json, os, re, signal, socket, threading, time
 from contextlib import contextmanager
 from pathlib import Path
