@@ -48,8 +48,10 @@ def read_metrics(folder: Path # round_K of a run
     "The figures of a finished round. Raises ValueError, naming the file, if they are not what was written."
     try:
         if 'metrics.json' in altered(folder, ['metrics.json']): raise ValueError
-        return dict(json.loads((folder/'metrics.json').read_text()))
-    except (ValueError, TypeError): raise ValueError(f"{folder/'metrics.json'} is damaged: fit(), or noisy-student run, makes it again") from None
+        d = dict(json.loads((folder/'metrics.json').read_text()))
+        if folder.name != f"round_{d['round']}" or not 0 <= d['valid_accuracy'] <= 1: raise ValueError # what the best round is chosen by
+        return d
+    except (ValueError, KeyError, TypeError): raise ValueError(f"{folder/'metrics.json'} is damaged: fit(), or noisy-student run, makes it again") from None
 
 def sealed(d: dict # JSON types
           ) -> str: # JSON with one more key, `sha256`

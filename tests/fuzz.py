@@ -70,8 +70,10 @@ def check_image(data):
 
 def check_part(data):
     from noisy_student.pseudo_labels import select_pseudo_labels
-    (f := samples()["work"]/"p.parquet").write_bytes(data)
-    return refused(lambda: select_pseudo_labels(f, f.with_name("s.parquet"), 0.), f.parent, "pseudo label")
+    (f := samples()["work"]/"labels"/"part-00000-of-00001-00000.parquet").parent.mkdir(exist_ok=True)
+    f.write_bytes(data)
+    f.with_name("_shard-00000-of-00001.json").write_bytes(samples()["manifest"])
+    return refused(lambda: select_pseudo_labels(f.parent, f.parent.with_name("s.parquet"), 0.), f.parent, "pseudo label")
 
 
 def check_selection(data):
