@@ -101,10 +101,20 @@ def test_other_threads_are_left_alone(pictures, tmp_path):
     assert len(ended[0]) == 1
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped", "removed"])
-def test_damaged_files_of_every_kind(pictures, whole, tmp_path, how):
-    path, _, expected = whole
+@pytest.fixture(scope="module")
+def small(pictures, tmp_path_factory):
+    "A teacher and a student, an epoch each, and all that can be added."
+    with warnings.catch_warnings(): noisy_student(pictures, path := tmp_path_factory.mktemp("small")/"run", **SMALL).fit()
     add_tables(path)
+    return path, outcome(path)
+
+
+SMALL = dict(rounds=1, epochs=1, teacher_epochs=1)
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", pytest.param("removed", marks=pytest.mark.slow)])  # slow: half a second per kind
+def test_damaged_files_of_every_kind(pictures, small, tmp_path, how):
+    path, expected = small
     rng, found = np.random.default_rng(1), kinds(path)
     assert len(found) >= 20 and {"leaks.json", "skipped.csv", "report.html", "robustness.csv", "suspects/round_N/suspects.csv"} <= set(found)
     for i, (kind, file) in enumerate(found.items()):
@@ -126,7 +136,7 @@ def test_damaged_files_of_every_kind(pictures, whole, tmp_path, how):
 
 
 def noisy_student_again(pictures, path, seen):
-    ns = noisy_student(pictures, path)
+    ns = noisy_student(pictures, path, **SMALL)
     warnings.simplefilter("always")
     ns.fit()
 
