@@ -88,7 +88,7 @@ def flipped_labels(
     """The items whose pseudo label differs between two labelings, highest confidence afterwards first, ties by item.
     Items that only one of them has, because the file could not be read, are left out. Raises `PseudoLabelError` if the
     tables are of different pools or classes, or one is missing, damaged or incomplete."""
-    (a, old), (b, new) = _check_sources(before), _check_sources(after)
+    (a, old, _), (b, new, _) = _check_sources(before), _check_sources(after)
     if _pools(a) != _pools(b):
         raise PseudoLabelError(f"{a[0].parent} and {b[0].parent} label different pools of images: "
                                "give two rounds over one pool")
