@@ -26,7 +26,7 @@ def whole(context, pictures, tmp_path_factory):
     path = tmp_path_factory.mktemp("whole")
     run(context, pictures, path/"first")  # waits for the server's imports
     code, _, seconds = run(context, pictures, path/"run")
-    assert code == 0
+    assert code == 0 and (path/"run"/"report.html").exists()
     return path/"run", seconds, outcome(path/"run")
 
 
