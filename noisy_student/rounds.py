@@ -277,7 +277,7 @@ class NoisyStudent:
 def _check_folder(self: NoisyStudent): # before anything is put into it
     own = ('run.json.tmp', '.lock', '.lock.txt')
     if not (self.path/'run.json').exists() and self.path.is_dir() and any(o.name not in own for o in self.path.iterdir()):
-        raise ValueError(f"{self.path} is not empty and holds no run: choose another folder")
+        raise ValueError(f"{self.path} is not empty and holds no run (there is no run.json in it): choose another folder")
 
 @patch
 def _open(self: NoisyStudent): # make the directory, or check that it holds this run

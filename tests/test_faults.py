@@ -112,7 +112,7 @@ def small(pictures, tmp_path_factory):
 SMALL = dict(rounds=1, epochs=1, teacher_epochs=1)
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped", pytest.param("removed", marks=pytest.mark.slow)])  # slow: half a second per kind
+@pytest.mark.parametrize("how", ["truncated", "flipped", "removed"])
 def test_damaged_files_of_every_kind(pictures, small, tmp_path, how):
     path, expected = small
     rng, found = np.random.default_rng(1), kinds(path)
