@@ -1,9 +1,9 @@
 """Feed the library 10,000 and more mutated inputs: no traceback, no hang, no memory above a bound.
 
-    python benchmarks/fuzz.py --inputs 2000
+    python benchmarks/fuzz.py --inputs 1000
 
-Tries so many inputs of every kind (images, parquet tables, weights, run.json, metrics.json, checksums, command lines;
-see tests/fuzz.py) and writes results/fuzz.csv: a row per kind with what came of them, the slowest, and the growth of
+Tries so many inputs of every kind (images, parquet tables, weights, run.json and the other files of a run, command
+lines; see tests/fuzz.py) and writes results/fuzz.csv: a row per kind with what came of them, the slowest, and the growth of
 memory. A defect is printed with the seed that repeats it.
 """
 import argparse, resource, signal, sys, time
@@ -25,7 +25,7 @@ def hang(*_): raise TimeoutError(f"no answer within {HANG} s")
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--inputs", type=int, default=2000, help="of every kind")
+    p.add_argument("--inputs", type=int, default=1000, help="of every kind")
     p.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     p.add_argument("--first", type=int, default=0, help="first seed")
     a = p.parse_args()
@@ -49,5 +49,7 @@ if __name__ == "__main__":
         if counts["memory_growth_mb"] > GROWTH: counts["defects"] += 1
         rows.append({**counts, **machine()})
         pd.DataFrame(rows).to_csv(Path(__file__).parent/"results"/"fuzz.csv", index=False)
-    print(pd.DataFrame(rows).iloc[:, :7].to_string(index=False))
+    table = pd.DataFrame(rows).iloc[:, :7]
+    print(table.to_string(index=False))
+    print(f"{table.inputs.sum()} inputs, {table.defects.sum()} defects")
     sys.exit(any(o["defects"] for o in rows))

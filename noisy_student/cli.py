@@ -474,8 +474,9 @@ def evaluate(
 def _robustness(path, rounds, name, splits, limit, device, as_json): # all rounds in one table, kept as robustness.csv
     import torch
     from noisy_student.evaluation import evaluate_run
+    from noisy_student.files import write_with_sum
     from noisy_student.report import read_run, write_report
-    from noisy_student.rounds import _write_text, load_model
+    from noisy_student.rounds import load_model
     for file in rounds or [path]:
         if (own := load_model(file).classes) != splits.classes:
             raise ValueError(f"{file} knows the classes {', '.join(own)}, but {name} has {', '.join(splits.classes)}")
@@ -483,7 +484,7 @@ def _robustness(path, rounds, name, splits, limit, device, as_json): # all round
         table = evaluate_run(path if rounds else {str(path): path}, splits.test or splits.valid, limit, progress=progress,
                              device=device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     if rounds:
-        _write_text(path/'robustness.csv', table.to_csv())
+        write_with_sum(path/'robustness.csv', table.to_csv())
         write_report(path, _data_of(read_run(path), None)) # which shows it as bars
     rows = _rows(table.reset_index())
     if as_json: return print_table(rows, True)
@@ -496,10 +497,9 @@ def _robustness(path, rounds, name, splits, limit, device, as_json): # all round
     if rounds: print(f"{path/'robustness.csv'}: of {min(limit, len(splits.test or splits.valid)):,} images; accuracy and ECE of all {table.n.iloc[0]:,}")
 
 def _seed_of(path): # of the run that a network belongs to, 0 if it belongs to none
+    from noisy_student.files import unsealed
     for folder in [path, *path.resolve().parents[:2]]:
-        if not (file := folder/'run.json').exists(): continue
-        try: return int(json.loads(file.read_text())['config']['seed'])
-        except (ValueError, KeyError, TypeError): raise ValueError(f"{file} is damaged: copy the model.safetensors you need to another folder and name that") from None
+        if (folder/'run.json').exists(): return unsealed(folder/'run.json')['config']['seed']
     return 0
 
 @app.command(short_help='The most probable classes of images.')

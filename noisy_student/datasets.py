@@ -7,8 +7,8 @@ __all__ = ['MAX_PIXELS', 'IMAGENETTE_CLASSES', 'SVHN_STATS', 'Split', 'Splits', 
            'BadImage', 'load_image', 'Decoded', 'square', 'load_images', 'file_sha256', 'list_files', 'list_images',
            'from_folder', 'cifar10', 'imagenette', 'svhn']
 
-# %% ../nbs/00_datasets.ipynb #66496977
-import errno, hashlib, json, os, shutil, warnings
+# %% ../nbs/00_datasets.ipynb #855f21fc
+import errno, hashlib, json, os, shutil, tarfile, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -368,12 +368,23 @@ def _concat(a, b): # two unlabeled piles of files; hidden labels survive where b
     hidden = [o.hidden if o.hidden is not None else np.full(len(o), -1) for o in (a, b)]
     return Split(a.images + b.images, hidden=np.concatenate(hidden))
 
-# %% ../nbs/00_datasets.ipynb #7c629aed
+# %% ../nbs/00_datasets.ipynb #5c8456b2
 def _fetch(url_name): # fastai's copy of a data set, downloaded on first use
-    from fastai.data.external import URLs, untar_data
-    try: return untar_data(getattr(URLs, url_name))
+    import fastai.data
+    from fastai.data.external import URLs, fastai_cfg, untar_data
+    from fastdownload import FastDownload
+    url, fast = getattr(URLs, url_name), FastDownload(fastai_cfg(), module=fastai.data)
+    try:
+        if not fast.data_path(arch=fast.arch_path()/url.rpartition('/')[2]).exists(): _check_members(fast.download(url))
+        return untar_data(url)
     except OSError as e:
-        raise OSError(f"cannot download {getattr(URLs, url_name)} ({e}): with no internet, unpack it yourself into fastai's data folder") from None
+        raise OSError(f"cannot download {url} ({e}): with no internet, unpack it yourself into fastai's data folder") from None
+
+def _check_members(file): # before it is unpacked: until Python 3.14 nothing else keeps a member in its folder
+    with tarfile.open(file) as t:
+        for o in t:
+            if not (o.isreg() or o.isdir()) or o.name.startswith('/') or '..' in o.name.split('/'):
+                raise ValueError(f"{file} holds {o.name!r}, a link or a name that leaves the archive: remove it, and fetch it anew")
 
 def _imagenet32(): # the folder of 32x32 ImageNet images
     from fastai.data.external import fastai_cfg

@@ -20,6 +20,7 @@ from torch import nn
 
 from .corruptions import CORRUPTIONS, NOISE_SEQUENCES, PERTURBATIONS, corrupted_set, perturbation_frames
 from .datasets import Split, load_images
+from .files import sealed, unsealed
 from .metrics import correct_in_top, ece, restrict, softmax, wilson
 from .pseudo_labels import model_hash
 from .resolution import _stats
@@ -265,7 +266,7 @@ def evaluate_run(
             if perturbations: rates = flip_rates(net, few, perturbations, seed, progress=tell('perturbations'))
             if eps is not None: row |= _accuracy('fgsm_', net.scores(fgsm(net, few, few_labels, eps)), few_labels)
             measured = dict(row=row, errors=errors is not None and errors.to_dict('split'), rates=rates is not None and rates.to_dict())
-            if file: _write_text(file, json.dumps(measured))
+            if file: _write_text(file, sealed(measured))
         first, rows[k] = first or measured, measured['row']
         if corruptions:
             errors, base_errors = (pd.DataFrame(**o['errors']) for o in (measured, first))
@@ -284,7 +285,7 @@ def _key(net, images, labels, asked): # what a measurement depends on
     return h.hexdigest()[:16] + '-' + hashlib.sha256(np.ascontiguousarray(labels)).hexdigest()[:8]
 
 def _read(file): # a measurement that is there already, or None
-    try: return json.loads(file.read_text()) if file else None
+    try: return unsealed(file) if file else None
     except (FileNotFoundError, ValueError): return None # a damaged one is made again
 
 def _networks(run, device): # in order by round or name, and the directory of the run

@@ -491,7 +491,7 @@ def _sql(con, query, files): # run a query; a damaged file is named
             try: pq.read_table(f)
             except Exception as why:
                 raise PseudoLabelError(f"{f} is damaged ({why}): remove it and label its images again") from e
-        raise PseudoLabelError(f"the selection failed: {str(e).splitlines()[0]}") from e
+        raise PseudoLabelError(f"the labels in {Path(files[0]).parent} cannot be selected from: {str(e).splitlines()[0]}") from e
 
 def _target(per_class, passed): # N, or None where nothing is balanced
     if per_class is None: return None

@@ -24,7 +24,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from PIL import Image
 
 from .datasets import ImageFileError, Splits, load_image, square
-from .files import read_metrics
+from .files import altered, read_metrics, unsealed
 from .metrics import wilson
 from .pseudo_labels import _batches, _parquet
 from .suspects import flipped_labels
@@ -86,21 +86,28 @@ def read_run(path: str | Path, # Run directory
             ) -> RunRecord:
     "Read a run directory, in memory that does not grow with the pool. Raises ValueError if it is none."
     path = Path(path)
-    try: about = json.loads((path/'run.json').read_text())
+    try: about = unsealed(path/'run.json')
     except (OSError, ValueError): raise ValueError(f"{path} is not the directory of a run: there is no readable run.json in it") from None
     done = sorted((read_metrics(o.parent) for o in path.glob('round_*/metrics.json')), key=lambda o: o['round'])
     if [o['round'] for o in done] != list(range(len(done))):
         raise ValueError(f"{path}: a round before the last one has no metrics.json: fit(), or noisy-student run, makes it again")
-    history = {o['round']: pd.read_csv(path/f"round_{o['round']}"/'history.csv') for o in done}
+    history = {o['round']: _read_table(path/f"round_{o['round']}"/'history.csv', "fit(), or noisy-student run, makes it again") for o in done}
     r, labels, truth = about['config']['recipe'], {}, _Truth(data)
     for o in done:
         folder = path/f"round_{o['round']}"
         if (folder/'selected.parquet').exists():
             labels[o['round']] = _count_labels(folder, len(about['config']['classes']), r['threshold'], r.get('strict', False), truth)
-    leaks = json.loads((path/'leaks.json').read_text())['found'] if (path/'leaks.json').exists() else []
+    try: leaks = unsealed(path/'leaks.json')['found'] if (path/'leaks.json').exists() else []
+    except ValueError: raise ValueError(f"{path/'leaks.json'} is damaged: fit(), or noisy-student run, searches again") from None
     return RunRecord(path, about['config'], about, pd.DataFrame(done), done, history, labels, leaks, data)
 
-# %% ../nbs/11_report.ipynb #9abf245f
+# %% ../nbs/11_report.ipynb #169392b5
+def _read_table(file, remedy): # CSV whose checksum, if there is one, is right
+    try:
+        if altered(file.parent, [file.name]): raise ValueError
+        return pd.read_csv(file)
+    except (OSError, ValueError): raise ValueError(f"{file} is damaged: {remedy}") from None
+
 class _Truth: # true labels of the pool by item, -1 where not known; names are looked up in order, in a table of nothing
     def __init__(self, data):
         self.pool = data.unlabeled if data is not None and data.unlabeled.hidden is not None else None
@@ -588,7 +595,7 @@ def _flips_section(run): # labels that changed between two labelings of the pool
 def _suspects_section(run): # what NoisyStudent.suspects has found, if it was called
     files = sorted(run.path.glob('suspects/round_*/suspects.csv'), key=lambda o: int(o.parent.name.split('_')[1]))
     if not files: return ''
-    t = pd.read_csv(files[-1])
+    t = _read_table(files[-1], "remove it, or call suspects() again")
     t = t[t.kind == 'labeled']
     few, album = t.head(MAX_PICTURES), _Album(run.data and run.data.labeled)
     uris = [album(o) for o in few['item']]
@@ -609,11 +616,11 @@ def _leaks_section(run):
     return (f'<h2>Images in two piles</h2><p class="sub">Training and examination images that are the same or look the same.{cut}</p><section class="card">'
             f'{_html_table(columns, rows)}<br><div class="pics">{"".join(pictures)}</div></section>')
 
-# %% ../nbs/11_report.ipynb #61509409
+# %% ../nbs/11_report.ipynb #0d4d9bdb
 def _robustness_section(run): # what `noisy-student evaluate --robustness` has measured, if it was called
     file = run.path/'robustness.csv'
     if not file.exists(): return ''
-    t = pd.read_csv(file).set_index('round')
+    t = _read_table(file, "remove it, or measure again with noisy-student evaluate --robustness").set_index('round')
     names = dict(n='images', accuracy='accuracy', ece='ECE', corrupted_error='error, corrupted', mce_vs_first='mCE against round 0', flip_rate='flip rate', mfr_vs_first='mFR against round 0', fgsm_accuracy='accuracy, FGSM')
     shown = [c for c in names if c in t and t[c].notna().any()]
     def cell(c, v): return '' if v != v else f'{v:,.0f}' if c == 'n' else f'{v:.3f}' if c == 'ece' else _percent(v)

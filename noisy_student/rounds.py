@@ -36,7 +36,7 @@ from .checkpoints import RunState, _seeded, pack, unpack # pack and unpack for t
 from .dataloaders import PadCropFlip, ResizedCropFlip, mixed_dataloaders
 from .datasets import Splits, load_images
 from .distributed import MeanGradients, barrier, first_rank_first, join, own_device, rank, world
-from .files import altered, locked, read_metrics, stoppable, write_sums, write_text
+from .files import altered, locked, read_metrics, sealed, stoppable, unsealed, write_sums, write_text, write_with_sum
 from .leaks import find_leaks
 from .learner import Noise, noisy_student_learner
 from .losses import SoftLabelCrossEntropy
@@ -219,7 +219,8 @@ class NoisyStudent:
         again goes on from there."""
         with self._alone(), stoppable():
             with first_rank_first(): self._open()
-            old = not (self.path/'report.html').exists()
+            self._check_leaks()
+            old = not _is_whole(self.path/'report.html')
             for k in range(self.recipe.rounds + 1):
                 with first_rank_first(): self._check_round(k)
                 barrier() # all processes see the same files
@@ -276,17 +277,16 @@ class NoisyStudent:
 def _check_folder(self: NoisyStudent): # before anything is put into it
     own = ('run.json.tmp', '.lock', '.lock.txt')
     if not (self.path/'run.json').exists() and self.path.is_dir() and any(o.name not in own for o in self.path.iterdir()):
-        raise ValueError(f"{self.path} is not empty and holds no run: choose another folder")
+        raise ValueError(f"{self.path} is not empty and holds no run (there is no run.json in it): choose another folder")
 
 @patch
 def _open(self: NoisyStudent): # make the directory, or check that it holds this run
     file, config = self.path/'run.json', self.config
     if not file.exists(): return self._write_run(config)
     try:
-        run = json.loads(file.read_text())
-        old = run['config']
-        if run.pop('sha256', None) not in (None, _json_sha256(run)): raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError): raise ValueError(f"{file} is damaged: remove {self.path}, or choose another folder") from None
+        old = unsealed(file)['config']
+        old['recipe']
+    except (ValueError, KeyError, TypeError): raise ValueError(f"{file} is damaged: remove {self.path}, or choose another folder") from None
     def flat(d, pre=''): return {k2: v2 for k, v in d.items() for k2, v2 in (flat(v, f'{pre}{k}.') if isinstance(v, dict) else {pre + k: v}).items()}
     a, b = flat(old), flat(config)
     diff = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
@@ -307,12 +307,10 @@ def _write_run(self: NoisyStudent, config):
     sizes = {o: 0 if getattr(self.data, o) is None else len(getattr(self.data, o)) for o in ('labeled', 'unlabeled', 'valid', 'test')}
     run = dict(config=config, versions=versions, python=platform.python_version(), device=str(self.device),
                sizes=dict(sizes, labeled_per_class=self._labeled_per_class()), source=self.source)
-    _write_text(self.path/'run.json', json.dumps(dict(run, sha256=_json_sha256(run)), indent=1))
+    _write_text(self.path/'run.json', sealed(run))
 
 @patch
 def _labeled_per_class(self: NoisyStudent): return np.bincount(self.data.labeled.labels, minlength=len(self.data.classes)).tolist()
-
-def _json_sha256(d): return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/09_rounds.ipynb #318aab92
 _RESULTS = ('model.safetensors', 'history.csv', 'selected.parquet', 'metrics.json')
@@ -381,12 +379,13 @@ def _images(self: NoisyStudent, name): # Decoded images of a split, decoded on f
 @patch
 def _find_leaks(self: NoisyStudent, pool): # what is in two piles; searched once, before anything is trained, and kept in leaks.json
     file, piles = self.path/'leaks.json', ['labeled', *(['unlabeled'] if pool else [])]
-    try: old = json.loads(file.read_text())
-    except (OSError, ValueError): old = dict(searched=[])
+    try: old = unsealed(file)
+    except FileNotFoundError: old = dict(searched=[])
+    except ValueError as e: old = dict(searched=[]); warnings.warn(f"{e}: leaks are searched again")
     if not set(piles) <= set(old['searched']):
         exams = {o: self._images(o) for o in ('valid', 'test') if getattr(self.data, o) is not None and len(getattr(self.data, o))}
         old = dict(searched=piles, found=[o for p in piles for o in self._leaks_between(p, exams)])
-        _write_text(file, json.dumps(old, indent=1))
+        _write_text(file, sealed(old))
         from noisy_student.report import leak_warnings
         for o in leak_warnings(old['found']): warnings.warn(o)
     self._leaks = pd.DataFrame(old['found'], columns=['pile', 'position', 'item', 'also_in', 'other', 'kind', 'difference']) if pool else None
@@ -395,6 +394,12 @@ def _find_leaks(self: NoisyStudent, pool): # what is in two piles; searched once
         names = d.good if isinstance(self.data.unlabeled.images, np.ndarray) else [self.data.unlabeled.images[i] for i in d.good]
         rows = [*d.bad, *((names[i], why) for i, why in reasons.items())]
         _write_text(self.path/'skipped.csv', pd.DataFrame(rows, columns=['item', 'reason']).to_csv(index=False))
+
+@patch
+def _check_leaks(self: NoisyStudent): # a damaged leaks.json of finished rounds is made again, too
+    try: unsealed(self.path/'leaks.json')
+    except FileNotFoundError: pass
+    except ValueError: self._find_leaks(bool(self.recipe.rounds) or self.given is not None)
 
 @patch
 def _leaks_between(self: NoisyStudent, pile, exams): # a dict per leak
@@ -594,6 +599,9 @@ def _warn(self: NoisyStudent, k): # of what looks wrong since round k is there
     except Exception as e: return warnings.warn(f"round {k} could not be looked through ({type(e).__name__}: {e}); the run goes on")
     for o in found: warnings.warn(o)
 
+def _is_whole(page): # whether a page is there to its end
+    return page.exists() and page.read_bytes().endswith(b'</html>\n')
+
 @patch
 def _write_report(self: NoisyStudent): # a page that cannot be made must not fail the run
     from noisy_student.report import write_report
@@ -681,7 +689,7 @@ def suspects(self: NoisyStudent, # After `fit`
     if before and len(f := flipped_labels(before[0], folder/'pseudo_labels')):
         table = pd.concat([table, pd.DataFrame(dict(kind='pseudo-labeled', item=f['item'], label=f.label_before, predicted=f.label_after,
                                                     confidence=f.confidence_after))], ignore_index=True)
-    _write_text(folder/'suspects.csv', table.to_csv(index=False))
+    write_with_sum(folder/'suspects.csv', table.to_csv(index=False))
     if pictures and len(ranked): show_suspects(ranked, self._images('labeled').images, self.data.classes, pictures)
     return table
 

@@ -1,6 +1,6 @@
 """Miniature runs to be killed and damaged, for test_faults.py and benchmarks/faults.py.
 
-A run takes about two seconds and writes every kind of file that a run directory holds: pictures from files, hence a
+A run takes a second or two and writes every kind of file that a run directory holds: pictures from files, hence a
 cache and a list of skipped files, averaged weights, gradient accumulation, two students."""
 import json, multiprocessing, os, signal, time, warnings
 from pathlib import Path
@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-SETTINGS = dict(recipe="digits", epochs=2, teacher_epochs=3, steps=8, bs=16, accumulate=2, ema=0.9, size=8, threshold=0.2, rounds=2, lr=1e-2, seed=3)
+SETTINGS = dict(recipe="digits", epochs=2, teacher_epochs=3, steps=4, bs=16, accumulate=2, ema=0.9, size=8, threshold=0.2, rounds=2, lr=1e-2, seed=3)
 
 
 def make_pictures(root: Path) -> Path:
-    "Red and blue pictures with noise, in the layout of `from_folder`, and a file that is none."
+    "Red and blue pictures with noise, in the layout of `from_folder`, a file that is none, and a validation picture in the pool."
     rng = np.random.default_rng(0)
     def picture(file, color):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -24,6 +24,7 @@ def make_pictures(root: Path) -> Path:
             for i in range(n): picture(root/split/name/f"{i}.png", color)
     for i in range(60): picture(root/"unlabeled"/f"{i}.png", 2 * (i % 2))
     (root/"unlabeled"/"notes.txt").write_text("no picture")
+    (root/"unlabeled"/"leak.png").write_bytes((root/"valid"/"red"/"0.png").read_bytes())
     return root
 
 
@@ -59,20 +60,30 @@ def fit(pictures, path, every=600., log=None):
 def server():
     "A server of processes that have imported everything: a start costs milliseconds."
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["noisy_student.rounds", "noisy_student.learner", __name__])
+    context.set_forkserver_preload(["noisy_student.rounds", "noisy_student.learner", "noisy_student.report", __name__])
     return context
 
 
+def worked(pid):
+    "Seconds of work of a running process: its own clock, which a busy machine does not slow down. 0 where it cannot be read."
+    try: return sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
+    except OSError: return 0.
+
+
 def run(context, *args, signal_after=None, sig=signal.SIGKILL):
-    "Run `fit` in a process, and send it a signal after so many seconds. Returns the exit code, and the seconds from the signal to the end."
+    """Run `fit` in a process, and send it a signal after so many seconds of work.
+
+    Returns the exit code, the seconds from the signal to the end, and the seconds of work."""
     p = context.Process(target=fit, args=args)
     p.start()
-    p.join(signal_after)
-    sent = time.perf_counter()
-    if signal_after is not None and p.is_alive(): os.kill(p.pid, sig)
-    p.join(120)
-    if p.is_alive(): p.kill(); raise TimeoutError("the run hangs")
-    return p.exitcode, time.perf_counter() - sent
+    begun, sent, work = time.perf_counter(), None, 0.
+    while p.is_alive():
+        if time.perf_counter() - begun > 300: p.kill(); raise TimeoutError("the run hangs")
+        work = worked(p.pid) or work
+        spent = work or time.perf_counter() - begun
+        if sent is None and signal_after is not None and spent >= signal_after: sent = time.perf_counter(); os.kill(p.pid, sig)
+        p.join(0.01)
+    return p.exitcode, time.perf_counter() - (sent or time.perf_counter()), work or time.perf_counter() - begun
 
 
 def outcome(path):
@@ -96,6 +107,19 @@ def is_readable(path):
         elif f.suffix == ".json": json.loads(f.read_text())
         elif f.suffix == ".npy": np.load(f, allow_pickle=False)
     return not any(altered(o) for o in path.glob("round_*"))
+
+
+def add_tables(path):
+    "The files that `noisy-student evaluate --robustness` and `NoisyStudent.suspects` add to a finished run, with figures of no meaning."
+    from noisy_student.files import write_with_sum
+    write_with_sum(path/"robustness.csv", "round,n,accuracy,low,high,ece\n0,12,0.5,0.4,0.6,0.125\n1,12,0.75,0.5,0.9,0.125\n")
+    write_with_sum(path/"suspects"/"round_2"/"suspects.csv", "kind,item,label,predicted,confidence,quality,issue\nlabeled,a.png,red,blue,0.75,0.25,True\n")
+
+
+def read_report(path):
+    "Make the page of a run: raises ValueError if it cannot be made of what is there."
+    from noisy_student.report import report_html, read_run
+    report_html(read_run(path))
 
 
 def kinds(path):

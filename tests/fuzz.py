@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from faults import make_pictures, noisy_student
+from faults import add_tables, make_pictures, noisy_student
 
 
 @cache
@@ -24,9 +24,10 @@ def samples() -> dict:
         found[f"image {name}"] = (root/name).read_bytes()
     pictures = make_pictures(root/"pictures")
     noisy_student(pictures, run := root/"run", rounds=1, epochs=1, teacher_epochs=1).fit()
+    add_tables(run)
     for name, file in dict(part="round_1/pseudo_labels/part-00000-of-00001-00000.parquet", selection="round_1/selected.parquet", run="run.json",
                            metrics="round_0/metrics.json", weights="round_0/model.safetensors", summary="summary.csv",
-                           manifest="round_1/pseudo_labels/_shard-00000-of-00001.json", sums="round_0/SHA256SUMS").items():
+                           manifest="round_1/pseudo_labels/_shard-00000-of-00001.json", sums="round_0/SHA256SUMS", leaks="leaks.json", history="round_0/history.csv", robustness="robustness.csv").items():
         found[name] = (run/file).read_bytes()
     found["folder"], found["pictures"], found["work"] = run, pictures, root/"work"
     found["work"].mkdir()
@@ -69,8 +70,10 @@ def check_image(data):
 
 def check_part(data):
     from noisy_student.pseudo_labels import select_pseudo_labels
-    (f := samples()["work"]/"p.parquet").write_bytes(data)
-    return refused(lambda: select_pseudo_labels(f, f.with_name("s.parquet"), 0.), f.parent, "pseudo label")
+    (f := samples()["work"]/"labels"/"part-00000-of-00001-00000.parquet").parent.mkdir(exist_ok=True)
+    f.write_bytes(data)
+    f.with_name("_shard-00000-of-00001.json").write_bytes(samples()["manifest"])
+    return refused(lambda: select_pseudo_labels(f.parent, f.parent.with_name("s.parquet"), 0.), f.parent, "pseudo label")
 
 
 def check_selection(data):
@@ -117,6 +120,27 @@ def check_sums(data):
     finally: f.write_bytes(s["sums"])
 
 
+def _in_report(data, name, kind, section=lambda run: None):
+    from noisy_student.report import read_run
+    s = samples()
+    (f := s["folder"]/name).write_bytes(data)
+    try: return refused(lambda: section(read_run(s["folder"])), f)
+    finally: f.write_bytes(s[kind])
+
+
+def check_leaks(data):
+    from noisy_student.report import _leaks_section  # the whole page would take half a second
+    return _in_report(data, "leaks.json", "leaks", _leaks_section)
+
+
+def check_history(data): return _in_report(data, "round_0/history.csv", "history")
+
+
+def check_robustness(data):
+    from noisy_student.report import _robustness_section
+    return _in_report(data, "robustness.csv", "robustness", _robustness_section)
+
+
 WORDS = """run label select relabel train evaluate predict export recipes --help --version digits cifa10 nowhere {folder} {pictures} {work} {work}/s.parquet
     --out --arch --rounds --epochs --size --labels --unlabeled --recipe --seed --device --threshold --json --shard --num-shards --temperature --bs --per-class
     --strict --binned --pool --pseudo --top --auto-batch 0 1 -1 2 1e9 nan inf .5 1.5 mean largest none cpu cuda tpu default svhn keras-cifar10 resnet9_4
@@ -141,7 +165,8 @@ def check_line(words):
     return "used" if code == 0 else "refused"
 
 
-CHECKS = dict(part=check_part, selection=check_selection, weights=check_weights, run=check_run, metrics=check_metrics, sums=check_sums)
+CHECKS = dict(part=check_part, selection=check_selection, weights=check_weights, run=check_run, metrics=check_metrics, sums=check_sums,
+              leaks=check_leaks, history=check_history, robustness=check_robustness)
 
 
 def one(kind: str, rng: np.random.Generator) -> str:
