@@ -32,6 +32,7 @@ from torch import nn
 
 from .dataloaders import MixedDL
 from .datasets import stratified
+from .distributed import world
 from .losses import HardTargets, SoftLabelCrossEntropy
 from .models import load_weights, n_parameters, save_weights
 from .pseudo_labels import _digest, predict_pseudo_labels, read_selection, select_pseudo_labels
@@ -232,6 +233,7 @@ class TabularNoisyStudent(NoisyStudent):
         device: str | torch.device | None = None, # 'cpu', 'cuda', ...; None: the CPU, which is fast enough for tables
         progress: Callable[[str, int, int], None] | None = None, # Called with (stage, done, total); None: one line
     ):
+        if world() > 1: raise ValueError("a table is trained on by one process: start it without torchrun")
         self.path, self.recipe, self.seed, self.device = Path(path), recipe, seed, torch.device(device or 'cpu')
         self.layers = [list(o) for o in layers]
         if not self.layers:
