@@ -484,6 +484,12 @@ class Selection:
         "The table: item, label, confidence, probs, copies."
         return pd.read_parquet(self.path)
 
+def _duckdb(): # without its progress bar, which would go to standard output, among results
+    con = duckdb.connect()
+    try: con.execute('SET enable_progress_bar = false')
+    except duckdb.InvalidInputException: pass # a notebook without ipywidgets: there is no bar, and no setting
+    return con
+
 def _sql(con, query, files): # run a query; a damaged file is named
     try: return con.execute(query)
     except duckdb.Error as e:
@@ -500,11 +506,11 @@ def _target(per_class, passed): # N, or None where nothing is balanced
     if isinstance(per_class, (int, np.integer)) and per_class is not True and per_class > 0: return int(per_class)
     raise PseudoLabelError(f"per_class={per_class!r} must be a number of rows from 1 on, 'mean', 'largest' or None")
 
-# %% ../nbs/05_pseudo_labels.ipynb #f8fb779e
+# %% ../nbs/05_pseudo_labels.ipynb #8095e49c
 _KEPT = ['kept', 'rows', 'mean_confidence']
 
 def _summary(path, classes): # a row per class of a selected table
-    with duckdb.connect() as con:
+    with _duckdb() as con:
         df = con.execute(f"""SELECT label, count(*) AS kept, sum(copies)::BIGINT AS rows,
             avg(confidence) AS mean_confidence FROM {_parquet([path])} GROUP BY label""").df().set_index('label')
     df = df.reindex(pd.RangeIndex(len(classes), name='label')).fillna(dict(kept=0, rows=0))
@@ -669,7 +675,7 @@ def select_pseudo_labels(
     _make_folder(out.parent)
     table = f"(SELECT item, label, confidence::FLOAT AS confidence FROM {_parquet(files)})"
     is_over = f"confidence {'>' if strict else '>='} {float(np.float32(threshold))!r}::FLOAT"
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix='.select-') as spill, duckdb.connect() as con:
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix='.select-') as spill, _duckdb() as con:
         con.execute(f"SET temp_directory = {_quoted(spill)}; SET memory_limit = '{_memory()}'; SET preserve_insertion_order = false")
         rows, bucket = _histogram(con, table, is_over, threshold, files, binned)
         stats = rows.rename(columns=dict(count='seen')).groupby('label', dropna=False)[['seen', 'passed']].sum()

@@ -7,14 +7,13 @@ __all__ = ['BINS', 'INK', 'SOFT', 'LINE', 'C1', 'C2', 'C3', 'C4', 'GOOD', 'BAD',
            'MAX_PICTURES', 'SIDE', 'RoundLabels', 'RunRecord', 'read_run', 'skewed_classes', 'difference_interval',
            'leak_warnings', 'run_warnings', 'round_warnings', 'extremes', 'report_html', 'write_report']
 
-# %% ../nbs/11_report.ipynb #61520489
+# %% ../nbs/11_report.ipynb #804699d0
 import base64, io, json, re, warnings
 from dataclasses import dataclass, field
 from html import escape
 from itertools import groupby
 from pathlib import Path
 
-import duckdb
 import numpy as np
 import pandas as pd
 from matplotlib import rc_context
@@ -26,7 +25,7 @@ from PIL import Image
 from .datasets import ImageFileError, Splits, load_image, square
 from .files import altered, read_metrics, unsealed
 from .metrics import wilson
-from .pseudo_labels import _batches, _parquet
+from .pseudo_labels import _batches, _duckdb, _parquet
 from .suspects import flipped_labels
 
 # %% ../nbs/11_report.ipynb #ab4440de
@@ -383,7 +382,7 @@ def extremes(selected: str | Path, # Parquet file with item, label, confidence
              classes: int = MAX_CLASSES # Classes from the first
             ) -> pd.DataFrame: # item, label, confidence, top (1, 2, ... from the most confident), bottom (from the least)
     "The most and the least confident items of every class, no item twice."
-    with duckdb.connect() as con:
+    with _duckdb() as con:
         return con.execute(f"""SELECT * FROM (SELECT item, label, confidence,
             row_number() OVER (PARTITION BY label ORDER BY confidence DESC, item) AS top,
             row_number() OVER (PARTITION BY label ORDER BY confidence, item DESC) AS bottom

@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['rank_suspects', 'show_suspects', 'flipped_labels']
 
-# %% ../nbs/08a_suspects.ipynb #ff896438
+# %% ../nbs/08a_suspects.ipynb #6a6ad074
 import tempfile, warnings
 from pathlib import Path
 
-import duckdb
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
 from .datasets import load_image, square
-from .pseudo_labels import PseudoLabelError, _check_sources, _meta, _parquet, _quoted, _sql
+from .pseudo_labels import PseudoLabelError, _check_sources, _duckdb, _meta, _parquet, _quoted, _sql
 
 # %% ../nbs/08a_suspects.ipynb #70c9bef9
 def _checked(labels, probs): # int64 (N,), float64 (N, K) with rows that sum to 1
@@ -95,7 +94,7 @@ def flipped_labels(
     if old.get('classes') != new.get('classes'):
         raise PseudoLabelError(f"{a[0].parent} has the classes {old.get('classes')}, but {b[0].parent} has "
                                f"{new.get('classes')}: they must be the same")
-    with tempfile.TemporaryDirectory(prefix='flipped-') as spill, duckdb.connect() as con:
+    with tempfile.TemporaryDirectory(prefix='flipped-') as spill, _duckdb() as con:
         con.execute(f"SET temp_directory = {_quoted(spill)}")
         table = _sql(con, f"""SELECT item, a.label AS label_before, b.label AS label_after,
             a.confidence AS confidence_before, b.confidence AS confidence_after
