@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from common import seconds_of
 from PIL import Image
 from runs import machine
 from timm.data.auto_augment import rand_augment_transform
@@ -88,23 +89,13 @@ def candidates(x, size) -> dict:
     return made
 
 
-def seconds(f, device) -> float:
-    if device == "cpu": clock, done = time.process_time, lambda: None
-    else: clock, done = time.perf_counter, torch.cuda.synchronize
-    done()
-    start = clock()
-    f()
-    done()
-    return clock() - start
-
-
 def measure(device, size, batch, budget) -> list:
     x = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (batch, 3, size, size), dtype=np.uint8)).to(device)
     fs = candidates(x, size)
     for f, _, _ in fs.values(): f()
     times, start = [], time.monotonic()
     while len(times) < 7 or time.monotonic() - start < budget:
-        times.append([seconds(f, device) for f, _, _ in fs.values()])
+        times.append([seconds_of(f, device) for f, _, _ in fs.values()])
     speed = {name: n / t for (name, (_, n, _)), t in zip(fs.items(), np.median(times, axis=0))}
     def row(name):
         if name not in speed: return dict(images_per_s="not measured")

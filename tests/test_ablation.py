@@ -17,12 +17,7 @@ from noisy_student.rounds import NoisyStudent
 TINY = dict(archs=("resnet9_4",), rounds=1, epochs=1, teacher_epochs=2, steps=6, bs=16, ratio=2, size=8, threshold=.01, noise=Noise(1, 3, .1, .95))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def miniature(seed=0):

@@ -17,12 +17,7 @@ from noisy_student.rounds import NoisyStudent, _shortcuts, _student_view, unpack
 TINY = dict(recipe="digits", epochs=2, teacher_epochs=2, steps=6, bs=16, ratio=2, size=8, threshold=0.0, rounds=1, noise=Noise(1, 3, 0.1, 0.95))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
