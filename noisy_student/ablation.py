@@ -27,7 +27,7 @@ def variants(full: Recipe # With its architectures
     n, archs, one = full.noise, full.archs, "the recipe has "
     fly = "labels on the fly are "
     plain = replace(n, randaugment_n=0, dropout=0., survival=1.)
-    grid = { # name: changes, and what makes them no change
+    grid: dict[str, tuple] = { # name: changes, and what makes them no change
         'no-randaugment': (dict(noise=replace(n, randaugment_n=0)), not n.randaugment_n and one + 'no RandAugment'),
         'no-stochastic-depth': (dict(noise=replace(n, survival=1.)), n.survival == 1 and one + 'no stochastic depth'),
         'no-dropout': (dict(noise=replace(n, dropout=0.)), not n.dropout and one + 'no dropout'),
@@ -159,7 +159,8 @@ def ablate(
     changes, skipped = _chosen(only, full)
     rows, table, progress = [], None, progress or _one_line()
     for seed in seeds:
-        d, first, decoded = data(seed) if callable(data) else data, None, {}
+        d, first = data(seed) if callable(data) else data, None
+        decoded: dict[int, dict] = {}
         recipes = {k: same_images(full, c, len(d.labeled)) for k, c in {'full': {}, **changes}.items()}
         for name, r in recipes.items():
             def tell(stage, done, total, run=f'{name}, seed {seed}'): progress(f'{run}: {stage}', done, total)

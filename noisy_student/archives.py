@@ -26,7 +26,7 @@ def split_item(item: str # Name of an image
               ) -> tuple[str, str | None]: # File on disk; name inside of it, None if the file is the image
     "Cut the name of an image in an archive in two."
     found = re.match(r'(.*?\.(?:tar|parquet))/(.+)', item, re.S) if '.tar/' in item or '.parquet/' in item else None
-    return found.groups() if found and not os.path.isdir(found[1]) else (item, None)
+    return (found[1], found[2]) if found and not os.path.isdir(found[1]) else (item, None)
 
 def is_archive(name: str | Path # A file name
               ) -> bool:
@@ -90,7 +90,8 @@ class _Parquet: # row number -> bytes
 
 # %% ../nbs/00_archives.ipynb #1933393a
 MAX_INDEXED = 250_000 # names of images in tables of contents kept in memory, about 75 MB
-_contents, _lock = OrderedDict(), threading.Lock()
+_contents: OrderedDict[tuple, _Tar | _Parquet] = OrderedDict()
+_lock = threading.Lock()
 
 def _archive(file):
     s = os.stat(file)

@@ -7,7 +7,7 @@ __all__ = ['pack', 'unpack', 'RunState']
 
 # %% ../nbs/08d_checkpoints.ipynb #60835885
 import json, math, os, random, time, warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -73,11 +73,12 @@ class RunState(Callback):
     every = 600. # seconds between checkpoints within an epoch
     def __init__(self, file: str | Path, # The checkpoint
                  progress: Callable[[int, int], None] | None = None, # Called with (done, total) batches
-                 asked: list = () # Signals to stop at the next step, as `stoppable` notes them
+                 asked: Sequence[int] = () # Signals to stop at the next step, as `stoppable` notes them
                 ):
         self.file, self.progress, self.asked = Path(file), progress, asked
         self.previous = self.file.with_name('previous.safetensors')
-        self.start, self.first, self.history, self.seconds = 0, 0, [], 0.
+        self.start, self.first, self.seconds = 0, 0, 0.
+        self.history: list[dict] = []
         self.rng = _rng_state() # kept from one epoch to the next: what loggers draw in between changes nothing
 
     def load(self, learn: Learner # Not yet trained, with an optimizer

@@ -13,7 +13,7 @@ import json, os, re, sys, time, warnings
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, NamedTuple, Optional
+from typing import Annotated, Any, NamedTuple, Optional
 
 import typer
 
@@ -113,8 +113,8 @@ def print_table(rows: list[dict], # Column name to value; accuracies in 0..1
         table.add_column(k.replace('_', ' ') + (' %' if k.endswith('accuracy') else ''), justify='left' if is_text else 'right',
                          overflow='fold', no_wrap=is_text)
     for r in rows: table.add_row(*(_cell(k, r[k]) for k in names))
-    wide = {} if sys.stdout.isatty() else dict(width=200) # a file or a pipe has no edge to wrap at
-    Console(file=sys.stdout, markup=False, highlight=False, emoji=False, force_jupyter=False, **wide).print(table)
+    width = None if sys.stdout.isatty() else 200 # a file or a pipe has no edge to wrap at
+    Console(file=sys.stdout, markup=False, highlight=False, emoji=False, force_jupyter=False, width=width).print(table)
 
 def _cell(name, v):
     if v is None: return ''
@@ -348,7 +348,7 @@ def relabel(
     if not pool and _items_of(selection) is None: raise ValueError(f"the images of {selection} are not files: name the data set they are from, such as --pool digits")
     t = _trained(model, device)
     with show_progress() as progress:
-        new = relabel_pseudo_labels(t.model, selection, out, items, None, bs, t.size, t.mean, t.std,
+        new = relabel_pseudo_labels(t.model, selection, out, items, None, bs or 64, t.size, t.mean, t.std,
                                     progress=lambda done, total: progress('relabeling', done, total))
     print_table(_rows(new.summary), as_json)
 
@@ -403,9 +403,9 @@ def ablate(
     from noisy_student.recipes import get_recipe
     full = get_recipe(recipe or DATA.get(data, FOLDER).recipe)
     settings = dict(rounds=rounds, size=size, epochs=epochs, teacher_epochs=epochs, archs=tuple(arch or full.archs or ['resnet18']))
-    out = Path(out or Path('runs')/f'{Path(data).resolve().name}-ablation')
+    folder = Path(out or Path('runs')/f'{Path(data).resolve().name}-ablation')
     with show_progress() as progress:
-        table = run_all(lambda seed: load_data(data, labels, None, seed, recipe), out, full, only, range(seeds), device, progress,
+        table = run_all(lambda seed: load_data(data, labels, None, seed, recipe), folder, full, only, range(seeds), device, progress,
                         **{k: v for k, v in settings.items() if v is not None})
     rows = _rows(table)
     if as_json: return print_table(rows, True)
@@ -414,7 +414,7 @@ def ablate(
         return f"{100 * r[name]:{sign}.1f}" + ('' if r[f'{name}_std'] is None else f" \u00b1 {100 * r[f'{name}_std']:.1f}")
     print_table([{'variant': r['variant'], 'seeds': r['seeds'] or None, 'valid %': spread(r, 'valid_accuracy'), 'test %': spread(r, 'test_accuracy'),
                   'to full': spread(r, 'difference', '+'), 'seconds': r['seconds'], 'changes': r['changes']} for r in rows])
-    print(f"of the last network of each run; differences seed by seed; runs, table and picture: {out}")
+    print(f"of the last network of each run; differences seed by seed; runs, table and picture: {folder}")
 
 # %% ../nbs/13_cli.ipynb #2a677d9f
 def _accuracy(t, images, labels, name, progress): # share of right answers, and its interval
@@ -517,7 +517,8 @@ def predict(
     """
     from noisy_student.archives import is_archive
     from noisy_student.datasets import list_images, load_images
-    t, rows, bad = _trained(model, device), [], []
+    t, bad = _trained(model, device), []
+    rows: list[tuple] = []
     files = [f for o in images for f in (list_images(o) if Path(o).is_dir() or is_archive(o) else [o])]
     if not files: raise ValueError(f"no file in {', '.join(images)}")
     with show_progress() as progress:
@@ -644,7 +645,7 @@ def bench(
 
 # %% ../nbs/13_cli.ipynb #f12be7a7
 _RESUMABLE = ('run', 'train', 'label', 'ablate')
-_UsageError = typer.BadParameter.__base__ # Typer has its own copy of Click from 0.26 on; this is right for both
+_UsageError: Any = typer.BadParameter.__base__ # Typer has its own copy of Click from 0.26 on; this is right for both
 
 def main(argv: list[str] | None = None # Arguments; None: those of the process
         ) -> int: # Exit code: 0, 1 for a broken pipe or a defect of ours, 2 for a mistake of the user, 130 for Ctrl-C, 143 for SIGTERM

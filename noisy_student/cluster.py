@@ -61,20 +61,20 @@ def label_on_ray(
     if not isinstance(items, list): raise PseudoLabelError("a cluster labels files: items must be a list of names, not an array")
     if not isinstance(teacher, nn.Module): raise PseudoLabelError("the teacher must be an nn.Module that can be sent to workers: give learn.model with its size, mean and std")
     if replicas is not None and replicas < 1: raise PseudoLabelError(f"replicas={replicas} must be at least 1")
-    out = Path(out).absolute()
     if not ray.is_initialized(): ray.init(log_to_driver=False, include_dashboard=False)
     gpus, cores = (int(ray.cluster_resources().get(o, 0)) for o in ('GPU', 'CPU'))
     bf16 = gpus > 0 and all(p.dtype == torch.float32 for p in teacher.parameters()) # as on one machine with a GPU
-    t, items, out, meta = _labeling(teacher, items, out, 1, temperature, bs, size, mean, std, classes, None, 'cpu', part_size, bf16)
+    t, items, folder, meta = _labeling(teacher, items, Path(out).absolute(), 1, temperature, bs, size, mean, std, classes, None, 'cpu', part_size, bf16)
     replicas = replicas or gpus or max(1, int(cores // cpus))
     name, n = _share(1, 0, 1)[0], len(items) if _is_streamed(items) else -(-len(items) // part_size)
-    with locked(out/f'.lock-{name}'), stoppable():
-        args = items, out, meta, (size, mean, std), bs or (2048 if gpus else 64), 'cuda' if gpus else 'cpu', bf16, read_sums(out/f'_sha256-{name}.txt')
+    with locked(folder/f'.lock-{name}'), stoppable():
+        known = read_sums(folder/f'_sha256-{name}.txt')
+        args = items, folder, meta, (size, mean, std), bs or (2048 if gpus else 64), 'cuda' if gpus else 'cpu', bf16, known
         results = _stream(ray, n, (ray.put(t.model), *map(ray.put, args)), min(replicas, n), cpus, 1 if gpus else 0, progress)
         flat = [p for i in range(n) for p in results[i]]
-        rows = {part: pq.read_metadata(out/part).num_rows for part, *_ in flat}
-        _finish_shard(out, name, sum(o[1] for o in flat), rows, [b for o in flat for b in o[2]])
-    return out
+        rows = {part: pq.read_metadata(folder/part).num_rows for part, *_ in flat}
+        _finish_shard(folder, name, sum(o[1] for o in flat), rows, [b for o in flat for b in o[2]])
+    return folder
 
 class _RemoteReplica(_Replica): # big arguments by reference: Ray stores each once per machine
     def __init__(self, *refs):

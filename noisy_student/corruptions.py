@@ -71,7 +71,7 @@ def corrupt(
     library, gray = _library(), image.shape[2] == 1
     seed = seed if isinstance(seed, np.random.SeedSequence) else _entropy(seed, corruption, 0)
     library.np.random = np.random.RandomState(seed.generate_state(4)) # the kind it was written for
-    out = np.uint8(getattr(library, corruption)(Image.fromarray(image.repeat(3, 2) if gray else image), severity))
+    out = np.asarray(getattr(library, corruption)(Image.fromarray(image.repeat(3, 2) if gray else image), severity)).astype(np.uint8)
     return np.asarray(Image.fromarray(out).convert('L'))[..., None] if gray else out
 
 # %% ../nbs/09b_corruptions.ipynb #ab3ba526
@@ -87,25 +87,22 @@ def corrupted_set(
 
     Raises what `corrupt` raises, OSError if the folder cannot be written."""
     images = np.asanyarray(images)
-    file = None
-    if folder is not None:
-        h = hashlib.sha256(repr(images.shape).encode())
-        for i in range(0, len(images), 1024): h.update(np.ascontiguousarray(images[i:i + 1024]))
-        file = Path(folder)/f"{corruption}-{severity}-{seed}-{h.hexdigest()[:16]}.npy"
-        if (done := _open(file, images.shape)) is not None: return done
-        file.parent.mkdir(parents=True, exist_ok=True)
-    tmp = file and file.with_name(f"{file.name}.{os.getpid()}.tmp") # two processes may be making it
-    try:
-        if file is None: out = np.empty(images.shape, np.uint8)
-        else: out = np.lib.format.open_memmap(tmp, 'w+', np.uint8, images.shape)
+    def fill(out):
         for i, image in enumerate(images):
             out[i] = corrupt(image, corruption, severity, _entropy(seed, f'{corruption} {severity}', i))
             if progress: progress(i + 1, len(images))
-        if file is None: return out
-        out.flush(); del out
+        return out
+    if folder is None: return fill(np.empty(images.shape, np.uint8))
+    h = hashlib.sha256(repr(images.shape).encode())
+    for i in range(0, len(images), 1024): h.update(np.ascontiguousarray(images[i:i + 1024]))
+    file = Path(folder)/f"{corruption}-{severity}-{seed}-{h.hexdigest()[:16]}.npy"
+    if (done := _open(file, images.shape)) is not None: return done
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tmp = file.with_name(f"{file.name}.{os.getpid()}.tmp") # two processes may be making it
+    try:
+        fill(np.lib.format.open_memmap(tmp, 'w+', np.uint8, images.shape)).flush()
         os.replace(tmp, file)
-    finally:
-        if tmp: tmp.unlink(missing_ok=True)
+    finally: tmp.unlink(missing_ok=True)
     return _open(file, images.shape)
 
 def _open(file, shape): # the memory map; None if there is none that can be used

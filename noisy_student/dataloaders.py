@@ -9,6 +9,7 @@ __all__ = ['ArrayDataset', 'SoftLabel', 'stream', 'ArrayDL', 'MixedDL', 'PadCrop
 # %% ../nbs/06_dataloaders.ipynb #305775d7
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,13 +27,14 @@ class ArrayDataset:
     n_inp = 1
     def __init__(self,
         images: np.ndarray, # uint8 (N, H, W, C)
-        targets: np.ndarray, # int64 (N,) class indices, or float32 (N, K) probabilities
+        targets: np.ndarray | torch.Tensor, # int64 (N,) class indices, or float32 (N, K) probabilities
         classes: list[str], # K class names
         split_idx: int = 1, # 0: training, where random transforms act; 1: validation
     ):
         if len(images) != len(targets): raise ValueError(f"{len(images)} images but {len(targets)} targets")
         self.images, self.targets, self.vocab, self.split_idx = images, torch.as_tensor(np.asarray(targets)), CategoryMap(list(classes), sort=False), split_idx
-        self.device, self.there = torch.device('cpu'), None
+        self.device = torch.device('cpu')
+        self.there: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __len__(self) -> int: return len(self.images)
 
@@ -84,7 +86,7 @@ class SoftLabel:
         i = int(target.argmax() if soft else target)
         self.name = str(vocab[i])
         self.title = f"{self.name} {float(target[i]):.2f}" if soft and float(target[i]) < 1 else self.name
-    def show(self, ctx: object = None, # Matplotlib axis to write on, below a title that is there: `show_results` adds the prediction
+    def show(self, ctx: Any = None, # Matplotlib axis to write on, below a title that is there: `show_results` adds the prediction
              color: str = 'black', # `show_results` has red for a wrong one
              **kwargs): ctx.set_title('\n'.join(filter(None, (ctx.get_title(), self.title))), fontsize=9, color=color); return ctx
     def __eq__(self, other: object) -> bool: return isinstance(other, SoftLabel) and self.name == other.name
@@ -153,9 +155,11 @@ class MixedDL(ArrayDL):
         if pseudo is not None and not len(pseudo): raise ValueError("there are no pseudo-labeled images to train on")
         self.pool = np.repeat(np.arange(len(pseudo)), 1 if copies is None else copies) + len(labeled) if pseudo else None
         self.own = np.repeat(np.arange(len(labeled)), 1 if copies is None or pseudo else copies)
-        if self.ratio is None: self.n_labeled, self.pool = 0, np.concatenate([np.arange(len(labeled)), self.pool])
-        super().__init__(_Both(labeled, pseudo) if pseudo else labeled, bs=bs * (1 + (self.ratio or 0)), **kwargs)
-        self.steps = steps or -(-len(self.own if self.ratio is not None else self.pool) // bs)
+        pile = self.own
+        if self.ratio is None: self.n_labeled, self.pool = 0, (pile := np.concatenate([np.arange(len(labeled)), self.pool]))
+        both: Any = _Both(labeled, pseudo) if pseudo else labeled
+        super().__init__(both, bs=bs * (1 + (self.ratio or 0)), **kwargs)
+        self.steps = steps or -(-len(pile) // bs)
         self.n = self.steps * self.bs
         self.start_at(0)
 
@@ -247,7 +251,7 @@ class NoisyStudentDataLoaders(DataLoaders):
         x = TensorImage(x.as_subclass(torch.Tensor)).to(self.device)
         return self.valid.after_batch((x,))[0].as_subclass(torch.Tensor)
 
-    def test_dl(self, test_items: list[str] | np.ndarray, # Image files, or uint8 (N, H, W, C) of any size
+    def test_dl(self, test_items: list | np.ndarray, # Image files, or uint8 (N, H, W, C) of any size
                 **kwargs # To `ArrayDL.new`: bs
                ) -> ArrayDL:
         "A loader over images without labels, for `learn.get_preds(dl=...)`; its targets are zeros. Raises ValueError for an unreadable file."
@@ -263,7 +267,7 @@ def mixed_dataloaders(
     labeled: tuple[np.ndarray, np.ndarray], # Images uint8 (N, S, S, C) and labels int64 (N,)
     valid: tuple[np.ndarray, np.ndarray], # Likewise
     classes: list[str], # K class names
-    pseudo: tuple[np.ndarray, np.ndarray] | None = None, # Images uint8 (M, S, S, C) and probabilities float32 (M, K)
+    pseudo: tuple[np.ndarray, np.ndarray | torch.Tensor] | None = None, # Images uint8 (M, S, S, C) and probabilities float32 (M, K)
     copies: np.ndarray | None = None, # int (M,): how often each pseudo-labeled image occurs in a pass; without `pseudo`, each labeled one
     bs: int = 64, # Labeled images per batch; with `ratio=None` all images of a batch
     ratio: int | None = 1, # Pseudo-labeled images per labeled image; None: both piles concatenated and shuffled
@@ -281,8 +285,8 @@ def mixed_dataloaders(
             str(o[0].shape[1:]) for o in (labeled, valid, pseudo) if o is not None))
     norm = [Normalize.from_stats(*stats, cuda=False)] if stats else []
     tfms = [IntToFloatTensor(), *norm]
-    piles = [o and ArrayDataset(*o, classes, 0).to(torch.device(device)) for o in (labeled, pseudo)]
-    train = MixedDL(*piles, bs=bs, ratio=ratio, copies=copies, steps=steps, seed=seed, rank=rank, num_ranks=num_ranks,
+    def dataset(pile): return ArrayDataset(*pile, classes, 0).to(torch.device(device))
+    train = MixedDL(dataset(labeled), pseudo and dataset(pseudo), bs=bs, ratio=ratio, copies=copies, steps=steps, seed=seed, rank=rank, num_ranks=num_ranks,
                     after_batch=[*(augment or []), *tfms], device=torch.device(device))
     dls = NoisyStudentDataLoaders(train, ArrayDL(ArrayDataset(*valid, classes), bs=max(256, bs), after_batch=tfms, device=torch.device(device)),
                                   device=torch.device(device))

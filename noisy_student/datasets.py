@@ -41,7 +41,7 @@ class Split:
 
     def __len__(self) -> int: return len(self.images)
 
-    def __getitem__(self, idxs: np.ndarray # int64 or bool array of positions
+    def __getitem__(self, idxs: np.ndarray | slice # int64 or bool array of positions, or a slice
                    ) -> 'Split':
         "The pile of the images at `idxs`, in that order."
         idxs = np.arange(len(self))[idxs]
@@ -99,6 +99,7 @@ def _hold_out(split: Split, # Labeled images
               rng: np.random.Generator # Source of randomness
              ) -> tuple[Split, Split]: # Held out, kept
     "Cut a stratified part of `n` images off `split`."
+    assert split.labels is not None
     held = np.zeros(len(split), dtype=bool)
     held[stratified(split.labels, n, rng)] = True
     return split[held], split[~held]
@@ -111,7 +112,7 @@ def _label_some(split: Split, # Training images, all labels known
     return labeled, Split(rest.images, hidden=rest.labels)
 
 # %% ../nbs/00_datasets.ipynb #7fe2513a
-def digits(n_labeled: int = 100, # Labeled images; the others of the 1,100 training images become the pool
+def digits(n_labeled: int | None = 100, # Labeled images; the others of the 1,100 training images become the pool; None: label all
            seed: int = 0 # Which images land in which pile
           ) -> Splits:
     "scikit-learn's 8x8 digits as `uint8` arrays (N, 8, 8, 1): 500 test, 197 validation, 1,100 to train on."

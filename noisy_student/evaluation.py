@@ -29,6 +29,9 @@ from .rounds import NoisyStudent, Trained, _write_text, load_model
 # %% ../nbs/10_evaluation.ipynb #15140ecb
 class Network(nn.Module):
     "A classifier of pixels: (B, C, H, W) in 0..255 -> logits (B, K)."
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self,
                  model: nn.Module, # Logits (B, K) from normalized images (B, C, H, W)
                  mean: Sequence[float], # Per channel, of pixels in 0..1
@@ -83,7 +86,8 @@ def as_network(
         net = copy.copy(net); net.subset = list(subset); return net
     if isinstance(net, Trained): return Network(net.model, net.mean, net.std, net.size, subset)
     if isinstance(net, Learner):
-        return Network(net.model, *(stats or _stats(net.dls) or ([0.], [1.])), getattr(net.dls, 'size', None), subset)
+        mean, std = stats or _stats(net.dls) or ([0.], [1.])
+        return Network(net.model, mean, std, getattr(net.dls, 'size', None), subset)
     if stats is None:
         raise ValueError(f"a bare {type(net).__name__} needs stats=(mean, std) of its pixels in 0..1, or ([0.], [1.]) "
                          "for none")

@@ -8,6 +8,7 @@ __all__ = ['write_sums', 'read_sums', 'write_with_sum', 'altered', 'read_metrics
 
 # %% ../nbs/04b_files.ipynb #233a527d
 import hashlib, json, os, re, signal, socket, threading, time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -89,7 +90,7 @@ class InUseError(OSError):
 
 @contextmanager
 def locked(file: Path # The lock file, in the folder to be written
-          ):
+          ) -> Iterator[None]:
     "Inside, no other process is. Raises `InUseError` at once if one is; a folder that cannot be written is not locked."
     owner, lock = file.with_name(file.name + '.txt'), FileLock(str(file))
     try: file.parent.mkdir(parents=True, exist_ok=True)
@@ -112,9 +113,9 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stoppable(defer: bool = False # Note the first signal instead of raising at once
-             ):
+             ) -> Iterator[list[int]]:
     "Yields the list of signals that were noted; raises `Stopped` on a signal, at the latest in the end."
-    asked = []
+    asked: list[int] = []
     def handler(sig, frame):
         if not defer or asked: raise Stopped(sig)
         asked.append(sig)

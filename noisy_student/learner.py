@@ -130,7 +130,8 @@ def noisy_student_learner(
     unknown, or a noise has nothing to act on; TypeError for data loaders that are not fastai's."""
     n_out = n_out or get_c(dls)
     if not n_out: raise ValueError("the number of classes is not known from dls: pass n_out")
-    model = create_model(arch, n_out, n_in or getattr(dls, 'n_in', 3), pretrained)
+    known_in = getattr(dls, 'n_in', 3)
+    model = create_model(arch, n_out, n_in or known_in, pretrained)
     train_tfms = noise.transforms()
     norm = []
     if pretrained and (cfg := getattr(model, 'pretrained_cfg', None)) and not any(isinstance(o, Normalize) for o in dls.after_batch.fs):

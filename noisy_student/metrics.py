@@ -9,24 +9,27 @@ __all__ = ['wilson', 'correct_in_top', 'accuracy_table', 'confusion', 'imagenet_
 # %% ../nbs/09a_metrics.ipynb #1031912a
 from collections.abc import Sequence
 from statistics import NormalDist
+from typing import TypeVar
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
 # %% ../nbs/09a_metrics.ipynb #08e6d1b9
+_Count = TypeVar('_Count', float, np.ndarray)
+
 def wilson(
-    correct: int | np.ndarray, # Number of correct answers, 0..n
+    correct: _Count, # Number of correct answers, 0..n, or an array of numbers
     n: int | np.ndarray, # Number of answers, > 0
     level: float = .95, # Share of such intervals that hold the true accuracy, in (0, 1)
-) -> tuple[float | np.ndarray, float | np.ndarray]: # Lower and upper bound, 0..1
+) -> tuple[_Count, _Count]: # Lower and upper bound, 0..1
     "Wilson's score interval of an accuracy (Wilson 1927). Raises ValueError for counts that cannot be."
-    correct, n = np.asarray(correct, dtype=float), np.asarray(n, dtype=float)
+    c, n = np.asarray(correct, dtype=float), np.asarray(n, dtype=float)
     if not 0 < level < 1: raise ValueError(f"level={level} must lie between 0 and 1, such as 0.95")
-    if (n <= 0).any() or (correct < 0).any() or (correct > n).any():
-        raise ValueError(f"{correct} correct of {n} cannot be: an accuracy needs at least one answer, and 0 <= "
+    if (n <= 0).any() or (c < 0).any() or (c > n).any():
+        raise ValueError(f"{c} correct of {n} cannot be: an accuracy needs at least one answer, and 0 <= "
                          "correct <= n")
-    z, p = NormalDist().inv_cdf((1 + level) / 2), correct / n
+    z, p = NormalDist().inv_cdf((1 + level) / 2), c / n
     middle, half = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
     low, high = ((middle + o) / (1 + z**2 / n) for o in (-half, half))
     return np.clip(low, 0, p)[()], np.clip(high, p, 1)[()] # rounding must not push a bound past p
@@ -107,11 +110,11 @@ def restrict(
     """Leave a network only some of its classes to choose from.
 
     Raises ValueError for columns that are not there or there twice."""
-    scores, subset = np.asarray(scores), np.asarray(subset)
-    if not len(subset) or len(np.unique(subset)) < len(subset) or subset.min() < 0 or subset.max() >= scores.shape[1]:
+    scores, columns = np.asarray(scores), np.asarray(subset)
+    if not len(columns) or len(np.unique(columns)) < len(columns) or columns.min() < 0 or columns.max() >= scores.shape[1]:
         raise ValueError(f"subset must be different columns in 0..{scores.shape[1] - 1}, for a network of "
                          f"{scores.shape[1]} classes")
-    return scores[:, subset]
+    return scores[:, columns]
 
 # %% ../nbs/09a_metrics.ipynb #cc9a9356
 def softmax(logits: np.ndarray, # float (N, K), or log probabilities

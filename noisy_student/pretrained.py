@@ -111,6 +111,7 @@ def export_onnx(
     try:
         program = torch.onnx.export(model.eval(), (images,), input_names=['images'], output_names=['logits'],
                                     dynamo=True, dynamic_shapes=({0: torch.export.Dim('batch')},), verbose=False)
+        assert program is not None # with dynamo
         program.model.metadata_props.update(metadata or {})
         file.parent.mkdir(parents=True, exist_ok=True)
         program.save(str(tmp), external_data=False)
@@ -136,13 +137,13 @@ def push_to_hub(
 
     Raises ValueError if timm could not load it again: it is none of timm's, or `classes` are not its outputs."""
     import timm
-    model = copy.copy(_plain(model)) # its settings change, its weights are shared
-    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    net = copy.copy(_plain(model)) # its settings change, its weights are shared
+    cfg = getattr(net, 'pretrained_cfg', None) or {}
     if not timm.is_model(cfg.get('architecture') or ''):
-        raise ValueError(f"timm cannot load a {cfg.get('architecture') or type(model).__name__} from the hub: "
+        raise ValueError(f"timm cannot load a {cfg.get('architecture') or type(net).__name__} from the hub: "
                          "use export_safetensors or export_onnx")
-    if model.num_classes != len(classes): raise ValueError(f"{len(classes)} classes for {model.num_classes} outputs")
-    model.pretrained_cfg = {**cfg, 'input_size': (len(mean), size, size), 'mean': tuple(mean), 'std': tuple(std),
-                            'num_classes': len(classes), 'crop_pct': 1., 'test_input_size': None}
-    return timm.models.push_to_hf_hub(model, repo_id, model_config=dict(label_names=list(classes)),
+    if net.num_classes != len(classes): raise ValueError(f"{len(classes)} classes for {net.num_classes} outputs")
+    net.pretrained_cfg = {**cfg, 'input_size': (len(mean), size, size), 'mean': tuple(mean), 'std': tuple(std),
+                          'num_classes': len(classes), 'crop_pct': 1., 'test_input_size': None}
+    return timm.models.push_to_hf_hub(net, repo_id, model_config=dict(label_names=list(classes)),
                                       **{'safe_serialization': True, **kwargs})

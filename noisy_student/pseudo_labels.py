@@ -374,22 +374,22 @@ def predict_pseudo_labels(
     Images that cannot be read are skipped, counted in a warning and listed, like those left out, in `_skipped-*.csv`. Raises
     `PseudoLabelError` if there is nothing to label, the teacher's output is not finite, or the folder holds other
     labels; OSError if the folder cannot be written. Algorithm 1, step 2, of Xie et al."""
-    t, items, out, meta = _labeling(teacher, items, out, num_shards, temperature, bs, size, mean, std, classes, names, device, part_size, bf16)
+    t, items, folder, meta = _labeling(teacher, items, out, num_shards, temperature, bs, size, mean, std, classes, names, device, part_size, bf16)
     if not 0 <= shard < num_shards: raise PseudoLabelError(f"shard={shard} must be in 0..{num_shards - 1}")
     if leave_out and _is_streamed(items): raise PseudoLabelError("leave_out counts images, and items are archives: give the images")
     name, lo, hi = _share(len(items), shard, num_shards)
     tell = progress and _ticker(progress, items, lo, hi)
     bs = bs or (2048 if t.device.type == 'cuda' else 64)
-    sums, n, parts, skipped, leave_out = out/f'_sha256-{name}.txt', 0, {}, [], leave_out or {}
-    with locked(out/f'.lock-{name}'), stoppable(), t.evaluating(), _Behind() as behind:
+    sums, n, parts, skipped, leave_out = folder/f'_sha256-{name}.txt', 0, {}, [], leave_out or {}
+    with locked(folder/f'.lock-{name}'), stoppable(), t.evaluating(), _Behind() as behind:
         known = read_sums(sums)
         def save(*args): behind(_save, *args, sums)
-        for part in _parts(items, shard, num_shards, part_size, out):
+        for part in _parts(items, shard, num_shards, part_size, folder):
             done, rows = _label_part(t, part, meta, names, bs, tell and (lambda b: tell(part, b)), known, leave_out, save)
             n += part.stop - part.start
             skipped += done['skipped']; parts[part.file.name] = rows
-    _finish_shard(out, name, n, parts, skipped, read_sums(sums), sum(lo <= j < hi for j in leave_out))
-    return out
+    _finish_shard(folder, name, n, parts, skipped, read_sums(sums), sum(lo <= j < hi for j in leave_out))
+    return folder
 
 def _labeling(teacher, items, out, num_shards, temperature, bs, size, mean, std, classes, names, device, part_size, bf16=None):
     "What all shards of a labeling have in common, checked: _Teacher, items, folder, metadata of the parts."

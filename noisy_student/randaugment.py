@@ -8,7 +8,7 @@ __all__ = ['OP_TABLE', 'OPS', 'PAPER_OPS', 'KERAS_OPS', 'PIL_OPS', 'KERNELS', 'F
 
 # %% ../nbs/01_randaugment.ipynb #1b2b744f
 import math
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -299,33 +299,37 @@ def _apply(x, out, op, v, center, reference):
     return out
 
 # %% ../nbs/01_randaugment.ipynb #9ee4e409
+_Img = TypeVar('_Img', bound=Image.Image | Tensor)
+
+
 def apply_op(
-    img: Image.Image | Tensor,  # a PIL image (modes other than RGB and L become RGB), or (B, 1 or 3, H, W) uint8
+    img: _Img,  # a PIL image (modes other than RGB and L become RGB), or (B, 1 or 3, H, W) uint8
     name: str,  # one of `OPS`
     value: float | np.ndarray | Tensor = 0.,  # signed argument, see `op_argument`; for a batch also one per image, (B,)
     center: tuple | np.ndarray | Tensor | None = None,  # Cutout's (row, column), px, or (B, 2) of them; None: random
     reference: bool = False,  # wrap large arguments as google-research/noisystudent does
     generator: torch.Generator | None = None,  # CPU generator of random centers; None: torch's global one
-) -> Image.Image | Tensor:
+) -> _Img:
     """`img` after one RandAugment operation, of the type and on the device it came.
 
     Positive values rotate counter-clockwise and move the content to the left or up, as Pillow's `rotate`, `AFFINE` do.
     Raises ValueError for an unknown name or a wrong shape, TypeError for anything but a PIL image or a uint8 tensor."""
     _check_names([name])
-    is_pil = isinstance(img, Image.Image)
-    if not is_pil: _check_batch(img)
-    b, (h, w) = (1, img.size[::-1]) if is_pil else (len(img), img.shape[-2:])
+    if isinstance(img, Image.Image): b, (h, w) = 1, img.size[::-1]
+    else:
+        _check_batch(img)
+        b, (h, w) = len(img), img.shape[-2:]
     if center is None and name == 'Cutout':
         center = (torch.rand(b, 2, dtype=torch.float64, generator=generator).numpy() * (h, w)).astype(int)
-    v, center = (a.cpu().numpy() if isinstance(a, Tensor) else a for a in (value, (0, 0) if center is None else center))
+    v, at = (a.cpu().numpy() if isinstance(a, Tensor) else a for a in (value, (0, 0) if center is None else center))
     try:
-        v, center = np.broadcast_to(np.asarray(v, np.float64), b), np.broadcast_to(np.asarray(center, int), (b, 2))
+        v, at = np.broadcast_to(np.asarray(v, np.float64), b), np.broadcast_to(np.asarray(at, int), (b, 2))
     except ValueError as e:
         raise ValueError(f"value and center must be one for all, or one for each of the {b} images") from e
     if not np.isfinite(v).all(): raise ValueError(f"the value of {name} must be finite, got {value}")
-    if is_pil: return _apply_pil(img, name, float(v[0]), center[0].tolist(), reference)
+    if isinstance(img, Image.Image): return _apply_pil(img, name, float(v[0]), at[0].tolist(), reference)
     x = img.as_subclass(Tensor).contiguous()
-    return _apply(x, torch.empty_like(x), np.full(b, OPS.index(name)), v, center, reference).as_subclass(type(img))
+    return _apply(x, torch.empty_like(x), np.full(b, OPS.index(name)), v, at, reference).as_subclass(type(img))
 
 
 def _apply_pil(img, name, value, center, reference):
@@ -434,7 +438,7 @@ class RandAugment(_Policy):
         return x
 
     def encodes(self, x: Image.Image): return self.augment(x)
-    def encodes(self, x: PILMask): return x
+    def encodes(self, x: PILMask): return x  # type: ignore[no-redef] # fastai chooses by the type of x
 
 # %% ../nbs/01_randaugment.ipynb #00472dfd
 DTYPES = (torch.uint8, torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -176,8 +176,8 @@ def leak_warnings(found: list[dict] # What leaks.json holds
                  ) -> list[str]: # A sentence per pair of piles and kind
     "Leaks in words."
     key, named, out = lambda o: (o['pile'], o['also_in'], o['kind']), dict(valid='validation'), []
-    for (pile, exam, kind), group in groupby(sorted(found, key=key), key):
-        group, exam = list(group), named.get(exam, exam)
+    for (pile, exam, kind), leaks in groupby(sorted(found, key=key), key):
+        group, exam = list(leaks), named.get(exam, exam)
         first, one = group[0], len(group) == 1
         subject, also = f"{len(group):,} {pile} image{'' if one else 's'}", f"{'a ' if one else ''}{exam} image{'' if one else 's'}"
         pair = f"({_tail(first['item'])} = {_tail(first['other'])}{'' if one else ', ...'})"

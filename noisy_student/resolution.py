@@ -39,8 +39,9 @@ class FreezeShallow(TrainingNoise):
     def plan(self, model: nn.Module # The network
             ) -> tuple[list[str], list[str]]: # Frozen and trained layers: the names of those with parameters
         "What training will do to `model`."
+        def names(part): return [n for n, m in part if list(m.parameters(recurse=False))]
         layers, i = self._first(model)
-        return tuple([n for n, m in part if list(m.parameters(recurse=False))] for part in (layers[:i], layers[i:]))
+        return names(layers[:i]), names(layers[i:])
 
     def _first(self, model): # all layers with their names, and where training begins
         layers, kind, first = list(model.named_modules()), type(model).__name__, self.train_from
@@ -129,8 +130,8 @@ def fix_resolution(
         raise ValueError(f"the learner knows the classes {', '.join(map(str, known))}, but the data "
                          f"{', '.join(data.classes)}: they must be the same")
     freeze = FreezeShallow(train_from); freeze.plan(learn.model)
-    images = [_labeled(o, size, cache) for o in (data.labeled, data.valid)]
-    dls = mixed_dataloaders(*images, data.classes, bs=bs, stats=stats, seed=seed, device=learn.dls.device)
+    labeled, valid = (_labeled(o, size, cache) for o in (data.labeled, data.valid))
+    dls = mixed_dataloaders(labeled, valid, data.classes, bs=bs, stats=stats, seed=seed, device=learn.dls.device)
     part = EpochsDL(dls.train.dataset, bs, epochs, seed, after_batch=[*dls.train.after_batch.fs], device=dls.device)
     model, metrics = copy.deepcopy((learn.model, list(learn.metrics)))
     try:
@@ -157,7 +158,8 @@ def accuracy_by_size(
     with ExitStack() as undo, torch.no_grad():
         _evaluate(learn.model.modules(), undo)
         for size in sizes:
-            dl = ArrayDL(ArrayDataset(*_labeled(split, size), []), bs, after_batch=tfms)
+            images, labels = _labeled(split, size)
+            dl = ArrayDL(ArrayDataset(images, labels, []), bs, after_batch=tfms)
             dl.to(learn.dls.device) # with the statistics of Normalize
             accuracy[size] = sum(int((learn.model(x).argmax(1) == y).sum()) for x, y in dl) / len(split)
     return accuracy

@@ -148,11 +148,14 @@ class NoisyStudent:
     Raises ValueError for settings or data that cannot work, before anything is trained."""
     auto_batch = False
     source: dict | None = None # Arguments of `cli.load_data`, if the command line made the data: kept for `noisy-student report`
+    report: Callable[[], plt.Figure] # Below
+    suspects: Callable[..., pd.DataFrame] # Below
+    _decoded: dict # Decoded images by split
 
     def __init__(
         self,
         data: Splits, # Labeled, unlabeled, validation and test images
-        archs: str | list[str] | None, # Teacher, then students, as `create_model` takes them; the last one serves all further rounds; None: the recipe's
+        archs: str | list[str] | tuple[str, ...] | None, # Teacher, then students, as `create_model` takes them; the last one serves all further rounds; None: the recipe's
         path: str | Path, # Run directory; an existing one is gone on with
         noise: Noise | None = None, # Of the students; None: the recipe's
         seed: int = 0, # Decides initial weights, order, noise
@@ -167,8 +170,8 @@ class NoisyStudent:
         if not isinstance(data, Splits): raise ValueError(f"data must be Splits, such as from_folder({data!r}), not {type(data).__name__}")
         self.data, self.path, self.seed = data, Path(path), seed
         self.recipe = get_recipe(recipe, **settings, **({} if noise is None else dict(noise=noise)))
-        archs = archs or self.recipe.archs
-        self.archs = list(archs) if isinstance(archs, (list, tuple)) else [archs]
+        named = archs or self.recipe.archs
+        self.archs = list(named) if isinstance(named, (list, tuple)) else [named]
         if not self.archs or not all(isinstance(o, str) for o in self.archs):
             raise ValueError("archs must be names, teacher first, such as ['resnet18', 'resnet34']: every round builds a new network from its name")
         if self.recipe.init == 'teacher' and len(set(self.archs)) > 1:
@@ -310,7 +313,9 @@ def _write_run(self: NoisyStudent, config):
     _write_text(self.path/'run.json', sealed(run))
 
 @patch
-def _labeled_per_class(self: NoisyStudent): return np.bincount(self.data.labeled.labels, minlength=len(self.data.classes)).tolist()
+def _labeled_per_class(self: NoisyStudent):
+    assert self.data.labeled.labels is not None
+    return np.bincount(self.data.labeled.labels, minlength=len(self.data.classes)).tolist()
 
 # %% ../nbs/09_rounds.ipynb #318aab92
 _RESULTS = ('model.safetensors', 'history.csv', 'selected.parquet', 'metrics.json')
@@ -680,6 +685,7 @@ def suspects(self: NoisyStudent, # After `fit`
     k = int(self.summary['round'].max())
     folder, names, images = self.path/'suspects'/f'round_{k}', np.array(self.data.classes), self.data.labeled.images
     with locked(self.path/'.lock'), stoppable(): probs = self._unseen_probs(k, folder)
+    assert self.data.labeled.labels is not None
     ranked = rank_suspects(self.data.labeled.labels, probs)
     ranked = ranked[ranked.label != ranked.predicted].reset_index(drop=True)
     item = ranked.position if isinstance(images, np.ndarray) else [images[i] for i in ranked.position]
@@ -700,8 +706,10 @@ def _unseen_probs(self: NoisyStudent, k, folder): # float32 (N, K) of the labele
     pool, valid = _Rows(self._images('unlabeled').images, self._rows(sel.items)), (self._images('valid').images, self.data.valid.labels)
     parts, pile = r.accumulate, len(self.data.labeled) + (int(sel.copies.sum()) if r.ratio is None else 0) # as many steps as a student
     with _seeded(seed):
-        dls = mixed_dataloaders((pool, self._targets(sel)), valid, self.data.classes, copies=sel.copies, bs=r.bs // parts,
-                                steps=(r.steps or -(-pile // r.bs)) * parts, augment=_student_view(r), stats=self._stats(k), seed=seed, device=self.device)
+        dls = mixed_dataloaders(
+            (pool, self._targets(sel)), valid, # type: ignore[arg-type] # _Rows is as good as an array, and valid has labels
+            self.data.classes, copies=sel.copies, bs=r.bs // parts, steps=(r.steps or -(-pile // r.bs)) * parts,
+            augment=_student_view(r), stats=self._stats(k), seed=seed, device=self.device)
         learn = self._network(k, dls, r.noise, r.pretrained)
         _train(learn, r.epochs, r, folder, lambda done, total: self._tell('suspects: training a network without the labeled images', done, total))
     return _logits(learn, self._images('labeled').images).softmax(1).numpy()

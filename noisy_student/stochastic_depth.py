@@ -67,7 +67,8 @@ class DropBranch(nn.Module):
         scale: str = 'train',  # as in `drop_branch`
     ):
         super().__init__()
-        self.survival, self.per, self.scale, self._drawn = survival, per, scale, None
+        self.survival, self.per, self.scale = survival, per, scale
+        self._drawn: tuple[int, Tensor] | None = None
 
     def enter(
         self,

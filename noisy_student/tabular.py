@@ -8,7 +8,7 @@ __all__ = ['swap_noise', 'SwapNoise', 'TabularNoise', 'tabular_noisy_student_lea
 
 # %% ../nbs/14_tabular.ipynb #8ba3c819
 import json, time, warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -216,12 +216,15 @@ class TabularNoisyStudent(NoisyStudent):
     """Teacher, pseudo labels, noised student, and again, on a table, in a run directory, as in `NoisyStudent`.
 
     Raises ValueError for settings or data that cannot work, before anything is trained."""
+    data: Table # type: ignore[assignment] # what works with `Splits` is overridden
+    recipe: TabularRecipe # type: ignore[assignment]
+
     def __init__(
         self,
         df: pd.DataFrame, # Labeled rows, and unlabeled ones, whose target is missing
         y_name: str, # Target column, categorical
         path: str | Path, # Run directory; an existing one is gone on with
-        layers: list[list[int]] = ((100,), (200,), (200, 100)), # Hidden widths per round; the last serve all further
+        layers: Sequence[Sequence[int]] = ((100,), (200,), (200, 100)), # Hidden widths per round; the last serve all further
         cat_names: list[str] | None = None, # Categorical columns; None, as `cont_names`: from fastai's `cont_cat_split`
         cont_names: list[str] | None = None, # Continuous columns
         unlabeled: pd.DataFrame | None = None, # More unlabeled rows; a target column in them is not looked at

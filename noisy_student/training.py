@@ -76,7 +76,9 @@ class Plateau(Callback):
                  factor: float = 0.1, # Of each fall
                  patience: int = 3, # As `plateau`
                  stop: int = 10 # Likewise
-                ): self.start, self.factor, self.patience, self.stop, self.losses = start, factor, patience, stop, []
+                ):
+        self.start, self.factor, self.patience, self.stop = start, factor, patience, stop
+        self.losses: list[float] = []
     def before_fit(self):
         self.run = self.opt is not None and not hasattr(self.learn, 'lr_finder') # not for `validate` and `lr_find`
         if self.run: self.highest, self.losses = [h['lr'] for h in self.opt.hypers], []
