@@ -14,6 +14,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.figure import Figure
 
 from .datasets import Splits
 from .distributed import first_rank_first, rank
@@ -88,7 +89,7 @@ def ablation_table(runs: pd.DataFrame, # A row per run: variant, changes, seed, 
     return pd.DataFrame(rows)
 
 def plot_ablation(runs: pd.DataFrame, # As `ablation_table` takes them
-                 ) -> plt.Figure: # Accuracy per variant: a dot per seed, mean and standard deviation
+                 ) -> Figure: # Accuracy per variant: a dot per seed, mean and standard deviation
     "The same as a picture; the dashed line is the full recipe."
     t = ablation_table(runs)
     on = 'test_accuracy' if runs.test_accuracy.notna().all() else 'valid_accuracy'

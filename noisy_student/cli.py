@@ -10,6 +10,7 @@ __all__ = ['DATA', 'FOLDER', 'app', 'DataArg', 'ModelArg', 'LabelsOpt', 'SizeOpt
 
 # %% ../nbs/13_cli.ipynb #669da197
 import json, os, re, sys, time, warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -59,16 +60,16 @@ def load_data(name: str, # digits, cifar10, imagenette, svhn, or a folder as `fr
 
 # %% ../nbs/13_cli.ipynb #e89f0851
 @contextmanager
-def show_progress():
+def show_progress() -> Iterator[Callable[[str, int, int], None]]:
     "Yields the function (stage, done, total) that tells stderr how far the work is."
     if sys.stderr.isatty():
         with _bar() as tell: yield tell
         return
-    begun = {}
-    def tell(stage, done, total):
+    begun: dict[str, float] = {}
+    def log(stage, done, total):
         begun.setdefault(stage, time.perf_counter())
         if done == total: print(f"{stage}: {total:,} in {time.perf_counter() - begun.pop(stage):.0f} s", file=sys.stderr, flush=True)
-    yield tell
+    yield log
 
 @contextmanager
 def _bar(): # one Rich bar, used by one stage after the other
@@ -100,9 +101,9 @@ def _to_stderr(line): print(line, file=sys.stderr, flush=True)
 # %% ../nbs/13_cli.ipynb #5181cecb
 def print_table(rows: list[dict], # Column name to value; accuracies in 0..1
                 as_json: bool = False # JSON instead
-               ):
+               ) -> None:
     "Write `rows` to stdout. Columns that are empty throughout are left out of the table, not of the JSON."
-    if as_json: return print(json.dumps(rows, indent=1))
+    if as_json: print(json.dumps(rows, indent=1)); return
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table

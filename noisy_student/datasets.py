@@ -9,10 +9,11 @@ __all__ = ['MAX_PIXELS', 'IMAGENETTE_CLASSES', 'SVHN_STATS', 'Split', 'Splits', 
 
 # %% ../nbs/00_datasets.ipynb #855f21fc
 import errno, hashlib, json, os, shutil, tarfile, warnings
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
@@ -204,7 +205,7 @@ def _cache_key(items, size): # what identifies the decoded result: the files as 
     return h.hexdigest()[:16]
 
 def load_images(
-    items: list[str] | np.ndarray, # File names, or uint8 (N, H, W, C)
+    items: Sequence[str | Path] | np.ndarray, # File names, or uint8 (N, H, W, C)
     size: int, # Side of the square images in pixels
     cache: str | Path | None = None, # Folder for the memory-mapped result; None keeps it in memory
     progress: Callable[[int, int], None] | None = None, # Called with (done, total) now and then

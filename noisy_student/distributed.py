@@ -7,6 +7,7 @@ __all__ = ['rank', 'world', 'own_device', 'join', 'barrier', 'first_rank_first',
 
 # %% ../nbs/06b_distributed.ipynb #76517922
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -30,18 +31,18 @@ def own_device(device: str | torch.device | None = None # As the user asked; Non
     return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if device == torch.device('cuda') and world() > 1 else device
 
 def join(device: torch.device # Where this process computes
-        ):
+        ) -> None:
     "Make a group of the processes, once."
     if world() == 1 or dist.is_initialized(): return
     if device.type == 'cuda': torch.cuda.set_device(device)
     dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(days=7)) # the others wait while one decodes or selects
 
-def barrier():
+def barrier() -> None:
     "Wait for the other processes."
     if world() > 1: dist.barrier()
 
 @contextmanager
-def first_rank_first(): # rank 0 does what is inside and the others wait, then they find it done
+def first_rank_first() -> Iterator[None]: # rank 0 does what is inside and the others wait, then they find it done
     "For what is to be made once, such as a file that is made when it is not there."
     if rank(): barrier()
     try: yield

@@ -8,7 +8,7 @@ __all__ = ['ALEXNET_ERRORS', 'Network', 'evaluating', 'as_network', 'corruption_
 
 # %% ../nbs/10_evaluation.ipynb #ab51d1bf
 import copy, hashlib, json, warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,7 +37,7 @@ class Network(nn.Module):
                  mean: Sequence[float], # Per channel, of pixels in 0..1
                  std: Sequence[float], # Per channel
                  size: int | None = None, # Side of its images in pixels, where known
-                 subset: Sequence[int] | None = None # Columns to choose from; None: all
+                 subset: Sequence[int] | np.ndarray | None = None # Columns to choose from; None: all
                 ):
         super().__init__()
         where = next(model.parameters(), torch.zeros(())).device
@@ -66,7 +66,7 @@ def _pixels(images, device): return torch.from_numpy(np.array(images)).to(device
 
 @contextmanager
 def evaluating(module: nn.Module # Its modules may be in different modes
-              ):
+              ) -> Iterator[nn.Module]:
     "Evaluation mode inside; afterwards, also after an error, each module has its own mode again."
     modes = [(m, m.training) for m in module.modules()]
     try: yield module.eval()
@@ -76,7 +76,7 @@ def evaluating(module: nn.Module # Its modules may be in different modes
 def as_network(
     net: Network | Trained | Learner | nn.Module | str | Path, # A path: run, round_K folder or model.safetensors
     stats: tuple[Sequence[float], Sequence[float]] | None = None, # Mean and std per channel: of a bare module
-    subset: Sequence[int] | None = None, # Columns to choose from, as in `restrict`; None: all
+    subset: Sequence[int] | np.ndarray | None = None, # Columns to choose from, as in `restrict`; None: all
     device: str | torch.device = 'cpu', # For a path
 ) -> Network: # Shares its weights with `net`
     "Anything that classifies images, as a function of pixels. Raises ValueError if it is not known how it normalizes."

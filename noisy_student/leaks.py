@@ -11,6 +11,7 @@ from collections.abc import Callable
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 # %% ../nbs/08c_leaks.ipynb #e32521a3
 N_BITS = 64 # of the hash
@@ -108,7 +109,7 @@ def show_leaks(
     images: np.ndarray, # Its two arguments
     others: np.ndarray, # Likewise
     n: int = 10, # Pairs at most
-) -> plt.Figure: # Two rows: the images, and below each the one it is like
+) -> Figure: # Two rows: the images, and below each the one it is like
     "Pairs to look at. Raises ValueError if there is none."
     if not len(table) or n < 1: raise ValueError("there is no pair to show")
     few = table.head(n)

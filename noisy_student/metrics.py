@@ -14,6 +14,7 @@ from typing import TypeVar
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 
 # %% ../nbs/09a_metrics.ipynb #08e6d1b9
 _Count = TypeVar('_Count', float, np.ndarray)
@@ -105,7 +106,7 @@ def imagenet_subset(name: str # 'imagenet-a' or 'imagenet-r'
 
 def restrict(
     scores: np.ndarray, # float (N, K): logits or probabilities
-    subset: Sequence[int], # M different columns, 0..K-1
+    subset: Sequence[int] | np.ndarray, # M different columns, 0..K-1
 ) -> np.ndarray: # float (N, M), the scores of these classes in this order
     """Leave a network only some of its classes to choose from.
 
@@ -157,8 +158,8 @@ def plot_reliability(
     labels: np.ndarray, # int (N,), 0..K-1
     title: str = '', # What was measured; the ECE is added
     bins: int = 15, # As in `reliability`
-    ax: plt.Axes | None = None, # To draw on; None: a new figure
-) -> plt.Axes:
+    ax: Axes | None = None, # To draw on; None: a new figure
+) -> Axes:
     "Reliability diagram: bars are accuracies, dots sized by number of images; the dashed line is perfect calibration."
     if ax is None: ax = plt.subplots(figsize=(2.4, 2.2), layout='constrained')[1]
     t = reliability(probs, labels, bins)

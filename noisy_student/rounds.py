@@ -27,6 +27,7 @@ from fastai.learner import Learner
 from fastai.vision.augment import aug_transforms
 from fastcore.basics import patch
 from fastcore.imports import IN_NOTEBOOK
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -148,7 +149,7 @@ class NoisyStudent:
     Raises ValueError for settings or data that cannot work, before anything is trained."""
     auto_batch = False
     source: dict | None = None # Arguments of `cli.load_data`, if the command line made the data: kept for `noisy-student report`
-    report: Callable[[], plt.Figure] # Below
+    report: Callable[[], Figure] # Below
     suspects: Callable[..., pd.DataFrame] # Below
     _decoded: dict # Decoded images by split
 
@@ -171,7 +172,7 @@ class NoisyStudent:
         self.data, self.path, self.seed = data, Path(path), seed
         self.recipe = get_recipe(recipe, **settings, **({} if noise is None else dict(noise=noise)))
         named = archs or self.recipe.archs
-        self.archs = list(named) if isinstance(named, (list, tuple)) else [named]
+        self.archs: list[str] = list(named) if isinstance(named, (list, tuple)) else [named]
         if not self.archs or not all(isinstance(o, str) for o in self.archs):
             raise ValueError("archs must be names, teacher first, such as ['resnet18', 'resnet34']: every round builds a new network from its name")
         if self.recipe.init == 'teacher' and len(set(self.archs)) > 1:
@@ -644,7 +645,7 @@ def _labeler(self: NoisyStudent, k): # the network of round k, as it labels
 # %% ../nbs/09_rounds.ipynb #efefe282
 @patch
 def report(self: NoisyStudent # After `fit`
-          ) -> plt.Figure: # Accuracy per round; confidence of the latest labels; class counts before and after selection
+          ) -> Figure: # Accuracy per round; confidence of the latest labels; class counts before and after selection
     "Three pictures of a run, or one if it has no table of pseudo labels, and the whole page `report.html`. Raises ValueError before the first round is done."
     s, K = self.summary, len(self.data.classes)
     if not len(s): raise ValueError(f"no round of {self.path} is finished: call fit() first")

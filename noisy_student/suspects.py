@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from .datasets import load_image, square
 from .pseudo_labels import PseudoLabelError, _check_sources, _duckdb, _meta, _parquet, _quoted, _sql
@@ -61,7 +62,7 @@ def show_suspects(
     images: list | np.ndarray, # What `position` counts in: file names, or uint8 (N, H, W, C)
     classes: list[str], # K class names
     n: int = 16, # Pictures at most, from the top of the table
-) -> plt.Figure: # A grid of pictures titled "label → predicted", flagged ones in red
+) -> Figure: # A grid of pictures titled "label → predicted", flagged ones in red
     """The first `n` suspects as pictures. Raises ValueError if there is nothing to show, `ImageFileError` for a file that is
     no picture."""
     if n < 1 or not len(table): raise ValueError(f"nothing to show: {len(table)} suspects, n={n}")

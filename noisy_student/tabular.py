@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -28,6 +27,7 @@ from fastai.tabular.core import Categorify, TabDataLoader, TabularPandas, Tabula
 from fastai.tabular.data import TabularDataLoaders
 from fastai.tabular.learner import TabularLearner, tabular_learner
 from fastai.torch_core import TensorBase, TensorCategory
+from matplotlib.figure import Figure
 from torch import nn
 
 from .dataloaders import MixedDL
@@ -306,7 +306,7 @@ class TabularNoisyStudent(NoisyStudent):
         load_weights(learn.model, self._round(k)/'model.safetensors')
         return learn
 
-    def report(self) -> plt.Figure: # Accuracy per round; confidence of the latest labels; class counts
+    def report(self) -> Figure: # Accuracy per round; confidence of the latest labels; class counts
         "Three pictures of a run. Raises ValueError before the first round is done."
         fig = super().report()
         for ax in fig.axes:
