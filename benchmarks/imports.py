@@ -5,10 +5,9 @@
 In turns, CPU time of the whole process. Almost all of it is torch and torchvision, fastai and timm; `share` of `ours` says
 how much is left when those have been imported before.
 """
-import os, subprocess, sys, time
+import os, subprocess, sys
 
 import common
-import torch
 from common import arguments, in_turns, save
 
 LINES = {"fastai.vision.all": "import fastai.vision.all", "noisy_student.learner": "import noisy_student.learner",

@@ -20,7 +20,7 @@ import typer
 
 from . import __version__, datasets
 from .datasets import Splits
-from .files import stoppable
+from .files import best_round, stoppable
 
 # %% ../nbs/13_cli.ipynb #a938e718
 class Data(NamedTuple):
@@ -127,11 +127,11 @@ def _cell(name, v):
 def _rows(df): return [{k: None if v != v else v for k, v in r.items()} for r in df.to_dict('records')] # None for NaN
 
 def _print_run(out, rows, as_json): # the rounds of a run, and which one to use
-    weights = [str(Path(out)/f"round_{r['round']}"/'model.safetensors') for r in rows]
-    best = max(range(len(rows)), key=lambda i: (rows[i]['valid_accuracy'], i))
-    if as_json: return print_table([dict(r, weights=w, best=i == best) for i, (r, w) in enumerate(zip(rows, weights))], True)
+    def weights(k): return str(Path(out)/f'round_{k}'/'model.safetensors')
+    best = best_round(rows)
+    if as_json: return print_table([dict(r, weights=weights(r['round']), best=r['round'] == best) for r in rows], True)
     print_table(rows)
-    print(f"best round: {rows[best]['round']} (by validation accuracy), weights: {weights[best]}")
+    print(f"best round: {best} (by validation accuracy), weights: {weights(best)}")
 
 # %% ../nbs/13_cli.ipynb #8a38e853
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)

@@ -21,7 +21,7 @@ from torch import nn
 from .corruptions import CORRUPTIONS, NOISE_SEQUENCES, PERTURBATIONS, corrupted_set, perturbation_frames
 from .datasets import Split, load_images
 from .files import sealed, unsealed
-from .metrics import correct_in_top, ece, restrict, softmax, wilson
+from .metrics import correct_in_top, ece, softmax, wilson
 from .pseudo_labels import model_hash
 from .resolution import _stats
 from .rounds import NoisyStudent, Trained, _write_text, load_model

@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from PIL import Image
 
 from .datasets import ImageFileError, Splits, load_image, square
-from .files import altered, read_metrics, unsealed
+from .files import altered, best_round, read_metrics, unsealed
 from .metrics import wilson
 from .pseudo_labels import _batches, _duckdb, _parquet
 from .suspects import flipped_labels
@@ -207,9 +207,7 @@ def _worse(run, k): # a student below its teacher, or below the first one, by mo
         if n and difference_interval((round(p * n), n), (round(q * n), n))[1] < 0: break
     else: return []
     return [f"Round {k}: the student is worse than {teacher}, {100 * p:.1f} % after {100 * q:.1f} % on {n:,} validation {run.things}, and not by chance. "
-            f"Less noise, more epochs, a larger network or a higher threshold may help; use round {_best(run)}."]
-
-def _best(run): return int(run.summary['round'][run.summary.valid_accuracy == run.summary.valid_accuracy.max()].max())
+            f"Less noise, more epochs, a larger network or a higher threshold may help; use round {best_round(run.metrics)}."]
 
 def _collapsed(run, k): # classes with far more or fewer pseudo labels than labeled images
     o, labeled = run.labels[k], run.size('labeled_per_class')
@@ -462,7 +460,7 @@ def _duration(s): return f'{s:.0f} s' if s < 120 else f'{s / 60:.0f} min' if s <
 
 # %% ../nbs/11_report.ipynb #67d0e9d1
 def _tiles(run):
-    best, first, total = run.metrics[_best(run)], run.metrics[0], sum(o['seconds'] for o in run.metrics)
+    best, first, total = run.metrics[best_round(run.metrics)], run.metrics[0], sum(o['seconds'] for o in run.metrics)
     rounds = len(run.metrics) - 1
     tiles = [(f"{_percent(best['valid_accuracy'])}", f"validation, best round ({best['round']} of {rounds})" if rounds else 'validation accuracy')]
     if best.get('test_accuracy') is not None: tiles.append((_percent(best['test_accuracy']), 'test, same round'))
@@ -490,7 +488,7 @@ def _rounds_table(run):
                ('test (95 %)', False), ('validation against the round before', True), ('time', False)]
     rows = [[o['round'], escape(o['role']), escape(o['arch']), f"{o['parameters']:,}", f"{o['pseudo_labeled']:,}", _interval(o['valid_accuracy'], run.size('valid')),
              _interval(o.get('test_accuracy'), run.size('test')), _verdict(run, k), _duration(o['seconds'])] for k, o in enumerate(run.metrics)]
-    return _html_table(columns, rows, _best(run))
+    return _html_table(columns, rows, best_round(run.metrics))
 
 def _accuracy_section(run):
     n = f" on {run.size('valid'):,} validation {run.things}" if run.size('valid') else ''

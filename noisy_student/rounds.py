@@ -37,13 +37,14 @@ from .checkpoints import RunState, _seeded, pack, unpack # pack and unpack for t
 from .dataloaders import PadCropFlip, ResizedCropFlip, mixed_dataloaders
 from .datasets import Splits, load_images
 from .distributed import MeanGradients, barrier, first_rank_first, join, own_device, rank, world
-from .files import altered, locked, read_metrics, sealed, stoppable, unsealed, write_sums, write_text, write_with_sum
+from .files import altered, best_round, locked, read_metrics, sealed, stoppable, unsealed, write_sums, write_text, write_with_sum
 from .leaks import find_leaks
 from .learner import Noise, noisy_student_learner
 from .losses import SoftLabelCrossEntropy
 from .models import create_model, load_tensors, load_weights, n_parameters, save_weights
 from .pretrained import Trained
-from .pseudo_labels import PseudoLabelError, PseudoLabels, Selection, predict_pseudo_labels, read_selection, relabel_pseudo_labels, select_pseudo_labels
+from .pseudo_labels import (PseudoLabelError, Selection, predict_pseudo_labels, read_selection, relabel_pseudo_labels,
+                                         select_pseudo_labels)
 from .randaugment import BatchRandAugment
 from .recipes import Recipe, get_recipe
 from .stochastic_depth import TrainingNoise
@@ -128,9 +129,6 @@ def _fingerprint(data: Splits) -> str: # of all items and labels
             for f, disk in ((f, split_item(f)[0]) for f in s.images): h.update(f"{f}\0{os.path.getsize(disk) if os.path.exists(disk) else -1}\n".encode(errors='surrogateescape'))
         if s.labels is not None: h.update(s.labels.tobytes())
     return h.hexdigest()[:16]
-
-def _best_round(summary): # highest validation accuracy, the latest of several; never chosen by test accuracy
-    return int(summary['round'][summary.valid_accuracy == summary.valid_accuracy.max()].max())
 
 def _default_size(data): # px
     images = data.labeled.images
@@ -262,7 +260,7 @@ class NoisyStudent:
         "The round with the highest validation accuracy, the latest of several. Raises ValueError before the first round is done."
         s = self.summary
         if not len(s): raise ValueError(f"no round of {self.path} is finished: call fit() first")
-        return _best_round(s)
+        return best_round(s.to_dict('records'))
 
     def learner(self, k: int | None = None # Round; None: the best
                ) -> Learner: # On the labeled images, without noise, weights loaded
@@ -721,7 +719,7 @@ def load_model(path: str | Path, # A run directory (its best round), a round_K f
               ) -> Trained:
     "The trained network of a run. Raises FileNotFoundError or ValueError, naming the file, if there is none."
     file = Path(path)
-    if len(summary := read_summary(file)): file = file/f'round_{_best_round(summary)}'
+    if len(summary := read_summary(file)): file = file/f"round_{best_round(summary.to_dict('records'))}"
     if file.is_dir(): file = file/'model.safetensors'
     if not file.exists(): raise FileNotFoundError(f"no trained model at {path}: give a run directory, a round_K folder or a model.safetensors")
     tensors, meta = load_tensors(file)

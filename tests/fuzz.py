@@ -2,7 +2,7 @@
 
 A check takes bytes, or a list of words for command lines, and returns what came of it: 'used' or 'refused'. It raises
 if anything but one clear message comes out."""
-import contextlib, io, json, os, tempfile, warnings
+import contextlib, io, os, tempfile, warnings
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +14,6 @@ from faults import add_tables, make_pictures, noisy_student
 @cache
 def samples() -> dict:
     "Real files of every kind: name to bytes."
-    import torch
     from PIL import Image
     root = Path(tempfile.mkdtemp())
     rng, found = np.random.default_rng(0), {}

@@ -1,5 +1,5 @@
 "Labeling on a Ray cluster of two workers: the same bytes as on one machine, also when a worker is killed."
-import io, os, signal, tarfile, time
+import os, signal, tarfile, time
 
 import pytest
 import torch

@@ -1,6 +1,5 @@
 "Whatever happens to a run, its directory stays readable, and the same call ends with the same result, or says in one line what is wrong."
 import os, resource, shutil, signal, threading, time, warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -246,7 +245,7 @@ def test_a_file_in_place_of_a_folder(pictures, tmp_path):
         path = tmp_path/name
         ns = noisy_student(pictures, path, rounds=0)
         path.mkdir(); ns._write_run(ns.config); (path/name).write_text("in the way")
-        with pytest.raises(OSError, match=f"cannot write .*{name}") as e: ns.fit()
+        with pytest.raises(OSError, match=f"cannot write .*{name}"): ns.fit()
         (path/name).unlink()
         assert len(noisy_student(pictures, path, rounds=0).fit()) == 1
 

@@ -155,7 +155,6 @@ def test_timm_model_brings_its_view(files, tmp_path):
 
 
 def test_learner_equals_fastai(files, tmp_path):
-    from fastai.data.transforms import get_image_files
     from fastai.learner import Learner
     from fastai.vision.augment import Resize, aug_transforms
     from fastai.vision.data import ImageDataLoaders

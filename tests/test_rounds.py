@@ -259,7 +259,6 @@ def test_damaged_run_json(tmp_path):
 
 
 def test_hard_labels_and_a_given_selection(tmp_path):
-    from noisy_student.pseudo_labels import select_pseudo_labels
     from noisy_student.rounds import NoisyStudent
     data = miniature()
     NoisyStudent(data, "resnet9_4", tmp_path / "a", **{**SETTINGS, "rounds": 1, "soft": False}).fit()

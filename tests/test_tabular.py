@@ -13,7 +13,7 @@ from fastai.tabular.data import TabularDataLoaders
 
 from noisy_student.models import load_tensors
 from noisy_student.pseudo_labels import read_selection
-from noisy_student.tabular import (FillMedian, SwapNoise, TabularNoise, TabularNoisyStudent, TabularRecipe, swap_noise,
+from noisy_student.tabular import (FillMedian, TabularNoise, TabularNoisyStudent, TabularRecipe, swap_noise,
                                    tabular_noisy_student_learner)
 
 torch.set_num_threads(1)
