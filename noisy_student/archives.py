@@ -32,8 +32,8 @@ def is_archive(name: str | Path # A file name
               ) -> bool:
     "Whether a file of this name stands for the images in it, and not for one. Raises `ArchiveError` for a compressed one."
     if re.search(r'\.(tar\.\w+|tgz|tbz2?|txz)$', str(name)):
-        raise ArchiveError(f"{name} is compressed, so nothing in it can be found without reading all of it: unpack it to a "
-                           "plain .tar (images are compressed already)")
+        raise ArchiveError(f"{name} is compressed, so nothing in it can be found without reading all of it: unpack it "
+                           "to a plain .tar (images are compressed already)")
     return str(name).endswith(ARCHIVES) and not os.path.isdir(name)
 
 # %% ../nbs/00_archives.ipynb #dabd9b6c
@@ -48,10 +48,12 @@ class _Tar: # name -> where its bytes are
                     name = posixpath.normpath(m.name)
                     if not m.isreg() or m.issparse() or posixpath.basename(name).startswith('.'): continue
                     if posixpath.splitext(name)[1].lower() not in known: continue
-                    if name.startswith(('/', '../')): raise ArchiveError(f"{file} holds {m.name!r}, a name that leaves the archive: pack it anew")
+                    if name.startswith(('/', '../')):
+                        raise ArchiveError(f"{file} holds {m.name!r}, a name that leaves the archive: pack it anew")
                     self.at[name] = m.offset_data, m.size
                 t.fileobj.seek(t.offset)
-                if t.fileobj.read(512).strip(b'\0'): raise tarfile.ReadError(f"no header at byte {t.offset:,}") # tarfile takes it for the end
+                # tarfile takes it for the end
+                if t.fileobj.read(512).strip(b'\0'): raise tarfile.ReadError(f"no header at byte {t.offset:,}")
         except (tarfile.TarError, EOFError) as e:
             raise ArchiveError(f"{file} is not a whole tar file ({e}): fetch or make it again") from None
 
@@ -73,7 +75,8 @@ class _Parquet: # row number -> bytes
         found = {f.name: f.name if is_bytes(f.type) else f'{f.name}.bytes' for f in self.pq.schema_arrow
                  if is_bytes(f.type) or pa.types.is_struct(f.type) and f.type.get_field_index('bytes') >= 0}
         if len(found) > 1: found = {k: v for k, v in found.items() if k == 'image'}
-        if not found: raise ArchiveError(f"{file} holds no images: it needs a column 'image' of encoded images, as bytes")
+        if not found:
+            raise ArchiveError(f"{file} holds no images: it needs a column 'image' of encoded images, as bytes")
         (self.name, self.column), = found.items()
         sizes = [self.pq.metadata.row_group(i).num_rows for i in range(self.pq.num_row_groups)]
         self.starts, self.now, self.lock = [sum(sizes[:i]) for i in range(len(sizes) + 1)], (None, None), threading.Lock()

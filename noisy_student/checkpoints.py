@@ -30,7 +30,8 @@ def pack(state: object, # Nested dicts, lists, tuples, tensors, arrays and JSON 
     "Split `state` into tensors and a JSON skeleton; `unpack` puts it together again."
     def go(o, path):
         if isinstance(o, (torch.Tensor, np.ndarray)):
-            tensors[path] = torch.as_tensor(o.astype(np.int64) if isinstance(o, np.ndarray) and o.dtype == np.uint32 else o).detach().cpu().contiguous().clone()
+            tensors[path] = torch.as_tensor(o.astype(np.int64) if isinstance(o, np.ndarray) and o.dtype == np.uint32
+                                            else o).detach().cpu().contiguous().clone()
             return {'tensor': path}
         if isinstance(o, dict): return {'dict': [[k, go(v, f'{path}.{k}')] for k, v in o.items()]}
         if isinstance(o, (list, tuple)): return {type(o).__name__: [go(v, f'{path}.{i}') for i, v in enumerate(o)]}
@@ -50,7 +51,8 @@ def unpack(skeleton: object, # From `pack`
 # %% ../nbs/08d_checkpoints.ipynb #c1da252b
 def _rng_state(): # of every generator that training draws from
     kind, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [] # asking an unused GPU would take its memory
+    # asking an unused GPU would take its memory
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return dict(torch=torch.get_rng_state(), cuda=cuda, python=random.getstate(), numpy=[kind, keys, *rest])
 
 def _set_rng_state(s):
@@ -86,16 +88,20 @@ class RunState(Callback):
         "Put weights and optimizer back if there is a usable checkpoint; of two the later one."
         for file in (self.file, self.previous):
             if not file.exists(): continue
-            try: tensors, meta = load_tensors(file); self._put_back(unpack(json.loads(meta['skeleton']), tensors), learn)
+            try:
+                tensors, meta = load_tensors(file); self._put_back(unpack(json.loads(meta['skeleton']), tensors), learn)
             except (ValueError, KeyError) as e: warnings.warn(f"{e}; training goes on from an earlier point"); continue
             break
         return self.start
 
     def _put_back(self, state, learn):
         learn.model.load_state_dict(state['model']); learn.opt.opt.load_state_dict(state['opt'])
-        for p, s in learn.opt.opt.state.items(): # the fused step reads memory in order, so averages need the strides of their weights
-            s.update({k: torch.empty_like(p).copy_(v) for k, v in s.items() if isinstance(v, torch.Tensor) and v.shape == p.shape})
-        self.rng, self.history, self.seconds, self.smooth, self.cbs = (state[k] for k in ('rng', 'history', 'seconds', 'smooth', 'cbs'))
+        # the fused step reads memory in order, so averages need the strides of their weights
+        for p, s in learn.opt.opt.state.items():
+            s.update({k: torch.empty_like(p).copy_(v) for k, v in s.items()
+                      if isinstance(v, torch.Tensor) and v.shape == p.shape})
+        kept = ('rng', 'history', 'seconds', 'smooth', 'cbs')
+        self.rng, self.history, self.seconds, self.smooth, self.cbs = (state[k] for k in kept)
         self.start = state['epoch'] + 1
         if state.get('batch'): # an epoch may have more and smaller batches now
             self.first, self.pct = state['batch'] * len(learn.dls.train) // state['n_iter'], state['pct']
@@ -116,8 +122,11 @@ class RunState(Callback):
             self.recorder.smooth_loss.val, self.recorder.smooth_loss.count = self.smooth
         if isinstance(self.dls.train, MixedDL):
             self.dls.train.epoch = self.epoch
-            if self.done: self.dls.train.start_at(self.done, partial(_set_rng_state, self.rng) if world() == 1 else noop) # each process has noise of its own
-        if self.progress: self.progress(self.epoch * len(self.dls.train) + self.done, self.n_epoch * len(self.dls.train))
+            # each process has noise of its own
+            if self.done:
+                self.dls.train.start_at(self.done, partial(_set_rng_state, self.rng) if world() == 1 else noop)
+        if self.progress:
+            self.progress(self.epoch * len(self.dls.train) + self.done, self.n_epoch * len(self.dls.train))
     def before_train(self):
         if self.done: self.learn.pct_train = self.pct # the same sum of small steps
 
@@ -143,7 +152,8 @@ class RunState(Callback):
         self._check_loss()
         loss, valid, acc = (float(o) for o in self.recorder.log[1:4])
         if not np.isfinite([loss, valid]).all():
-            raise FloatingPointError(f"the loss is {loss} in training and {valid} in validation after epoch {self.epoch}: {_DIVERGED}")
+            raise FloatingPointError(f"the loss is {loss} in training and {valid} in validation after epoch "
+                                     f"{self.epoch}: {_DIVERGED}")
         self.history.append(dict(epoch=self.epoch, train_loss=loss, valid_loss=valid, valid_accuracy=acc))
         self._save(self.epoch, self.rng)
 
@@ -151,13 +161,16 @@ class RunState(Callback):
         if math.isfinite(float(self.recorder.smooth_loss.val)): return # which stays infinite once it was
         first = next((i for i, o in enumerate(self.recorder.losses) if not math.isfinite(float(o))), 0)
         step = self.start * self.n_iter + self.first + first
-        raise FloatingPointError(f"the loss is {float(self.recorder.smooth_loss.val)} at batch {step % self.n_iter} of epoch {step // self.n_iter}: {_DIVERGED}")
+        raise FloatingPointError(f"the loss is {float(self.recorder.smooth_loss.val)} at batch {step % self.n_iter} of "
+                                 f"epoch {step // self.n_iter}: {_DIVERGED}")
 
     def _save(self, epoch, rng, **within): # the last finished epoch, the random state then, and how far the next one is
         if bad := next((n for n, p in self.model.named_parameters() if not torch.isfinite(p).all()), None):
             raise FloatingPointError(f"{bad} is not finite after batch {self.done} of epoch {self.epoch}: {_DIVERGED}")
-        state = dict(model=self.model.state_dict(), opt=self.opt.opt.state_dict(), rng=rng, history=self.history, epoch=epoch, **within,
-                     cbs={cb.name: cb.state_dict() for cb in self._stateful()}, seconds=time.perf_counter() - self.begun, smooth=(self.recorder.smooth_loss.val, self.recorder.smooth_loss.count))
+        state = dict(model=self.model.state_dict(), opt=self.opt.opt.state_dict(), rng=rng, history=self.history,
+                     epoch=epoch, **within, cbs={cb.name: cb.state_dict() for cb in self._stateful()},
+                     seconds=time.perf_counter() - self.begun,
+                     smooth=(self.recorder.smooth_loss.val, self.recorder.smooth_loss.count))
         self.saved = time.monotonic()
         if rank(): return # of several processes one writes
         tensors = {}

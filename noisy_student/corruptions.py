@@ -71,7 +71,8 @@ def corrupt(
     library, gray = _library(), image.shape[2] == 1
     seed = seed if isinstance(seed, np.random.SeedSequence) else _entropy(seed, corruption, 0)
     library.np.random = np.random.RandomState(seed.generate_state(4)) # the kind it was written for
-    out = np.asarray(getattr(library, corruption)(Image.fromarray(image.repeat(3, 2) if gray else image), severity)).astype(np.uint8)
+    worse = getattr(library, corruption)(Image.fromarray(image.repeat(3, 2) if gray else image), severity)
+    out = np.asarray(worse).astype(np.uint8)
     return np.asarray(Image.fromarray(out).convert('L'))[..., None] if gray else out
 
 # %% ../nbs/09b_corruptions.ipynb #ab3ba526

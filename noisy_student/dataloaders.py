@@ -51,7 +51,8 @@ class ArrayDataset:
         self.device, self.there = device, None
         if n_bytes <= free:
             self.there = torch.empty(self.images.shape, dtype=torch.uint8, device=device), self.targets.to(device)
-            for i in range(0, len(self), 4096): self.there[0][i:i + 4096] = torch.from_numpy(np.array(self.images[i:i + 4096]))
+            for i in range(0, len(self), 4096):
+                self.there[0][i:i + 4096] = torch.from_numpy(np.array(self.images[i:i + 4096]))
         return self
 
     def batch(self, idxs: np.ndarray # int64 (B,)
@@ -153,10 +154,12 @@ class MixedDL(ArrayDL):
         self.labeled, self.n_labeled, self.ratio, self.seed, self.epoch = labeled, bs, ratio if pseudo else 0, seed, 0
         labeled.split_idx = 0
         if pseudo is not None and not len(pseudo): raise ValueError("there are no pseudo-labeled images to train on")
-        self.pool = np.repeat(np.arange(len(pseudo)), 1 if copies is None else copies) + len(labeled) if pseudo else None
+        self.pool = (np.repeat(np.arange(len(pseudo)), 1 if copies is None else copies) + len(labeled) if pseudo
+                     else None)
         self.own = np.repeat(np.arange(len(labeled)), 1 if copies is None or pseudo else copies)
         pile = self.own
-        if self.ratio is None: self.n_labeled, self.pool = 0, (pile := np.concatenate([np.arange(len(labeled)), self.pool]))
+        if self.ratio is None:
+            self.n_labeled, self.pool = 0, (pile := np.concatenate([np.arange(len(labeled)), self.pool]))
         both: Any = _Both(labeled, pseudo) if pseudo else labeled
         super().__init__(both, bs=bs * (1 + (self.ratio or 0)), **kwargs)
         self.steps = steps or -(-len(pile) // bs)
@@ -223,13 +226,16 @@ class ResizedCropFlip(RandTransform):
     def encodes(self, x: TensorImage):
         B = len(x)
         area, log_aspect = torch.empty(B).uniform_(self.min_scale, 1), torch.empty(B).uniform_(-1, 1) * np.log(4 / 3)
-        w, h = (area * log_aspect.exp()).sqrt().clamp(max=1), (area / log_aspect.exp()).sqrt().clamp(max=1) # share of each side
+        # share of each side
+        w, h = (area * log_aspect.exp()).sqrt().clamp(max=1), (area / log_aspect.exp()).sqrt().clamp(max=1)
         cx, cy = (torch.rand(2, B) * 2 - 1) * torch.stack([1 - w, 1 - h])
         sign = torch.where(torch.rand(B) < .5, -1., 1.) if self.flip else 1.
         zero = torch.zeros(B)
-        theta = torch.stack([torch.stack([w * sign, zero, cx], 1), torch.stack([zero, h, cy], 1)], 1).to(x.device, non_blocking=True)
+        theta = torch.stack([torch.stack([w * sign, zero, cx], 1), torch.stack([zero, h, cy], 1)], 1)
+        theta = theta.to(x.device, non_blocking=True)
         grid = nn.functional.affine_grid(theta, x.shape, align_corners=False)
-        return TensorImage(nn.functional.grid_sample(x.as_subclass(torch.Tensor).float(), grid, padding_mode='reflection', align_corners=False).clamp(0, 1))
+        return TensorImage(nn.functional.grid_sample(x.as_subclass(torch.Tensor).float(), grid,
+                                                     padding_mode='reflection', align_corners=False).clamp(0, 1))
 
 # %% ../nbs/06_dataloaders.ipynb #9625cc75
 class NoisyStudentDataLoaders(DataLoaders):
@@ -257,8 +263,10 @@ class NoisyStudentDataLoaders(DataLoaders):
         "A loader over images without labels, for `learn.get_preds(dl=...)`; its targets are zeros. Raises ValueError for an unreadable file."
         if not isinstance(test_items, np.ndarray): # arrays and PIL images too: `learn.predict` gives a list of one
             test_items = [o if isinstance(o, (str, Path)) else np.asarray(o) for o in test_items]
-            if not all(isinstance(o, (str, Path)) for o in test_items): test_items = np.stack([o[..., None] if o.ndim == 2 else o for o in test_items])
-        kwargs = {k: v for k, v in kwargs.items() if k in ('bs', 'device')} # `learn.predict` also sends what is for item transforms
+            if not all(isinstance(o, (str, Path)) for o in test_items):
+                test_items = np.stack([o[..., None] if o.ndim == 2 else o for o in test_items])
+        # `learn.predict` also sends what is for item transforms
+        kwargs = {k: v for k, v in kwargs.items() if k in ('bs', 'device')}
         images, _, bad = load_images(test_items, self.size)
         if bad: raise ValueError(f"{bad[0].item}: {bad[0].reason}")
         return self.valid.new(ArrayDataset(images, np.zeros(len(images), np.int64), self.vocab), **kwargs)
@@ -280,14 +288,15 @@ def mixed_dataloaders(
     num_ranks: int = 1, # Likewise
 ) -> NoisyStudentDataLoaders:
     "Training batches of labeled and pseudo-labeled images, validation batches of labeled ones."
-    if labeled[0].shape[1:] != valid[0].shape[1:] or (pseudo is not None and pseudo[0].shape[1:] != labeled[0].shape[1:]):
-        raise ValueError("labeled, validation and pseudo-labeled images must have one shape, got " + ', '.join(
-            str(o[0].shape[1:]) for o in (labeled, valid, pseudo) if o is not None))
+    shapes = [o[0].shape[1:] for o in (labeled, valid, pseudo) if o is not None]
+    if len(set(shapes)) > 1:
+        raise ValueError("labeled, validation and pseudo-labeled images must have one shape, got "
+                         + ', '.join(map(str, shapes)))
     norm = [Normalize.from_stats(*stats, cuda=False)] if stats else []
     tfms = [IntToFloatTensor(), *norm]
     def dataset(pile): return ArrayDataset(*pile, classes, 0).to(torch.device(device))
-    train = MixedDL(dataset(labeled), pseudo and dataset(pseudo), bs=bs, ratio=ratio, copies=copies, steps=steps, seed=seed, rank=rank, num_ranks=num_ranks,
-                    after_batch=[*(augment or []), *tfms], device=torch.device(device))
-    dls = NoisyStudentDataLoaders(train, ArrayDL(ArrayDataset(*valid, classes), bs=max(256, bs), after_batch=tfms, device=torch.device(device)),
-                                  device=torch.device(device))
-    return dls
+    train = MixedDL(dataset(labeled), pseudo and dataset(pseudo), bs=bs, ratio=ratio, copies=copies, steps=steps,
+                    seed=seed, rank=rank, num_ranks=num_ranks, after_batch=[*(augment or []), *tfms],
+                    device=torch.device(device))
+    exam = ArrayDL(ArrayDataset(*valid, classes), bs=max(256, bs), after_batch=tfms, device=torch.device(device))
+    return NoisyStudentDataLoaders(train, exam, device=torch.device(device))

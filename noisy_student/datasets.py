@@ -31,14 +31,16 @@ class Split:
     def __post_init__(self):
         if isinstance(self.images, np.ndarray):
             if self.images.dtype != np.uint8 or self.images.ndim != 4:
-                raise ValueError(f"images must be a uint8 array (N, H, W, C), got {self.images.dtype} {self.images.shape}")
+                raise ValueError(f"images must be a uint8 array (N, H, W, C), got {self.images.dtype} "
+                                 f"{self.images.shape}")
         else: self.images = [str(o) for o in self.images]
         for name in ('labels', 'hidden'):
             labels = getattr(self, name)
             if labels is None: continue
             setattr(self, name, labels := np.asarray(labels, dtype=np.int64))
             if labels.shape != (len(self.images),):
-                raise ValueError(f"{len(self.images)} images but {name} of shape {labels.shape}: one label per image is needed")
+                raise ValueError(f"{len(self.images)} images but {name} of shape {labels.shape}: one label per image "
+                                 "is needed")
 
     def __len__(self) -> int: return len(self.images)
 
@@ -66,10 +68,12 @@ class Splits:
             if split is None: continue
             if split.labels is None: raise ValueError(f"the {name} images have no labels")
             if len(split) and not 0 <= split.labels.min() <= split.labels.max() < len(self.classes):
-                raise ValueError(f"the {name} labels must lie in 0..{len(self.classes) - 1}, one number per class in `classes`, "
+                raise ValueError(f"the {name} labels must lie in 0..{len(self.classes) - 1}, one number per class in "
+                                 "`classes`, "
                                  f"but reach from {split.labels.min()} to {split.labels.max()}")
         missing = [c for i, c in enumerate(self.classes) if not (self.labeled.labels == i).any()]
-        if missing: raise ValueError(f"no labeled image of class {', '.join(map(repr, missing))}: every class needs at least one")
+        if missing:
+            raise ValueError(f"no labeled image of class {', '.join(map(repr, missing))}: every class needs at least one")
 
     def __repr__(self) -> str:
         sizes = ((n, getattr(self, n)) for n in ('labeled', 'unlabeled', 'valid', 'test'))
@@ -149,7 +153,8 @@ def _to_rgb(img: Image.Image # Any mode
         a = np.asarray(img, dtype=np.float64)
         if img.mode != 'F': a = a / 257 if a.max(initial=0) > 255 else a
         img = Image.fromarray(np.clip(np.nan_to_num(a).round(), 0, 255).astype(np.uint8))
-    return img if img.mode == 'RGB' else img.convert('RGBA').convert('RGB') if img.mode in ('P', 'PA') else img.convert('RGB')
+    return (img if img.mode == 'RGB' else img.convert('RGBA').convert('RGB') if img.mode in ('P', 'PA')
+            else img.convert('RGB'))
 
 def load_image(path: str | Path, # An image file of any format and mode that Pillow reads
                size: int | None = None, # Side in pixels that is wanted at least; lets JPEG decode at a fraction of its size
@@ -163,7 +168,8 @@ def load_image(path: str | Path, # An image file of any format and mode that Pil
             f.seek(0)
             img = Image.open(f)
             if img.width * img.height > max_pixels:
-                raise fail(f"{img.width} x {img.height} pixels are more than the limit of {max_pixels:,}: make it smaller")
+                raise fail(f"{img.width} x {img.height} pixels are more than the limit of {max_pixels:,}: make it "
+                           "smaller")
             if size: img.draft('RGB', (2 * size, 2 * size))
             return _to_rgb(ImageOps.exif_transpose(img))
     except ImageFileError: raise
@@ -172,7 +178,8 @@ def load_image(path: str | Path, # An image file of any format and mode that Pil
     except IsADirectoryError: raise fail("is a folder, not an image") from None
     except PermissionError: raise fail("no permission to read it") from None
     except UnidentifiedImageError: raise fail("not an image, or of a format Pillow does not know") from None
-    except Image.DecompressionBombError: raise fail(f"more pixels than the limit of {max_pixels:,}: make it smaller") from None
+    except Image.DecompressionBombError:
+        raise fail(f"more pixels than the limit of {max_pixels:,}: make it smaller") from None
     except MemoryError: raise fail("too large for this machine's memory") from None
     except Exception as e: raise fail(f"damaged image ({str(e) or type(e).__name__})") from None # decoders raise all sorts
 
@@ -200,7 +207,9 @@ def _decode(item, size): # str or uint8 (H, W, C) -> uint8 (size, size, C) or Ba
 def _cache_key(items, size): # what identifies the decoded result: the files as they are now, and the size
     h = hashlib.sha256(f"{size}".encode())
     for o in items:
-        try: s = os.stat(split_item(str(o))[0]); h.update(f"{o}\0{s.st_size}\0{s.st_mtime_ns}\n".encode(errors='surrogateescape'))
+        try:
+            s = os.stat(split_item(str(o))[0])
+            h.update(f"{o}\0{s.st_size}\0{s.st_mtime_ns}\n".encode(errors='surrogateescape'))
         except OSError: h.update(f"{o}\0missing\n".encode(errors='surrogateescape'))
     return h.hexdigest()[:16]
 
@@ -222,7 +231,8 @@ def load_images(
     bad = [BadImage(*o) for o in d['bad']]
     dropped = {o for o in d['bad_rows']}
     good = np.array([i for i in range(len(items)) if i not in dropped], dtype=np.int64)
-    return Decoded(np.load(file, mmap_mode='r', allow_pickle=False)[:len(good)] if len(good) else np.empty((0, size, size, 3), np.uint8), good, bad)
+    return Decoded(np.load(file, mmap_mode='r', allow_pickle=False)[:len(good)] if len(good)
+                   else np.empty((0, size, size, 3), np.uint8), good, bad)
 
 # %% ../nbs/00_datasets.ipynb #fba83a27
 def _decode_all(items, size, out, progress, done=0, bad=(), bad_rows=(), note=None): # fill `out` front to back with the good images
@@ -236,7 +246,8 @@ def _decode_all(items, size, out, progress, done=0, bad=(), bad_rows=(), note=No
             if progress: progress(min(start + chunk, len(items)), len(items))
     return Decoded(out[:len(good)], np.array(good, dtype=np.int64), bad)
 
-def _new_array(part, shape): # a uint8 array in the file `part`, memory-mapped; OSError here and not later if the disk is too small
+def _new_array(part, shape):
+    # a uint8 array in the file `part`, memory-mapped; OSError here and not later if the disk is too small
     out = np.lib.format.open_memmap(part, mode='w+', dtype=np.uint8, shape=shape)
     if hasattr(os, 'posix_fallocate'): # a full disk must show here: later it would kill the process (SIGBUS)
         with open(part, 'r+b') as f:
@@ -267,7 +278,8 @@ def _write_json(file, value): # whole or not at all
     tmp = file.with_name(file.name + '.tmp')
     tmp.write_text(json.dumps(value)); os.replace(tmp, file)
 
-def _fill_cache(items, size, file, meta, progress): # written under temporary names, renamed when complete; goes on where it was interrupted
+def _fill_cache(items, size, file, meta, progress):
+    # written under temporary names, renamed when complete; goes on where it was interrupted
     part, notes, shape = file.with_suffix('.part'), file.with_suffix('.part.json'), (max(len(items), 1), size, size, 3)
     def state(done, good, bad): return dict(done=done, bad=bad, bad_rows=sorted(set(range(done)) - set(good)))
     def note(done, good, bad): out.flush(); _write_json(notes, state(done, good, bad))
@@ -296,7 +308,8 @@ def list_files(folder: str | Path # A folder; links to folders are followed
         dirs[:] = sorted(d for d in dirs if not d.startswith('.'))
         if (real := os.path.realpath(root)) in seen: dirs[:] = []; continue # a link that leads back up
         seen.add(real)
-        found += [os.path.join(root, f) for f in files if not f.startswith('.') and f not in ('Thumbs.db', 'desktop.ini')]
+        found += [os.path.join(root, f) for f in files if not f.startswith('.')
+                  and f not in ('Thumbs.db', 'desktop.ini')]
     return sorted(found)
 
 def list_images(folder: str | Path # A folder, or one archive
@@ -313,7 +326,8 @@ def _class_folders(folder): # names of the class folders in `folder`
 def _labeled_folder(folder, classes): # Split of folder/<class>/**
     found = _class_folders(folder)
     if set(found) - set(classes):
-        raise ValueError(f"{folder} has the class {sorted(set(found) - set(classes))[0]!r}, which is not in {folder.parent/'train'}: the classes must be the same")
+        raise ValueError(f"{folder} has the class {sorted(set(found) - set(classes))[0]!r}, which is not in "
+                         f"{folder.parent/'train'}: the classes must be the same")
     files = [(f, i) for i, c in enumerate(classes) if c in found for f in list_images(folder/c)]
     return Split([f for f, _ in files], np.array([i for _, i in files], dtype=np.int64))
 
@@ -328,19 +342,21 @@ def from_folder(
     "Splits from a folder of images. Raises ValueError or FileNotFoundError, naming the folder, if the layout is not as above."
     path = Path(os.path.abspath(path)) # so that the names in a run mean the same from every folder
     if not (path/'train').is_dir():
-        raise FileNotFoundError(f"no folder {path/'train'}: labeled images go to {path/'train'/'CLASS'}, one folder per class")
+        raise FileNotFoundError(f"no folder {path/'train'}: labeled images go to {path/'train'/'CLASS'}, one folder "
+                                "per class")
     classes = _class_folders(path/'train')
     if len(classes) < 2: raise ValueError(f"{path/'train'} has {len(classes)} class folder(s), at least 2 are needed")
     train = _labeled_folder(path/'train', classes)
     empty = [c for i, c in enumerate(classes) if not (train.labels == i).any()]
-    if empty: raise ValueError(f"no image in {path/'train'/empty[0]}: every class needs some; add images or remove the folder")
+    if empty:
+        raise ValueError(f"no image in {path/'train'/empty[0]}: every class needs some; add images or remove the folder")
     rng = np.random.default_rng(seed)
     valid_dir = next((path/o for o in ('valid', 'val') if (path/o).is_dir()), None)
     if valid_dir: valid = _labeled_folder(valid_dir, classes)
     else:
         if np.bincount(train.labels).min() < 2:
-            raise ValueError(f"class {classes[np.bincount(train.labels).argmin()]!r} in {path/'train'} has one image and there is no valid folder: "
-                             "add images, or make a valid folder")
+            raise ValueError(f"class {classes[np.bincount(train.labels).argmin()]!r} in {path/'train'} has one image "
+                             "and there is no valid folder: add images, or make a valid folder")
         valid, train = _hold_out(train, max(len(classes), round(len(train) * valid_pct)), rng)
     if not len(valid): raise ValueError(f"no image in {valid_dir}: validation images choose the best round")
     test = _labeled_folder(path/'test', classes) if (path/'test').is_dir() else None
@@ -353,7 +369,8 @@ def _without_labeled(s): # Splits whose pool has no file that is labeled, or in 
     taken = {os.path.realpath(f) for o in (s.labeled, s.valid, s.test) if o is not None for f in o.images}
     keep = np.array([os.path.realpath(f) not in taken for f in s.unlabeled.images], dtype=bool)
     if not keep.all():
-        warnings.warn(f"{(~keep).sum()} of {len(keep)} unlabeled files are labeled, validation or test images: they are left out of the pool")
+        warnings.warn(f"{(~keep).sum()} of {len(keep)} unlabeled files are labeled, validation or test images: they "
+                      "are left out of the pool")
         s.unlabeled = s.unlabeled[keep]
     return s
 
@@ -386,12 +403,15 @@ def _check_members(file): # before it is unpacked: until Python 3.14 nothing els
     with tarfile.open(file) as t:
         for o in t:
             if not (o.isreg() or o.isdir()) or o.name.startswith('/') or '..' in o.name.split('/'):
-                raise ValueError(f"{file} holds {o.name!r}, a link or a name that leaves the archive: remove it, and fetch it anew")
+                raise ValueError(f"{file} holds {o.name!r}, a link or a name that leaves the archive: remove it, and "
+                                 "fetch it anew")
 
 def _imagenet32(): # the folder of 32x32 ImageNet images
     from fastai.data.external import fastai_cfg
     folder = Path(fastai_cfg().path('data'))/'tiny-imagenet-32'
-    if not folder.is_dir(): raise FileNotFoundError(f"no folder {folder}: the pool 'imagenet32' is any set of 32x32 images, put there or given as a path")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}: the pool 'imagenet32' is any set of 32x32 images, put there or "
+                                "given as a path")
     return Split(list_files(folder))
 
 def cifar10(
@@ -404,8 +424,10 @@ def cifar10(
     return _train_test(_fetch('CIFAR'), 'test', n_labeled, unlabeled, seed, n_valid)
 
 # %% ../nbs/00_datasets.ipynb #ebb03ad2
-IMAGENETTE_CLASSES = dict(n01440764='tench', n02102040='English springer', n02979186='cassette player', n03000684='chain saw',
-    n03028079='church', n03394916='French horn', n03417042='garbage truck', n03425413='gas pump', n03445777='golf ball', n03888257='parachute')
+IMAGENETTE_CLASSES = dict(n01440764='tench', n02102040='English springer', n02979186='cassette player',
+                          n03000684='chain saw',
+    n03028079='church', n03394916='French horn', n03417042='garbage truck', n03425413='gas pump', n03445777='golf ball',
+    n03888257='parachute')
 
 def imagenette(
     n_labeled: int | None = None, # Labels to keep, stratified; None keeps all that are not held out
@@ -423,7 +445,8 @@ def _train_test(path, test_name, n_labeled, unlabeled, seed, n_valid): # Splits 
     rng = np.random.default_rng(seed)
     valid, train = _hold_out(_labeled_folder(path/'train', classes), n_valid, rng)
     labeled, rest = _label_some(train, n_labeled, rng)
-    names = unlabeled.split('+') if isinstance(unlabeled, str) and set(unlabeled.split('+')) <= {'rest', 'imagenet32'} else []
+    names = (unlabeled.split('+') if isinstance(unlabeled, str) and set(unlabeled.split('+')) <= {'rest', 'imagenet32'}
+             else [])
     if not names: pool = _pool(unlabeled, rest, path/'unlabeled')
     else:
         pool = rest if 'rest' in names else rest[:0]
@@ -468,7 +491,8 @@ def _svhn_array(root, name): # Split of one .mat file, memory-mapped
     images, labels, meta = done
     made_of = [mat.stat().st_size, mat.stat().st_mtime_ns] if mat.exists() else None
     try:
-        if made_of in (None, json.loads(meta.read_text())): return Split(np.load(images, mmap_mode='r', allow_pickle=False), np.load(labels, allow_pickle=False))
+        if made_of in (None, json.loads(meta.read_text())):
+            return Split(np.load(images, mmap_mode='r', allow_pickle=False), np.load(labels, allow_pickle=False))
     except (OSError, ValueError, EOFError): pass # never made, or damaged
     X, y = _read_mat(mat)
     part = [o.with_name(f'.{o.name}.{os.getpid()}') for o in done] # several processes may start at once
@@ -508,7 +532,8 @@ def svhn(
     if missing := [o for o in names if not there(*_svhn_names(root, o))]: _svhn_download(root, missing)
     train, test, *extra = (_svhn_array(root, o) for o in names)
     if not 0 < n_valid < len(train):
-        raise ValueError(f"n_valid={n_valid} must be in 1..{len(train) - 1}: there are {len(train)} training images in {root}")
+        raise ValueError(f"n_valid={n_valid} must be in 1..{len(train) - 1}: there are {len(train)} training images in "
+                         f"{root}")
     order = np.arange(len(train))
     np.random.RandomState(seed).shuffle(order)
     valid, train = train[order[:n_valid]], train[order[n_valid:]]

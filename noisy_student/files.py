@@ -28,7 +28,8 @@ def read_sums(file: Path # In the format of sha256sum
     "The checksums in a file; lines that are torn are passed over."
     if not file.exists(): return {}
     lines = file.read_text(encoding='utf-8', errors='replace').splitlines()
-    return {o[66:]: o[:64] for o in lines if re.fullmatch(r'[0-9a-f]{64}  [\w-][\w.-]{0,200}', o)} # no name leaves the folder
+    # no name leaves the folder
+    return {o[66:]: o[:64] for o in lines if re.fullmatch(r'[0-9a-f]{64}  [\w-][\w.-]{0,200}', o)}
 
 def write_with_sum(file: Path, # The only one of its folder in SHA256SUMS
                    text: str # Its content
@@ -42,7 +43,8 @@ def altered(folder: Path, # With or without SHA256SUMS
             names: list[str] | None = None # Which files; None: all
            ) -> list[str]: # Names of files that are missing or not what they were
     "Compare the files of a folder with their checksums."
-    return [k for k, v in read_sums(folder/'SHA256SUMS').items() if names is None or k in names if not (folder/k).is_file() or file_sha256(folder/k) != v]
+    return [k for k, v in read_sums(folder/'SHA256SUMS').items() if names is None or k in names
+            if not (folder/k).is_file() or file_sha256(folder/k) != v]
 
 def read_metrics(folder: Path # round_K of a run
                 ) -> dict: # metrics.json
@@ -50,9 +52,11 @@ def read_metrics(folder: Path # round_K of a run
     try:
         if 'metrics.json' in altered(folder, ['metrics.json']): raise ValueError
         d = dict(json.loads((folder/'metrics.json').read_text()))
-        if folder.name != f"round_{d['round']}" or not 0 <= d['valid_accuracy'] <= 1: raise ValueError # what the best round is chosen by
+        # what the best round is chosen by
+        if folder.name != f"round_{d['round']}" or not 0 <= d['valid_accuracy'] <= 1: raise ValueError
         return d
-    except (ValueError, KeyError, TypeError): raise ValueError(f"{folder/'metrics.json'} is damaged: fit(), or noisy-student run, makes it again") from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder/'metrics.json'} is damaged: fit(), or noisy-student run, makes it again") from None
 
 def best_round(rounds: list[dict] # Their metrics, at least one
               ) -> int: # Highest validation accuracy, the latest of several; test accuracy never chooses
@@ -71,7 +75,8 @@ def unsealed(file: Path # Written by `sealed`
     try:
         d = json.loads(file.read_text(encoding='utf-8'))
         if d.pop('sha256') != _digest(d): raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError): raise ValueError(f"{file} is damaged") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{file} is damaged") from None
     return d
 
 def _digest(d): return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()
@@ -103,7 +108,8 @@ def locked(file: Path # The lock file, in the folder to be written
     try: lock.acquire(timeout=0)
     except Timeout:
         who = owner.read_text() if owner.exists() else 'another process'
-        raise InUseError(f"{file.parent} is being written by {who}: wait until it is done, stop it, or choose another folder") from None
+        raise InUseError(f"{file.parent} is being written by {who}: wait until it is done, stop it, or choose another "
+                         "folder") from None
     except OSError: yield; return # a read-only folder: what is to be written will say so
     try:
         owner.write_text(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import fastai.callback.fp16, fastai.callback.progress, fastai.callback.schedule # to_fp16, progress bars, fit_one_cycle and lr_find
+# to_fp16, progress bars, fit_one_cycle and lr_find
+import fastai.callback.fp16, fastai.callback.progress, fastai.callback.schedule
 import torch
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders, TfmdDL
@@ -50,7 +51,8 @@ class Noise:
 
     def __post_init__(self):
         if self.randaugment_n < 0 or self.randaugment_m < 0:
-            raise ValueError(f"randaugment_n={self.randaugment_n} and randaugment_m={self.randaugment_m} must not be negative")
+            raise ValueError(f"randaugment_n={self.randaugment_n} and randaugment_m={self.randaugment_m} must not be "
+                             "negative")
         if not 0 <= self.dropout < 1: raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
         if not 0 < self.survival <= 1: raise ValueError(f"survival={self.survival} must be in (0, 1]")
         if self.style not in STYLES: raise ValueError(f"style={self.style!r} is unknown: use {', '.join(STYLES)}")
@@ -64,7 +66,8 @@ class Noise:
                  ) -> list: # fastai callbacks
         "The callbacks that noise `model` during training. Raises ValueError at once if a noise has nothing to act on."
         cbs = []
-        if self.survival < 1: cbs.append(depth := StochasticDepth(self.survival, **STYLES[self.style].depth)); depth.plan(model)
+        if self.survival < 1:
+            cbs.append(depth := StochasticDepth(self.survival, **STYLES[self.style].depth)); depth.plan(model)
         if self.dropout: cbs.append(dropout := ClassifierDropout(self.dropout)); dropout.heads(model)
         return cbs
 
@@ -84,7 +87,8 @@ def _copy_dl(dl, tfms): # `dl` with more batch transforms, itself unchanged
 def _add_transforms(dls, train_tfms, all_tfms):
     if not train_tfms and not all_tfms: return dls
     if not all(isinstance(dl, TfmdDL) for dl in dls.loaders):
-        raise TypeError(f"dls must hold fastai data loaders, which can take RandAugment as a batch transform, not {type(dls.train).__name__}: "
+        raise TypeError("dls must hold fastai data loaders, which can take RandAugment as a batch transform, not "
+                        f"{type(dls.train).__name__}: "
                         "build them with DataBlock or ImageDataLoaders, or pass noise=Noise(randaugment_n=0)")
     new = copy.copy(dls)
     new.loaders = [_copy_dl(dl, [*all_tfms, *(train_tfms if i == 0 else [])]) for i, dl in enumerate(dls.loaders)]
@@ -105,7 +109,8 @@ class LossOnDevice(Callback):
     order = Recorder.order - 1 # its metrics are reset when a fit begins
     def before_fit(self):
         self.run = hasattr(self.learn, 'recorder') # `default_cbs=False` leaves it out
-        if self.run and type(self.recorder.smooth_loss) is AvgSmoothLoss: self.recorder.smooth_loss = _SmoothLoss(self.recorder.smooth_loss.beta)
+        if self.run and type(self.recorder.smooth_loss) is AvgSmoothLoss:
+            self.recorder.smooth_loss = _SmoothLoss(self.recorder.smooth_loss.beta)
     def after_train(self):
         if waiting := [o for o in self.recorder.losses if o.device.type != 'cpu']:
             self.recorder.losses[-len(waiting):] = torch.stack(waiting).cpu().unbind()
@@ -134,8 +139,12 @@ def noisy_student_learner(
     model = create_model(arch, n_out, n_in or known_in, pretrained)
     train_tfms = noise.transforms()
     norm = []
-    if pretrained and (cfg := getattr(model, 'pretrained_cfg', None)) and not any(isinstance(o, Normalize) for o in dls.after_batch.fs):
-        norm = [Normalize.from_stats(cfg['mean'], cfg['std'], cuda=False)]
-    mixed = getattr(dls.train, 'n_labeled', None) if getattr(dls.train, 'ratio', 0) else None # rows with true labels, which may be smoothed
-    return Learner(_add_transforms(dls, train_tfms, norm), model, loss_func or SoftLabelCrossEntropy(label_smoothing, labeled=mixed), opt_func=opt_func,
-                   metrics=metrics, cbs=[*noise.callbacks(model), HardTargets(), LossOnDevice(), *(cbs or [])], **kwargs)
+    if pretrained and (cfg := getattr(model, 'pretrained_cfg', None)):
+        if not any(isinstance(o, Normalize) for o in dls.after_batch.fs):
+            norm = [Normalize.from_stats(cfg['mean'], cfg['std'], cuda=False)]
+    # rows with true labels, which may be smoothed
+    mixed = getattr(dls.train, 'n_labeled', None) if getattr(dls.train, 'ratio', 0) else None
+    return Learner(_add_transforms(dls, train_tfms, norm), model,
+                   loss_func or SoftLabelCrossEntropy(label_smoothing, labeled=mixed), opt_func=opt_func,
+                   metrics=metrics, cbs=[*noise.callbacks(model), HardTargets(), LossOnDevice(), *(cbs or [])],
+                   **kwargs)

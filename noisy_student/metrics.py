@@ -112,7 +112,8 @@ def restrict(
 
     Raises ValueError for columns that are not there or there twice."""
     scores, columns = np.asarray(scores), np.asarray(subset)
-    if not len(columns) or len(np.unique(columns)) < len(columns) or columns.min() < 0 or columns.max() >= scores.shape[1]:
+    n = len(columns)
+    if not n or len(np.unique(columns)) < n or columns.min() < 0 or columns.max() >= scores.shape[1]:
         raise ValueError(f"subset must be different columns in 0..{scores.shape[1] - 1}, for a network of "
                          f"{scores.shape[1]} classes")
     return scores[:, columns]

@@ -90,11 +90,12 @@ def _meta(path): # parquet metadata of a pseudo-label file as a dict; {} for a t
     try:
         raw = {k.decode(): v.decode() for k, v in raw.items() if k in _KEYS}
         return {k: v if k in _PLAIN else json.loads(v) for k, v in raw.items()}
-    except ValueError as e: raise PseudoLabelError(f"{path} has metadata that are no JSON: if it is one of pseudo labels, make it again") from e
+    except ValueError as e:
+        raise PseudoLabelError(f"{path} has metadata that are no JSON: if it is one of pseudo labels, make it again") from e
 
 _PLAIN = ('teacher', 'version', 'sha256') # stored as they are, everything else as JSON
-_KEYS = [o.encode() for o in ('sha256 classes temperature teacher version view pool num_shards part_size items skipped left_out '
-                              'threshold strict per_class binned seed').split()]
+_KEYS = [o.encode() for o in ('sha256 classes temperature teacher version view pool num_shards part_size items skipped '
+                              'left_out threshold strict per_class binned seed').split()]
 
 # %% ../nbs/05_pseudo_labels.ipynb #d56c754a
 class _Teacher:
@@ -261,7 +262,9 @@ def _as_items(items): # list of str, or uint8 array (N, H, W, C)
         twice = next(o for o, n in Counter(items).items() if n > 1)
         raise PseudoLabelError(f"{twice} is listed twice: list every image once")
     if _is_streamed(items) and not all(map(is_archive, items)):
-        raise PseudoLabelError(f"{items[0]} and other names are archives, but {next(o for o in items if not is_archive(o))} is none: label files and archives in two folders")
+        raise PseudoLabelError(f"{items[0]} and other names are archives, but "
+                               f"{next(o for o in items if not is_archive(o))} is none: label files and archives in "
+                               "two folders")
     return items
 
 def _is_streamed(items): return isinstance(items, list) and any(map(is_archive, items)) # archives, opened when their turn comes
@@ -306,23 +309,29 @@ class _Part(NamedTuple): # of a shard
     archive: int | None # Its position in the pool
 
 def _parts(items, shard, num_shards, part_size, out, piece=None): # made one after the other: only one archive is open
-    name, lo, hi = _share(len(items), shard, num_shards) # piece: only this part, or the parts of this archive, of the shard
+    # piece: only this part, or the parts of this archive, of the shard
+    name, lo, hi = _share(len(items), shard, num_shards)
     if not _is_streamed(items):
         for i, a in enumerate(range(lo, hi, part_size)):
-            if piece in (None, i): yield _Part(out/f'part-{name}-{i:05d}.parquet', items, a, min(a + part_size, hi), None)
+            if piece in (None, i):
+                yield _Part(out/f'part-{name}-{i:05d}.parquet', items, a, min(a + part_size, hi), None)
         return
     for j in range(lo, hi) if piece is None else [lo + piece]:
         found = list_archive(items[j])
         for i, a in enumerate(range(0, len(found), part_size)):
             yield _Part(out/f'part-{name}-{j - lo:05d}-{i:05d}.parquet', found, a, min(a + part_size, len(found)), j)
 
-def _share(n, shard, num_shards): return f"{shard:05d}-of-{num_shards:05d}", n * shard // num_shards, n * (shard + 1) // num_shards
+def _share(n, shard, num_shards):
+    return f"{shard:05d}-of-{num_shards:05d}", n * shard // num_shards, n * (shard + 1) // num_shards
 
-def _label_part(t, part, meta, names, bs, tick=None, known={}, leave_out={}, save=None): # -> its metadata, rows; with a _Teacher in t.evaluating()
-    mine = dict(meta, items=_digest(part.items[part.start:part.stop]) + (_digest(names[part.start:part.stop]) if names else ''))
+def _label_part(t, part, meta, names, bs, tick=None, known={}, leave_out={}, save=None):
+    # -> its metadata, rows; with a _Teacher in t.evaluating()
+    mine = dict(meta, items=_digest(part.items[part.start:part.stop]) + (_digest(names[part.start:part.stop]) if names
+                                                                         else ''))
     label_of = part.items if isinstance(part.items, list) else names # None: positions
     gone = [j for j in sorted(leave_out) if part.start <= j < part.stop]
-    mine['left_out'] = [[str(j if label_of is None else label_of[j]), leave_out[j]] for j in gone] or None # None is what a file without it says
+    # None is what a file without it says
+    mine['left_out'] = [[str(j if label_of is None else label_of[j]), leave_out[j]] for j in gone] or None
     if done := _usable(part.file, mine, known):
         if tick: tick(part.stop)
         return done, pq.read_metadata(part.file).num_rows
@@ -338,7 +347,8 @@ def _save(file, rows, probs, meta, sums=None): # a part, and its checksum as a l
         if sums:
             with open(sums, 'a') as f: f.write(f"{file_sha256(tmp)}  {file.name}\n") # before the part has its name
 
-def _finish_shard(out, name, n, parts, skipped, known={}, left_out=0): # the manifest; n: images; parts: file name -> rows; known: checksums
+def _finish_shard(out, name, n, parts, skipped, known={}, left_out=0):
+    # the manifest; n: images; parts: file name -> rows; known: checksums
     with _replacing(csv := out/f'_skipped-{name}.csv') as tmp:
         pd.DataFrame(skipped, columns=['item', 'reason']).to_csv(tmp, index=False)
     with _replacing(out/f'_sha256-{name}.txt') as tmp: # a line per part, in order
@@ -346,7 +356,8 @@ def _finish_shard(out, name, n, parts, skipped, known={}, left_out=0): # the man
     if len(skipped) == n and left_out == n: raise PseudoLabelError(f"all {n} images are left out: see {csv}")
     if len(skipped) == n:
         raise PseudoLabelError(f"none of the {n} images could be read ({': '.join(skipped[0])}, ...): see {csv}")
-    if unread := len(skipped) - left_out: warnings.warn(f"{unread} of {n} images could not be read and get no label: see {csv}")
+    if unread := len(skipped) - left_out:
+        warnings.warn(f"{unread} of {n} images could not be read and get no label: see {csv}")
     with _replacing(out/f'_shard-{name}.json') as tmp:
         tmp.write_text(json.dumps(dict(items=n, skipped=len(skipped), parts=parts), indent=1))
 
@@ -374,9 +385,11 @@ def predict_pseudo_labels(
     Images that cannot be read are skipped, counted in a warning and listed, like those left out, in `_skipped-*.csv`. Raises
     `PseudoLabelError` if there is nothing to label, the teacher's output is not finite, or the folder holds other
     labels; OSError if the folder cannot be written. Algorithm 1, step 2, of Xie et al."""
-    t, items, folder, meta = _labeling(teacher, items, out, num_shards, temperature, bs, size, mean, std, classes, names, device, part_size, bf16)
+    t, items, folder, meta = _labeling(teacher, items, out, num_shards, temperature, bs, size, mean, std, classes,
+                                       names, device, part_size, bf16)
     if not 0 <= shard < num_shards: raise PseudoLabelError(f"shard={shard} must be in 0..{num_shards - 1}")
-    if leave_out and _is_streamed(items): raise PseudoLabelError("leave_out counts images, and items are archives: give the images")
+    if leave_out and _is_streamed(items):
+        raise PseudoLabelError("leave_out counts images, and items are archives: give the images")
     name, lo, hi = _share(len(items), shard, num_shards)
     tell = progress and _ticker(progress, items, lo, hi)
     bs = bs or (2048 if t.device.type == 'cuda' else 64)
@@ -385,29 +398,34 @@ def predict_pseudo_labels(
         known = read_sums(sums)
         def save(*args): behind(_save, *args, sums)
         for part in _parts(items, shard, num_shards, part_size, folder):
-            done, rows = _label_part(t, part, meta, names, bs, tell and (lambda b: tell(part, b)), known, leave_out, save)
+            done, rows = _label_part(t, part, meta, names, bs, tell and (lambda b: tell(part, b)), known, leave_out,
+                                     save)
             n += part.stop - part.start
             skipped += done['skipped']; parts[part.file.name] = rows
     _finish_shard(folder, name, n, parts, skipped, read_sums(sums), sum(lo <= j < hi for j in leave_out))
     return folder
 
-def _labeling(teacher, items, out, num_shards, temperature, bs, size, mean, std, classes, names, device, part_size, bf16=None):
+def _labeling(teacher, items, out, num_shards, temperature, bs, size, mean, std, classes, names, device, part_size,
+              bf16=None):
     "What all shards of a labeling have in common, checked: _Teacher, items, folder, metadata of the parts."
     items, out = _as_items(items), Path(out)
     n, what = len(items), 'archives' if _is_streamed(items) else 'images'
     if names is not None and (len(names) != n or len(set(names)) < n):
         raise PseudoLabelError(f"{len(set(names))} names for {n} images: every image needs one of its own")
-    if not 1 <= num_shards <= n: raise PseudoLabelError(f"num_shards={num_shards} must be in 1..{n}: there are {n} {what}")
-    if bs is not None and bs < 1 or part_size < 1: raise PseudoLabelError(f"bs={bs} and part_size={part_size} must be at least 1")
+    if not 1 <= num_shards <= n:
+        raise PseudoLabelError(f"num_shards={num_shards} must be in 1..{n}: there are {n} {what}")
+    if bs is not None and bs < 1 or part_size < 1:
+        raise PseudoLabelError(f"bs={bs} and part_size={part_size} must be at least 1")
     if not temperature > 0: raise PseudoLabelError(f"temperature={temperature} must be greater than 0")
     _make_folder(out)
     t = _Teacher(teacher, items, classes, size, mean, std, device, bf16)
-    meta = dict(classes=t.classes, temperature=float(temperature), teacher=t.hash, view=t.spec, pool=_pool_digest(items),
-                num_shards=num_shards, part_size=part_size)
+    meta = dict(classes=t.classes, temperature=float(temperature), teacher=t.hash, view=t.spec,
+                pool=_pool_digest(items), num_shards=num_shards, part_size=part_size)
     for other in sorted(out.glob('part-*.parquet'))[:1]: _usable(other, meta)
     return t, items, out, meta
 
-def _ticker(progress, items, lo, hi): # (part, images of it that are done) -> progress, in images or in megabytes of archives
+def _ticker(progress, items, lo, hi):
+    # (part, images of it that are done) -> progress, in images or in megabytes of archives
     if not _is_streamed(items): return lambda part, done: progress(done - lo, hi - lo)
     ends = np.cumsum([0, *(os.path.getsize(o) for o in items[lo:hi])]) / 1e6
     def tell(part, done):
@@ -432,14 +450,16 @@ def _check_sources(src): # -> files, the metadata they share, whether they are o
             raise PseudoLabelError(f"{files[0]} and {f} do not belong together (what differs: {diff}): label all "
                                    "images with one teacher")
     if 'pool' in metas[0]: _check_shards(files, metas)
-    return files, metas[0], len({m.get('pool') for m in metas} - {None}) == 1 # parts of one labeling: no image is there twice
+    # parts of one labeling: no image is there twice
+    return files, metas[0], len({m.get('pool') for m in metas} - {None}) == 1
 
 def _check_sums(folder): # of all parts in it
     known = {k: v for o in sorted(folder.glob('_sha256-*.txt')) for k, v in read_sums(o).items() if (folder/k).exists()}
     with ThreadPoolExecutor() as pool: sums = pool.map(file_sha256, [folder/o for o in known])
     for name, sha256 in zip(known, sums):
         if sha256 != known[name]:
-            raise PseudoLabelError(f"{folder/name} is damaged (its checksum is another): label again, which makes just this file anew")
+            raise PseudoLabelError(f"{folder/name} is damaged (its checksum is another): label again, which makes just "
+                                   "this file anew")
 
 def _shard_of(file): # of part-00000-of-00001-00000.parquet
     try: return int(file.name.split('-')[1])
@@ -467,7 +487,8 @@ def _check_shards(files, metas):
             raise PseudoLabelError(f"shard {shard} of {num} in {folder} is not complete: run "
                                    f"predict_pseudo_labels(..., shard={shard}, num_shards={num}) again")
 
-def _parquet(files, more='hive_partitioning=false'): # SQL for a table of parquet files, whatever characters their names have
+def _parquet(files, more='hive_partitioning=false'):
+    # SQL for a table of parquet files, whatever characters their names have
     return f"read_parquet([{', '.join(_quoted(glob.escape(str(f))) for f in files)}], {more})"
 
 def _quoted(o): return "'" + str(o).replace("'", "''") + "'"
@@ -497,7 +518,8 @@ def _sql(con, query, files): # run a query; a damaged file is named
             try: pq.read_table(f)
             except Exception as why:
                 raise PseudoLabelError(f"{f} is damaged ({why}): remove it and label its images again") from e
-        raise PseudoLabelError(f"the labels in {Path(files[0]).parent} cannot be selected from: {str(e).splitlines()[0]}") from e
+        raise PseudoLabelError(f"the labels in {Path(files[0]).parent} cannot be selected from: "
+                               f"{str(e).splitlines()[0]}") from e
 
 def _target(per_class, passed): # N, or None where nothing is balanced
     if per_class is None: return None
@@ -534,7 +556,8 @@ class _Content: # checksum of a table that is read or written batch by batch, wh
                 else: h.update((o.flatten() if name == 'probs' else o).to_numpy(zero_copy_only=False).tobytes())
     def sha256(self, meta): # with the metadata, as `_meta` returns them
         columns = {k: h.hexdigest() for k, h in self.columns.items()}
-        return hashlib.sha256(json.dumps([columns, {k: v for k, v in meta.items() if k != 'sha256'}], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([columns, {k: v for k, v in meta.items() if k != 'sha256'}],
+                                         sort_keys=True).encode()).hexdigest()
 
 def _write(tables, out, meta): # a stream of tables of one schema as one file that holds a checksum of its content
     with _replacing(out) as tmp:
@@ -543,7 +566,9 @@ def _write(tables, out, meta): # a stream of tables of one schema as one file th
             for t in tables:
                 writer = writer or pq.ParquetWriter(tmp, t.schema)
                 writer.write_table(t); content.add(t)
-            if hasattr(writer, 'add_key_value_metadata'): writer.add_key_value_metadata({'sha256': content.sha256(meta)}) # from pyarrow 16 on
+            # from pyarrow 16 on
+            if hasattr(writer, 'add_key_value_metadata'):
+                writer.add_key_value_metadata({'sha256': content.sha256(meta)})
         finally:
             if writer: writer.close()
 
@@ -563,27 +588,32 @@ def _histogram(con, table, is_over, threshold, files, binned): # label, bucket o
     rows = _sql(con, f"""SELECT label, CASE WHEN NOT coalesce(isfinite(confidence), false) THEN -2 WHEN {is_over} THEN ({bucket})::INT ELSE -1 END AS bucket,
         count(*) AS count, max(confidence) AS top FROM (SELECT *, round(confidence::DOUBLE * 100) AS near FROM {table}) GROUP BY ALL""", files).df()
     if not len(rows): raise PseudoLabelError(f"no pseudo labels in {files[0].parent}: the table has no row")
-    if n := int(rows['count'][rows.bucket == -2].sum()): raise PseudoLabelError(f"{n} pseudo labels have no confidence (NaN): redo them")
+    if n := int(rows['count'][rows.bucket == -2].sum()):
+        raise PseudoLabelError(f"{n} pseudo labels have no confidence (NaN): redo them")
     if not (rows.bucket >= 0).any():
         raise PseudoLabelError(f"no pseudo label reaches threshold={threshold}: the highest confidence is "
                                f"{rows.top.max():.4f}; lower the threshold")
     return rows.assign(passed=rows['count'].where(rows.bucket >= 0, 0)), bucket
 
-def _edges(rows, target, binned): # per label: the bucket below which nothing is needed, n: images it has, or with `binned` has above the edge
+def _edges(rows, target, binned):
+    # per label: the bucket below which nothing is needed, n: images it has, or with `binned` has above the edge
     over = rows[rows.bucket >= 0].sort_values(['label', 'bucket'], ascending=[True, False])
     above = over.groupby('label')['count'].cumsum() # images of the class in this bucket and higher ones
     n = over.groupby('label')['count'].sum()
     if target is None: return pd.DataFrame(dict(edge=0, n=n)).reset_index()
-    first = over.assign(above=above)[above >= target].groupby('label').first() # the highest bucket with N images at or above it
+    # the highest bucket with N images at or above it
+    first = over.assign(above=above)[above >= target].groupby('label').first()
     edges = pd.DataFrame(dict(edge=first.bucket.reindex(n.index).fillna(0).astype(int), n=n))
     if binned: edges['n'] = first.above.reindex(n.index).fillna(n).astype(int)
     return edges.reset_index()
 
-def _check_unique(con, table, is_over, files): # over everything that passed: expensive, and not needed for the parts of one labeling
+def _check_unique(con, table, is_over, files):
+    # over everything that passed: expensive, and not needed for the parts of one labeling
     twice = _sql(con, f"SELECT item FROM {table} WHERE {is_over} GROUP BY item HAVING count(*) > 1 ORDER BY item LIMIT 1", files).fetchall()
     if twice: raise PseudoLabelError(f"image {twice[0][0]} has two pseudo labels: label the pool again in a new folder")
 
-def _pick(con, is_over, bucket, edges, target, files, seed): # the temporary table `kept`: item, label, confidence, copies, where it is, its place in the selection
+def _pick(con, is_over, bucket, edges, target, files, seed):
+    # the temporary table `kept`: item, label, confidence, copies, where it is, its place in the selection
     parts = pd.DataFrame(dict(part=range(len(files)), filename=[str(f) for f in files]))
     con.register('edges', edges); con.register('parts', parts)
     needed = f"""SELECT item, label, confidence, part, pos, n FROM (SELECT item, label, confidence::FLOAT AS confidence, round(confidence::FLOAT::DOUBLE * 100) AS near,
@@ -625,9 +655,11 @@ def _fetch_part(file, at, places, out): # the probabilities of these rows of one
     for g in np.unique(group):
         mine = group == g
         probs = table.read_row_group(g, ['probs'])['probs'].combine_chunks()
-        probs = (probs.combine_chunks() if isinstance(probs, pa.ChunkedArray) else probs).take(pa.array(at[mine] - starts[g]))
+        probs = (probs.combine_chunks() if isinstance(probs, pa.ChunkedArray)
+                 else probs).take(pa.array(at[mine] - starts[g]))
         flat = probs.flatten().to_numpy(zero_copy_only=False)
-        if len(flat) != mine.sum() * out.shape[1]: raise PseudoLabelError(f"{file} has rows that do not have {out.shape[1]} probabilities each")
+        if len(flat) != mine.sum() * out.shape[1]:
+            raise PseudoLabelError(f"{file} has rows that do not have {out.shape[1]} probabilities each")
         out[places[mine]] = flat.reshape(-1, out.shape[1])
 
 # %% ../nbs/05_pseudo_labels.ipynb #1bf7a230
@@ -635,11 +667,14 @@ def _some(names): return ', '.join(names[:10]) + (', ...' if len(names) > 10 els
 
 def _warn(classes, stats, threshold, target): # of what usually goes wrong
     if unseen := [c for c, n in zip(classes, stats.seen) if not n]:
-        warnings.warn(f"the teacher gave no image the class {_some(unseen)}: train it longer or on more labels, or check the pool")
+        warnings.warn(f"the teacher gave no image the class {_some(unseen)}: train it longer or on more labels, or "
+                      "check the pool")
     if low := [c for c, s, n in zip(classes, stats.seen, stats.passed) if s and not n]:
-        warnings.warn(f"no pseudo label of {len(low)} of {len(classes)} classes reaches threshold={threshold}: {_some(low)}")
+        warnings.warn(f"no pseudo label of {len(low)} of {len(classes)} classes reaches threshold={threshold}: "
+                      f"{_some(low)}")
     if 0 < threshold <= 1 / len(classes):
-        warnings.warn(f"threshold={threshold} filters nothing: with {len(classes)} classes the highest probability is always "
+        warnings.warn(f"threshold={threshold} filters nothing: with {len(classes)} classes the highest probability is "
+                      "always "
                       f"{1 / len(classes):.2f} or more")
     if rare := [f"{c} ({n})" for c, n in zip(classes, stats.passed) if target and 0 < n <= target / 10]:
         warnings.warn(f"few pseudo labels are copied 10 times or more to reach {target} per class: {_some(rare)}")
@@ -676,7 +711,8 @@ def select_pseudo_labels(
     table = f"(SELECT item, label, confidence::FLOAT AS confidence FROM {_parquet(files)})"
     is_over = f"confidence {'>' if strict else '>='} {float(np.float32(threshold))!r}::FLOAT"
     with tempfile.TemporaryDirectory(dir=out.parent, prefix='.select-') as spill, _duckdb() as con:
-        con.execute(f"SET temp_directory = {_quoted(spill)}; SET memory_limit = '{_memory()}'; SET preserve_insertion_order = false")
+        con.execute(f"SET temp_directory = {_quoted(spill)}; SET memory_limit = '{_memory()}'; SET "
+                    "preserve_insertion_order = false")
         rows, bucket = _histogram(con, table, is_over, threshold, files, binned)
         stats = rows.rename(columns=dict(count='seen')).groupby('label', dropna=False)[['seen', 'passed']].sum()
         k = len(_sql(con, f"SELECT probs FROM {_parquet(files)} LIMIT 1", files).fetchall()[0][0])
@@ -689,7 +725,9 @@ def select_pseudo_labels(
         if not is_one: _check_unique(con, table, is_over, files)
         n = _pick(con, is_over, bucket, _edges(rows, target, binned), target, files, int(seed) if binned else None)
         kept = {key: meta[key] for key in ('temperature', 'teacher', 'view', 'pool') if key in meta}
-        kept.update(classes=classes, threshold=float(threshold), strict=bool(strict), per_class=per_class if per_class in (None, 'mean', 'largest') else int(per_class), version=__version__)
+        kept.update(classes=classes, threshold=float(threshold), strict=bool(strict),
+                    per_class=per_class if per_class in (None, 'mean', 'largest') else int(per_class),
+                    version=__version__)
         if binned: kept.update(binned=True, seed=int(seed))
         _write(_selected(con, _fetch_probs(con, files, n, k, spill), kept), out, kept)
     return Selection(out, pd.concat([stats, _summary(out, classes)], axis=1)[['class', 'seen', 'passed', *_KEPT]])
@@ -699,7 +737,8 @@ def _open_selection(selection): # -> path, metadata
     path = Path(getattr(selection, 'path', selection))
     if not path.is_file(): raise PseudoLabelError(f"no selection at {path}: make it with select_pseudo_labels")
     meta = _meta(path)
-    if not {'item', 'label', 'confidence', 'probs', 'copies'} <= set(pq.read_schema(path).names) or 'classes' not in meta:
+    if not {'item', 'label', 'confidence', 'probs',
+            'copies'} <= set(pq.read_schema(path).names) or 'classes' not in meta:
         raise PseudoLabelError(f"{path} is not a selection: make one with select_pseudo_labels")
     _check_content(path, meta)
     if not pq.read_metadata(path).num_rows: raise PseudoLabelError(f"the selection {path} has no row: select again")
@@ -709,7 +748,8 @@ def _check_pool(pool, images, last):
     if isinstance(images, list):
         raise PseudoLabelError("the selection holds positions in an array, but the pool is a list of files")
     if last >= len(images) or (pool is not None and pool != _pool_digest(images)):
-        raise PseudoLabelError("the selection belongs to another pool of images: give the one that was labeled (the same data set, labels and seed)")
+        raise PseudoLabelError("the selection belongs to another pool of images: give the one that was labeled (the "
+                               "same data set, labels and seed)")
 
 def relabel_pseudo_labels(
     teacher: Learner | nn.Module, # The new teacher, of the same classes
@@ -740,7 +780,8 @@ def relabel_pseudo_labels(
         raise PseudoLabelError(f"the teacher's classes {t.classes} are not those of {path}, {meta['classes']}")
     T, total = meta.get('temperature', 1.) if temperature is None else temperature, pq.read_metadata(path).num_rows
     if not T > 0 or bs < 1: raise PseudoLabelError(f"temperature={T} must be greater than 0, bs={bs} at least 1")
-    new = dict({k: v for k, v in meta.items() if k != 'sha256'}, temperature=float(T), teacher=t.hash, view=t.spec, version=__version__)
+    new = dict({k: v for k, v in meta.items() if k != 'sha256'}, temperature=float(T), teacher=t.hash, view=t.spec,
+               version=__version__)
     def tables():
         done = 0
         for c in _batches(path, max(1, 8192 // bs) * bs, ['item', 'copies']):
@@ -753,7 +794,8 @@ def relabel_pseudo_labels(
             yield _table(c['item'], probs, new, copies=c['copies'])
     with t.evaluating(): _write(tables(), out, new)
     summary = _summary(out, t.classes)
-    if gone := list(summary['class'][summary.kept == 0]): warnings.warn(f"after relabeling no image has the class {_some(gone)}")
+    if gone := list(summary['class'][summary.kept == 0]):
+        warnings.warn(f"after relabeling no image has the class {_some(gone)}")
     return Selection(out, summary)
 
 # %% ../nbs/05_pseudo_labels.ipynb #91ec2b88
@@ -787,8 +829,10 @@ def read_selection(selection: Selection | str | Path # What select_pseudo_labels
     "Read a selection. Raises `PseudoLabelError`, naming the file, if it is none."
     path, meta = _open_selection(selection)
     parts = list(_batches(path, 8192)) # read as the checksum was taken
-    items, label, confidence, copies = (pa.chunked_array([c[o] for c in parts]) for o in ('item', 'label', 'confidence', 'copies'))
+    items, label, confidence, copies = (pa.chunked_array([c[o] for c in parts])
+                                        for o in ('item', 'label', 'confidence', 'copies'))
     probs = np.concatenate([c['probs'] for c in parts])
     items = items.to_pylist() if pa.types.is_string(items.type) else items.to_numpy()
     return PseudoLabels(items, label.to_numpy().astype(np.int64), confidence.to_numpy(),
-                        probs / probs.sum(1, keepdims=True), copies.to_numpy().astype(np.int64), meta['classes'], meta.get('pool'))
+                        probs / probs.sum(1, keepdims=True), copies.to_numpy().astype(np.int64), meta['classes'],
+                        meta.get('pool'))

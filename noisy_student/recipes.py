@@ -77,12 +77,12 @@ class Recipe:
             if not any(_is(value, k) for k in kinds):
                 wanted = ' or '.join('None' if k is type(None) else k.__name__ for k in kinds)
                 raise ValueError(f"{f.name}={value!r} must be {wanted}, not {type(value).__name__}")
-        at_least = dict(rounds=0, epochs=1, teacher_epochs=1, steps=1, bs=1, ratio=1, accumulate=1, lr_per=1, warmup=0, wd=0, size=1,
-                        unlabeled_weight=0, pad=0, rotate=0, zoom=1, cutout=0)
+        at_least = dict(rounds=0, epochs=1, teacher_epochs=1, steps=1, bs=1, ratio=1, accumulate=1, lr_per=1, warmup=0,
+                        wd=0, size=1, unlabeled_weight=0, pad=0, rotate=0, zoom=1, cutout=0)
         above = dict(lr=0, temperature=0, decay_every=0)
         below_one = ('label_smoothing', 'ema')
-        one_of = dict(optimizer=tuple(OPTIMIZERS), schedule=SCHEDULES, wd_on=('weights', 'shortcuts'), init=('scratch', 'teacher'),
-                      relabel=('all', 'selected'))
+        one_of = dict(optimizer=tuple(OPTIMIZERS), schedule=SCHEDULES, wd_on=('weights', 'shortcuts'),
+                      init=('scratch', 'teacher'), relabel=('all', 'selected'))
         for name, want, ok in [
             *((k, f'at least {v}', lambda x, v=v: x >= v) for k, v in at_least.items()),
             *((k, f'greater than {v}', lambda x, v=v: x > v) for k, v in above.items()),
@@ -92,17 +92,25 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not ok(value): raise ValueError(f"{name}={value!r} must be {want}")
         if not (self.per_class in ('mean', 'largest', None) or (type(self.per_class) is int and self.per_class > 0)):
-            raise ValueError(f"per_class={self.per_class!r} must be a number of images from 1 on, 'mean', 'largest' or None")
-        if self.bs % self.accumulate: raise ValueError(f"bs={self.bs} cannot be split into accumulate={self.accumulate} equal parts")
+            raise ValueError(f"per_class={self.per_class!r} must be a number of images from 1 on, 'mean', 'largest' or "
+                             "None")
+        if self.bs % self.accumulate:
+            raise ValueError(f"bs={self.bs} cannot be split into accumulate={self.accumulate} equal parts")
         if self.ratio is None and (self.label_smoothing or self.unlabeled_weight is not None):
-            raise ValueError("ratio=None shuffles labeled and pseudo-labeled images into one pile: label_smoothing and unlabeled_weight, which tell them apart, must be 0 and None")
-        if self.on_the_fly and (self.threshold or self.per_class is not None or self.binned or not self.soft or self.ratio is None or self.relabel != 'all'):
-            raise ValueError("on_the_fly=True makes no table to filter: set threshold=0, per_class=None, binned=False, soft=True, relabel='all', and a ratio")
+            raise ValueError("ratio=None shuffles labeled and pseudo-labeled images into one pile: label_smoothing and "
+                             "unlabeled_weight, which tell them apart, must be 0 and None")
+        if self.on_the_fly and (self.threshold or self.per_class is not None or self.binned or not self.soft
+                                or self.ratio is None or self.relabel != 'all'):
+            raise ValueError("on_the_fly=True makes no table to filter: set threshold=0, per_class=None, binned=False, "
+                             "soft=True, relabel='all', and a ratio")
         if self.schedule != 'staircase' and (self.warmup is not None or self.decay_every is not None):
             raise ValueError(f"warmup and decay_every belong to schedule='staircase', not to {self.schedule!r}")
-        if self.pad and self.min_scale < 1: raise ValueError("pad shifts the image and min_scale crops it: set one of the two (pad=0 or min_scale=1)")
-        if self.ema is not None and any(n and n.survival < 1 and n.style == 'keras' for n in (self.noise, self.teacher_noise)):
-            raise ValueError("ema averages weights that Noise(style='keras') rescales during training: leave ema=None, or use another style")
+        if self.pad and self.min_scale < 1:
+            raise ValueError("pad shifts the image and min_scale crops it: set one of the two (pad=0 or min_scale=1)")
+        if self.ema is not None and any(n and n.survival < 1 and n.style == 'keras'
+                                        for n in (self.noise, self.teacher_noise)):
+            raise ValueError("ema averages weights that Noise(style='keras') rescales during training: leave ema=None, "
+                             "or use another style")
         if self.binned and self.per_class is None: raise ValueError("binned=True is a way of balancing: set per_class")
 
     @property
@@ -113,7 +121,8 @@ class Recipe:
     def stairs(self, epochs: int # Of this round
               ) -> dict: # `every` and `warmup` of `staircase`
         "Length of the stairs and of the warm-up in a training of so many epochs."
-        return dict(every=self.decay_every or 2.4 * epochs / 350, warmup=min(5., epochs / 2) if self.warmup is None else self.warmup)
+        return dict(every=self.decay_every or 2.4 * epochs / 350,
+                    warmup=min(5., epochs / 2) if self.warmup is None else self.warmup)
 
     def to_json(self) -> dict:
         "As plain JSON types."
@@ -123,33 +132,40 @@ class Recipe:
 def _paper(name, ratio, m=27, **changes): # the ImageNet recipe for one EfficientNet
     o = EFFICIENTNETS[name]
     return Recipe(**{**dict(
-        archs=(f'tf_efficientnet_{name}',), rounds=1, epochs=700 if name in ('b0', 'b1', 'b2', 'b3', 'b4') else 350, bs=2048, ratio=ratio,
+        archs=(f'tf_efficientnet_{name}',), rounds=1, epochs=700 if name in ('b0', 'b1', 'b2', 'b3', 'b4') else 350,
+        bs=2048, ratio=ratio,
         optimizer='rmsprop', schedule='staircase', lr=.128, lr_per=2048, wd=1e-5, ema=.9999, label_smoothing=.1,
         noise=Noise(2 if m else 0, m, o.dropout, .8), threshold=.3, per_class=130_000, size=o.resolution, min_scale=.08,
         source='arXiv 1911.04252; B0 to B7 with the magnitudes of the reference'), **changes})
 
 def _keras(teacher_noise, result):
     return Recipe(
-        archs=('keras_resnet50',), rounds=1, epochs=300, bs=64, ratio=None, optimizer='adam', schedule='plateau', lr=1e-3, wd=1e-4,
-        wd_on='shortcuts', label_smoothing=0., noise=Noise(2, 10, .5, .8, 'keras'), teacher_noise=teacher_noise, soft=False, threshold=.75,
-        strict=True, per_class='largest', unlabeled='imagenet32', flip=False, source=f'Keras study of CIFAR-10; there {result}')
+        archs=('keras_resnet50',), rounds=1, epochs=300, bs=64, ratio=None, optimizer='adam', schedule='plateau',
+        lr=1e-3, wd=1e-4,
+        wd_on='shortcuts', label_smoothing=0., noise=Noise(2, 10, .5, .8, 'keras'), teacher_noise=teacher_noise,
+        soft=False, threshold=.75,
+        strict=True, per_class='largest', unlabeled='imagenet32', flip=False,
+        source=f'Keras study of CIFAR-10; there {result}')
 
 RECIPES = dict(
     default=Recipe(noise=Noise(2, 10, 0.2, 0.9), min_scale=0.35),
-    digits=Recipe(archs=('resnet9_16',), rounds=3, epochs=6, teacher_epochs=12, steps=50, bs=32, ratio=5, lr=5e-3, label_smoothing=0.,
+    digits=Recipe(archs=('resnet9_16',), rounds=3, epochs=6, teacher_epochs=12, steps=50, bs=32, ratio=5, lr=5e-3,
+                  label_smoothing=0.,
                   noise=Noise(2, 10, 0.5, 0.8), teacher_noise=Noise(1, 5, 0.3, 0.9), threshold=0.8, per_class=None,
                   size=12, pad=1, rotate=15, zoom=1.2, flip=False, bf16=False),
-    cifar10=Recipe(archs=('resnet9_24', 'resnet9_32'), rounds=1, epochs=8, teacher_epochs=12, steps=200, bs=64, ratio=3, lr=4e-3,
-                   noise=Noise(1, 5, 0.2, 0.9), teacher_noise=Noise(1, 3, 0.2, 0.9), pad=4),
+    cifar10=Recipe(archs=('resnet9_24', 'resnet9_32'), rounds=1, epochs=8, teacher_epochs=12, steps=200, bs=64, ratio=3,
+                   lr=4e-3, noise=Noise(1, 5, 0.2, 0.9), teacher_noise=Noise(1, 3, 0.2, 0.9), pad=4),
     paper=_paper('l2', 14, archs=tuple(f'tf_efficientnet_{o}' for o in ('b7', 'l0', 'l1', 'l2')), rounds=3, size=475,
                  source='arXiv 1911.04252; there 88.4 % top-1 on ImageNet after FixRes at 800 px'),
     **{f'paper-b{i}': _paper(f'b{i}', 1 if i == 0 else 3, m) for i, m in enumerate((0, 0, 6, 12, 15, 18, 24, 27))},
     svhn=Recipe(
-        archs=('tf_efficientnet_b0_small_image',), rounds=1, epochs=202, bs=128, ratio=5, optimizer='rmsprop', schedule='staircase', lr=.016,
-        lr_per=256, wd=1e-4, ema=.9999, label_smoothing=.1, unlabeled_weight=5., noise=Noise(2, 5, .2, .8, 'reference'), threshold=.3,
-        per_class=53_113, binned=True, unlabeled='extra', pad=4, flip=False, cutout=16,
+        archs=('tf_efficientnet_b0_small_image',), rounds=1, epochs=202, bs=128, ratio=5, optimizer='rmsprop',
+        schedule='staircase', lr=.016,
+        lr_per=256, wd=1e-4, ema=.9999, label_smoothing=.1, unlabeled_weight=5., noise=Noise(2, 5, .2, .8, 'reference'),
+        threshold=.3, per_class=53_113, binned=True, unlabeled='extra', pad=4, flip=False, cutout=16,
         source='google-research/noisystudent, 109,474 steps; there 97.9 -> 98.6 +- 0.1 %'),
-    **{'keras-cifar10': _keras(Noise.none(), '88.39 -> 93.94 %'), 'keras-cifar10-noised': _keras(None, '94.14 -> 94.28 %')},
+    **{'keras-cifar10': _keras(Noise.none(), '88.39 -> 93.94 %'),
+       'keras-cifar10-noised': _keras(None, '94.14 -> 94.28 %')},
 )
 
 def get_recipe(recipe: str | Recipe, # A name in `RECIPES`, or a recipe
@@ -159,7 +175,8 @@ def get_recipe(recipe: str | Recipe, # A name in `RECIPES`, or a recipe
     if isinstance(recipe, str):
         if recipe not in RECIPES:
             near = get_close_matches(recipe, RECIPES, n=1)
-            raise ValueError(f"unknown recipe {recipe!r}: there are {', '.join(RECIPES)}{f' (did you mean {near[0]}?)' if near else ''}")
+            raise ValueError(f"unknown recipe {recipe!r}: there are "
+                             f"{', '.join(RECIPES)}{f' (did you mean {near[0]}?)' if near else ''}")
         recipe = RECIPES[recipe]
     if not isinstance(recipe, Recipe): raise ValueError(f"a recipe is a name or a Recipe, not {type(recipe).__name__}")
     known = [f.name for f in fields(Recipe)]
@@ -169,31 +186,42 @@ def get_recipe(recipe: str | Recipe, # A name in `RECIPES`, or a recipe
 
 # %% ../nbs/08b_recipes.ipynb #33bdbd9d
 def _noise_text(n):
-    ra = f"N={n.randaugment_n}, M={n.randaugment_m:g}{' drawn from 0 to M' if n.style == 'keras' else ''}" if n.randaugment_n else 'no RandAugment'
+    ra = (f"N={n.randaugment_n}, M={n.randaugment_m:g}{' drawn from 0 to M' if n.style == 'keras' else ''}"
+          if n.randaugment_n else 'no RandAugment')
     return f"{ra}; dropout {n.dropout:g}; last survival {n.survival:g}"
 
 def _describe(r):
-    def each(o): return f'{o:,}' if isinstance(o, int) else {'mean': 'the mean of the classes', 'largest': 'the largest class', None: 'no balancing'}[o]
+    def each(o):
+        return (f'{o:,}' if isinstance(o, int)
+                else {'mean': 'the mean of the classes', 'largest': 'the largest class', None: 'no balancing'}[o])
     rate = f"{r.lr:g}" + (f" per {r.lr_per}" if r.lr_per else '')
     stairs = r.stairs(r.epochs)
-    schedule = {'one-cycle': 'one cycle', 'staircase': f"x0.97 every {stairs['every']:.3g} epochs, {stairs['warmup']:g} of warm-up",
-                'plateau': f"constant for {round(r.epochs * 5 / 6)} epochs, then x0.1 on a plateau of 3 epochs, end after 10"}[r.schedule]
+    schedule = {'one-cycle': 'one cycle',
+                'staircase': f"x0.97 every {stairs['every']:.3g} epochs, {stairs['warmup']:g} of warm-up",
+                'plateau': f"constant for {round(r.epochs * 5 / 6)} epochs, then x0.1 on a plateau of 3 epochs, end "
+                           "after 10"}[r.schedule]
     optimizer = {'adamw': 'AdamW', 'adam': 'Adam', 'rmsprop': 'RMSProp .9, momentum .9, eps .001'}[r.optimizer]
-    view = [o for o, on in [(f'shift {r.pad} px', r.pad), (f'crop {r.min_scale:g} to 1', r.min_scale < 1), (f'rotate {r.rotate:g} degrees', r.rotate),
-                            (f'zoom {r.zoom:g}', r.zoom > 1), ('mirror', r.flip), (f'cutout {r.cutout}x{r.cutout}', r.cutout)] if on]
+    view = [o for o, on in [(f'shift {r.pad} px', r.pad), (f'crop {r.min_scale:g} to 1', r.min_scale < 1),
+                            (f'rotate {r.rotate:g} degrees', r.rotate),
+                            (f'zoom {r.zoom:g}', r.zoom > 1), ('mirror', r.flip),
+                            (f'cutout {r.cutout}x{r.cutout}', r.cutout)] if on]
     return {
         'architectures': ' -> '.join(r.archs) or 'yours', 'rounds': r.rounds,
         'batch / ratio': f"{r.bs} / {r.ratio}x" if r.ratio else f"{r.bs}, concatenated and shuffled",
-        'epochs': f"{r.epochs}" + (f", teacher {r.teacher_epochs}" if r.teacher_epochs else '') + (f", of {r.steps} steps" if r.steps else ''),
+        'epochs': f"{r.epochs}" + (f", teacher {r.teacher_epochs}" if r.teacher_epochs
+                                   else '') + (f", of {r.steps} steps" if r.steps else ''),
         'optimizer': f"{optimizer}; lr {rate}", 'schedule': schedule, 'noise': _noise_text(r.noise),
-        "teacher's noise": 'the same' if r.teacher_noise is None else 'none' if r.teacher_noise == Noise.none() else _noise_text(r.teacher_noise),
+        "teacher's noise": 'the same' if r.teacher_noise is None else 'none' if r.teacher_noise == Noise.none()
+        else _noise_text(r.teacher_noise),
         'view': ', '.join(view) or 'plain', 'label smoothing': f"{r.label_smoothing:g}",
-        'weight decay': f"{r.wd:g}{' on shortcuts' if r.wd_on == 'shortcuts' else ''}", 'EMA': f"{r.ema:g}" if r.ema else 'none',
+        'weight decay': f"{r.wd:g}{' on shortcuts' if r.wd_on == 'shortcuts' else ''}",
+        'EMA': f"{r.ema:g}" if r.ema else 'none',
         'loss': 'one mean' if r.unlabeled_weight is None else f"labeled + {r.unlabeled_weight:g} x pseudo-labeled",
         'filter': 'none' if r.on_the_fly else f"confidence {'>' if r.strict else '>='} {r.threshold:g}",
         'balance': 'none' if r.on_the_fly else f"{each(r.per_class)}{' per class' if isinstance(r.per_class, int) else ''}{' by bins' if r.binned else ''}",
         'targets': f"{'soft' if r.soft else 'hard'}{f', T={r.temperature:g}' if r.temperature != 1 else ''}{', on the fly' if r.on_the_fly else ''}{', by a noised teacher' if r.noised_teacher else ''}",
-        'pool': r.unlabeled or "the data's own", 'size': f"{r.size} px" if r.size else "the data's", 'source': r.source or 'ours',
+        'pool': r.unlabeled or "the data's own", 'size': f"{r.size} px" if r.size else "the data's",
+        'source': r.source or 'ours',
     }
 
 def recipe_table(*names: str # Of `RECIPES`; none: all

@@ -37,14 +37,15 @@ from .checkpoints import RunState, _seeded, pack, unpack # pack and unpack for t
 from .dataloaders import PadCropFlip, ResizedCropFlip, mixed_dataloaders
 from .datasets import Splits, load_images
 from .distributed import MeanGradients, barrier, first_rank_first, join, own_device, rank, world
-from .files import altered, best_round, locked, read_metrics, sealed, stoppable, unsealed, write_sums, write_text, write_with_sum
+from .files import (altered, best_round, locked, read_metrics, sealed, stoppable, unsealed, write_sums,
+                                 write_text, write_with_sum)
 from .leaks import find_leaks
 from .learner import Noise, noisy_student_learner
 from .losses import SoftLabelCrossEntropy
 from .models import create_model, load_tensors, load_weights, n_parameters, save_weights
 from .pretrained import Trained
-from .pseudo_labels import (PseudoLabelError, Selection, predict_pseudo_labels, read_selection, relabel_pseudo_labels,
-                                         select_pseudo_labels)
+from .pseudo_labels import (PseudoLabelError, Selection, predict_pseudo_labels, read_selection,
+                                         relabel_pseudo_labels, select_pseudo_labels)
 from .randaugment import BatchRandAugment
 from .recipes import Recipe, get_recipe
 from .stochastic_depth import TrainingNoise
@@ -64,7 +65,8 @@ def _in_bf16(model, device): # inside, every forward pass of `model` runs in bfl
     contexts = []
     def enter(*_): contexts.append(c := torch.autocast(device.type, torch.bfloat16)); c.__enter__()
     def leave(*_): contexts.pop().__exit__(None, None, None)
-    hooks = [model.register_forward_pre_hook(enter), model.register_forward_hook(leave, always_call=True)] # also when forward raised
+    # also when forward raised
+    hooks = [model.register_forward_pre_hook(enter), model.register_forward_hook(leave, always_call=True)]
     try: yield
     finally:
         for h in hooks: h.remove()
@@ -86,10 +88,12 @@ def _fit(learn, epochs, recipe, state, more):
     if recipe.accumulate > 1: cbs.append(GradientAccumulation(learn.dls.train.bs * recipe.accumulate))
     wd = [recipe.wd * (2 if recipe.wd_on == 'shortcuts' else 1), 0.] # of the groups that the splitter makes
     fit = dict(wd=wd, start_epoch=state.load(learn)) # also if no epoch is left: the average may still have to be taken
-    fast = _in_bf16(learn.model, device) if recipe.bf16 and _has_fast_bf16(device) else nullcontext() # labels and figures stay float32
+    # labels and figures stay float32
+    fast = _in_bf16(learn.model, device) if recipe.bf16 and _has_fast_bf16(device) else nullcontext()
     with fast, learn.no_bar(), learn.no_logging():
         if recipe.schedule == 'one-cycle': learn.fit_one_cycle(epochs, recipe.rate, cbs=cbs, **fit)
-        elif recipe.schedule == 'plateau': learn.fit(epochs, recipe.rate, cbs=[Plateau(round(epochs * 5 / 6)), *cbs], **fit)
+        elif recipe.schedule == 'plateau':
+            learn.fit(epochs, recipe.rate, cbs=[Plateau(round(epochs * 5 / 6)), *cbs], **fit)
         else:
             stairs = staircase(recipe.rate, epochs, **recipe.stairs(epochs))
             learn.fit(epochs, recipe.rate, cbs=[ParamScheduler({'lr': stairs}), *cbs], **fit)
@@ -126,7 +130,8 @@ def _fingerprint(data: Splits) -> str: # of all items and labels
         if s is None: continue
         if isinstance(s.images, np.ndarray): h.update(np.ascontiguousarray(s.images))
         else:
-            for f, disk in ((f, split_item(f)[0]) for f in s.images): h.update(f"{f}\0{os.path.getsize(disk) if os.path.exists(disk) else -1}\n".encode(errors='surrogateescape'))
+            for f, disk in ((f, split_item(f)[0]) for f in s.images):
+                h.update(f"{f}\0{os.path.getsize(disk) if os.path.exists(disk) else -1}\n".encode(errors='surrogateescape'))
         if s.labels is not None: h.update(s.labels.tobytes())
     return h.hexdigest()[:16]
 
@@ -166,28 +171,35 @@ class NoisyStudent:
         auto_batch: bool = False, # Out of memory: compute the batch in halves, whose gradients are added, instead of giving up
         **settings # Fields of `Recipe` to change, such as epochs=10
     ):
-        if not isinstance(data, Splits): raise ValueError(f"data must be Splits, such as from_folder({data!r}), not {type(data).__name__}")
+        if not isinstance(data, Splits):
+            raise ValueError(f"data must be Splits, such as from_folder({data!r}), not {type(data).__name__}")
         self.data, self.path, self.seed = data, Path(path), seed
         self.recipe = get_recipe(recipe, **settings, **({} if noise is None else dict(noise=noise)))
         named = archs or self.recipe.archs
         self.archs: list[str] = list(named) if isinstance(named, (list, tuple)) else [named]
         if not self.archs or not all(isinstance(o, str) for o in self.archs):
-            raise ValueError("archs must be names, teacher first, such as ['resnet18', 'resnet34']: every round builds a new network from its name")
+            raise ValueError("archs must be names, teacher first, such as ['resnet18', 'resnet34']: every round builds "
+                             "a new network from its name")
         if self.recipe.init == 'teacher' and len(set(self.archs)) > 1:
-            raise ValueError(f"init='teacher' needs one architecture for all rounds, not {', '.join(self.archs)}: larger students start from scratch")
+            raise ValueError(f"init='teacher' needs one architecture for all rounds, not {', '.join(self.archs)}: "
+                             "larger students start from scratch")
         self.device = own_device(device)
-        if self.device.type == 'cuda' and not torch.cuda.is_available(): raise ValueError("device='cuda', but torch sees no GPU here: use 'cpu'")
+        if self.device.type == 'cuda' and not torch.cuda.is_available():
+            raise ValueError("device='cuda', but torch sees no GPU here: use 'cpu'")
         self.size = self.recipe.size or _default_size(data)
         self._tell, self.auto_batch, self.cbs = progress or _one_line(), auto_batch, cbs or (lambda k, folder: [])
         self.given = None if pseudo_labels is None else read_selection(pseudo_labels)
         if self.given is not None and self.given.classes != list(data.classes):
-            raise ValueError(f"the pseudo labels have the classes {', '.join(self.given.classes)}, but the data {', '.join(data.classes)}: they must be the same")
+            raise ValueError(f"the pseudo labels have the classes {', '.join(self.given.classes)}, but the data "
+                             f"{', '.join(data.classes)}: they must be the same")
         if self.given is not None: self.given.check_pool(data.unlabeled.images)
         if self.recipe.rounds and not len(data.unlabeled):
-            raise ValueError("no unlabeled images: name a folder of them, keep fewer labels so that the rest can serve, or ask for 0 rounds")
+            raise ValueError("no unlabeled images: name a folder of them, keep fewer labels so that the rest can "
+                             "serve, or ask for 0 rounds")
         if not len(data.valid): raise ValueError("no validation images: they choose the best round")
         if self.recipe.bs % (world() * self.recipe.accumulate):
-            raise ValueError(f"bs={self.recipe.bs} is not divisible by {world()} processes times accumulate={self.recipe.accumulate}: every process takes the same share of a batch")
+            raise ValueError(f"bs={self.recipe.bs} is not divisible by {world()} processes times "
+                             f"accumulate={self.recipe.accumulate}: every process takes the same share of a batch")
         if world() > 1: join(self.device)
         if rank(): self._tell = lambda *_: None
         n_in = data.labeled.images.shape[-1] if isinstance(data.labeled.images, np.ndarray) else 3
@@ -199,7 +211,8 @@ class NoisyStudent:
                 with torch.no_grad(): model(torch.empty(2, n_in, self.size, self.size, device='meta'))
             except NotImplementedError: pass # an operation that cannot be tried without computing it
             except (RuntimeError, AssertionError, ValueError) as e:
-                raise ValueError(f"{arch} cannot take images of {self.size} px ({str(e).splitlines()[0]}): choose another size") from None
+                raise ValueError(f"{arch} cannot take images of {self.size} px ({str(e).splitlines()[0]}): choose "
+                                 "another size") from None
 
     def arch(self, k: int # Round
             ) -> str: # Name of its architecture
@@ -208,9 +221,11 @@ class NoisyStudent:
     @property
     def config(self) -> dict:
         "What must be equal for a run directory to be gone on with, as JSON types."
-        recipe = {k: v for k, v in self.recipe.to_json().items() if k not in ('archs', 'unlabeled', 'size', 'source')} # defaults and remarks; size stands for itself
-        return json.loads(json.dumps(dict(archs=self.archs, size=self.size, seed=self.seed, recipe=recipe, classes=self.data.classes,
-                                          data=_fingerprint(self.data), pseudo_labels=self.given and self.given.digest)))
+        # defaults and remarks; size stands for itself
+        recipe = {k: v for k, v in self.recipe.to_json().items() if k not in ('archs', 'unlabeled', 'size', 'source')}
+        config = dict(archs=self.archs, size=self.size, seed=self.seed, recipe=recipe, classes=self.data.classes,
+                      data=_fingerprint(self.data), pseudo_labels=self.given and self.given.digest)
+        return json.loads(json.dumps(config))
 
     def fit(self) -> pd.DataFrame: # `summary`
         """Train the teacher and all students, or what is still to do of them, and return a row per round, the teacher first.
@@ -270,7 +285,9 @@ class NoisyStudent:
         load_weights(learn.model, self._round(k)/'model.safetensors')
         return learn
 
-    def __repr__(self) -> str: return f"NoisyStudent({self.data}, {self.archs}, {str(self.path)!r}, {len(self.summary)} of {self.recipe.rounds + 1} rounds done)"
+    def __repr__(self) -> str:
+        done = f"{len(self.summary)} of {self.recipe.rounds + 1} rounds done"
+        return f"NoisyStudent({self.data}, {self.archs}, {str(self.path)!r}, {done})"
 
     def _round(self, k): return self.path/f'round_{k}'
 
@@ -278,8 +295,10 @@ class NoisyStudent:
 @patch
 def _check_folder(self: NoisyStudent): # before anything is put into it
     own = ('run.json.tmp', '.lock', '.lock.txt')
-    if not (self.path/'run.json').exists() and self.path.is_dir() and any(o.name not in own for o in self.path.iterdir()):
-        raise ValueError(f"{self.path} is not empty and holds no run (there is no run.json in it): choose another folder")
+    if (self.path/'run.json').exists() or not self.path.is_dir(): return
+    if any(o.name not in own for o in self.path.iterdir()):
+        raise ValueError(f"{self.path} is not empty and holds no run (there is no run.json in it): choose another "
+                         "folder")
 
 @patch
 def _open(self: NoisyStudent): # make the directory, or check that it holds this run
@@ -288,25 +307,31 @@ def _open(self: NoisyStudent): # make the directory, or check that it holds this
     try:
         old = unsealed(file)['config']
         old['recipe']
-    except (ValueError, KeyError, TypeError): raise ValueError(f"{file} is damaged: remove {self.path}, or choose another folder") from None
-    def flat(d, pre=''): return {k2: v2 for k, v in d.items() for k2, v2 in (flat(v, f'{pre}{k}.') if isinstance(v, dict) else {pre + k: v}).items()}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{file} is damaged: remove {self.path}, or choose another folder") from None
+    def flat(d, pre=''):
+        return {k2: v2 for k, v in d.items()
+                for k2, v2 in (flat(v, f'{pre}{k}.') if isinstance(v, dict) else {pre + k: v}).items()}
     a, b = flat(old), flat(config)
     diff = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
     free = {'recipe.rounds'} if b['recipe.rounds'] > a['recipe.rounds'] else set()
-    if not list(self.path.glob('round_*/selected.parquet')): free |= {f'recipe.{o}' for o in ('threshold', 'per_class', 'strict', 'binned')}
+    if not list(self.path.glob('round_*/selected.parquet')):
+        free |= {f'recipe.{o}' for o in ('threshold', 'per_class', 'strict', 'binned')}
     def describe(k):
         if k == 'data': return "data: other images or labels, by changed files, labels, seed or pool"
         return f"{k.removeprefix('recipe.')}: {a.get(k)} there, {b.get(k)} here"
     if not any(f.is_file() for f in self.path.glob('round_*/**/*')): free = set(diff) # nothing has been made yet
     if bad := [k for k in diff if k not in free]:
         raise ValueError(f"{self.path} holds a run with other settings ({'; '.join(map(describe, bad))}): "
-                         "choose another folder, remove this one to start over, or give the same settings to go on with it")
+                         "choose another folder, remove this one to start over, or give the same settings to go on "
+                         "with it")
     if diff: self._write_run(config)
 
 @patch
 def _write_run(self: NoisyStudent, config):
     versions = {o: version(o) for o in ('noisy_student', 'torch', 'fastai', 'timm', 'numpy', 'pillow')}
-    sizes = {o: 0 if getattr(self.data, o) is None else len(getattr(self.data, o)) for o in ('labeled', 'unlabeled', 'valid', 'test')}
+    sizes = {o: 0 if getattr(self.data, o) is None else len(getattr(self.data, o))
+             for o in ('labeled', 'unlabeled', 'valid', 'test')}
     run = dict(config=config, versions=versions, python=platform.python_version(), device=str(self.device),
                sizes=dict(sizes, labeled_per_class=self._labeled_per_class()), source=self.source)
     _write_text(self.path/'run.json', sealed(run))
@@ -338,8 +363,8 @@ def read_summary(path: Path # A run directory
                 ) -> pd.DataFrame: # As `NoisyStudent.summary`
     "The figures of the finished rounds of a run. Raises ValueError, naming the file, if they are not what was written."
     rows = sorted((read_metrics(f.parent) for f in path.glob('round_*/metrics.json')), key=lambda r: r['round'])
-    return pd.DataFrame(rows, columns=['round', 'role', 'arch', 'parameters', 'labeled', 'pseudo_labeled', 'valid_accuracy', 'test_accuracy',
-                                       'seconds', 'pseudo_label_accuracy'])
+    return pd.DataFrame(rows, columns=['round', 'role', 'arch', 'parameters', 'labeled', 'pseudo_labeled',
+                                       'valid_accuracy', 'test_accuracy', 'seconds', 'pseudo_label_accuracy'])
 
 # %% ../nbs/09_rounds.ipynb #4c9524c8
 @patch
@@ -349,17 +374,22 @@ def _recipe(self: NoisyStudent, k): # with the parts that batches of round k are
 
 @patch
 def _halve_batch(self: NoisyStudent, k): # or raise: as errors of the device are no mistake of the settings
-    if world() > 1: raise MemoryError(f"out of memory in round {k}: start again with more processes, or a new run with a smaller size, bs or network")
+    if world() > 1:
+        raise MemoryError(f"out of memory in round {k}: start again with more processes, or a new run with a smaller "
+                          "size, bs or network")
     if not self.auto_batch:
-        raise MemoryError(f"out of memory in round {k}: ask for auto_batch (--auto-batch), which computes batches in parts, "
-                          "or start a new run with a smaller size, bs or network")
+        raise MemoryError(f"out of memory in round {k}: ask for auto_batch (--auto-batch), which computes batches in "
+                          "parts, or start a new run with a smaller size, bs or network")
     r = self._recipe(k)
-    if r.bs % (2 * r.accumulate): raise MemoryError(f"out of memory in round {k}, and batches of {r.bs} in {r.accumulate} parts cannot be halved: use a smaller size or network")
+    if r.bs % (2 * r.accumulate):
+        raise MemoryError(f"out of memory in round {k}, and batches of {r.bs} in {r.accumulate} parts cannot be "
+                          "halved: use a smaller size or network")
     self._round(k).mkdir(parents=True, exist_ok=True)
     (self._round(k)/f'auto_batch_{2 * r.accumulate // self.recipe.accumulate}').touch()
     gc.collect()
     if torch.cuda.is_initialized(): torch.cuda.empty_cache()
-    warnings.warn(f"out of memory in round {k}: from the last checkpoint on, batches of {r.bs} are computed in {2 * r.accumulate} parts of {r.bs // (2 * r.accumulate)}")
+    warnings.warn(f"out of memory in round {k}: from the last checkpoint on, batches of {r.bs} are computed in "
+                  f"{2 * r.accumulate} parts of {r.bs // (2 * r.accumulate)}")
 
 # %% ../nbs/09_rounds.ipynb #ab63d0a5
 @patch
@@ -368,34 +398,40 @@ def _images(self: NoisyStudent, name): # Decoded images of a split, decoded on f
     if name not in cache:
         split = getattr(self.data, name)
         with first_rank_first():
-            d = load_images(split.images, self.size, None if isinstance(split.images, np.ndarray) else self.path/'cache',
+            d = load_images(split.images, self.size,
+                            None if isinstance(split.images, np.ndarray) else self.path/'cache',
                             lambda done, total: self._tell(f'decoding {name} images', done, total))
         if d.bad and name != 'unlabeled':
             more = f" (and {len(d.bad) - 1} more)" if len(d.bad) > 1 else ''
             raise ValueError(f"a {name} image cannot be used: {d.bad[0].item}: {d.bad[0].reason}{more}; mend or remove it")
         if d.bad:
             _write_text(self.path/'skipped.csv', pd.DataFrame(d.bad, columns=['item', 'reason']).to_csv(index=False))
-            if not len(d.good): raise ValueError(f"none of the {len(d.bad)} unlabeled images can be used: see {self.path/'skipped.csv'}")
+            if not len(d.good):
+                raise ValueError(f"none of the {len(d.bad)} unlabeled images can be used: see {self.path/'skipped.csv'}")
             warnings.warn(f"{len(d.bad)} of {len(split)} unlabeled files are left out: see {self.path/'skipped.csv'}")
         cache[name] = d
     return cache[name]
 
 @patch
-def _find_leaks(self: NoisyStudent, pool): # what is in two piles; searched once, before anything is trained, and kept in leaks.json
+def _find_leaks(self: NoisyStudent, pool):
+    # what is in two piles; searched once, before anything is trained, and kept in leaks.json
     file, piles = self.path/'leaks.json', ['labeled', *(['unlabeled'] if pool else [])]
     try: old = unsealed(file)
     except FileNotFoundError: old = dict(searched=[])
     except ValueError as e: old = dict(searched=[]); warnings.warn(f"{e}: leaks are searched again")
     if not set(piles) <= set(old['searched']):
-        exams = {o: self._images(o) for o in ('valid', 'test') if getattr(self.data, o) is not None and len(getattr(self.data, o))}
+        exams = {o: self._images(o) for o in ('valid', 'test')
+                 if getattr(self.data, o) is not None and len(getattr(self.data, o))}
         old = dict(searched=piles, found=[o for p in piles for o in self._leaks_between(p, exams)])
         _write_text(file, sealed(old))
         from noisy_student.report import leak_warnings
         for o in leak_warnings(old['found']): warnings.warn(o)
-    self._leaks = pd.DataFrame(old['found'], columns=['pile', 'position', 'item', 'also_in', 'other', 'kind', 'difference']) if pool else None
+    self._leaks = pd.DataFrame(old['found'], columns=['pile', 'position', 'item', 'also_in', 'other', 'kind',
+                                                      'difference']) if pool else None
     if pool and (reasons := self._left_out()):
         d = self._images('unlabeled')
-        names = d.good if isinstance(self.data.unlabeled.images, np.ndarray) else [self.data.unlabeled.images[i] for i in d.good]
+        names = (d.good if isinstance(self.data.unlabeled.images, np.ndarray)
+                 else [self.data.unlabeled.images[i] for i in d.good])
         rows = [*d.bad, *((names[i], why) for i, why in reasons.items())]
         _write_text(self.path/'skipped.csv', pd.DataFrame(rows, columns=['item', 'reason']).to_csv(index=False))
 
@@ -407,21 +443,26 @@ def _check_leaks(self: NoisyStudent): # a damaged leaks.json of finished rounds 
 
 @patch
 def _leaks_between(self: NoisyStudent, pile, exams): # a dict per leak
-    def name(which, i): images = getattr(self.data, which).images; return int(i) if isinstance(images, np.ndarray) else images[i]
+    def name(which, i):
+        images = getattr(self.data, which).images
+        return int(i) if isinstance(images, np.ndarray) else images[i]
     d, total, found = self._images(pile), len(exams) * len(self._images(pile).images), []
     for n, (exam, e) in enumerate(exams.items()):
         tell = lambda done, of: pile == 'unlabeled' and self._tell('looking for leaks', n * of + done, total)
         for o in find_leaks(d.images, e.images, tell).itertuples():
             i, j = int(d.good[o.position]), int(e.good[o.other])
-            found.append(dict(pile=pile, position=i, item=name(pile, i), also_in=exam, other=name(exam, j), kind=o.kind, difference=round(o.difference, 4)))
+            found.append(dict(pile=pile, position=i, item=name(pile, i), also_in=exam, other=name(exam, j), kind=o.kind,
+                              difference=round(o.difference, 4)))
     return found
 
 @patch
-def _left_out(self: NoisyStudent): # {row of the decoded pool: why}: unlabeled images that are also in validation or test
+def _left_out(self: NoisyStudent):
+    # {row of the decoded pool: why}: unlabeled images that are also in validation or test
     if self.__dict__.get('_leaks') is None: self._find_leaks(True)
     t = self._leaks[(self._leaks.pile == 'unlabeled') & (self._leaks.kind == 'identical')]
     if not len(t): return {}
-    why = {o.position: f"also a {dict(valid='validation').get(o.also_in, o.also_in)} image: {o.other}" for o in t.itertuples()}
+    why = {o.position: f"also a {dict(valid='validation').get(o.also_in, o.also_in)} image: {o.other}"
+           for o in t.itertuples()}
     return {row: why[i] for row, i in enumerate(self._images('unlabeled').good.tolist()) if i in why}
 
 @patch
@@ -432,14 +473,20 @@ def _pool_images(self: NoisyStudent): # of all unlabeled images that may train
 @patch
 def _without_leaks(self: NoisyStudent, selection): # a selection made elsewhere, without what is left out
     stay = ~np.isin(self._rows(selection.items), list(self._left_out()))
-    if not stay.any(): raise ValueError(f"every selected image is also a validation or test image (see {self.path/'leaks.json'}): label other images")
-    items = selection.items[stay] if isinstance(selection.items, np.ndarray) else [o for o, s in zip(selection.items, stay) if s]
-    return replace(selection, items=items, **{o: getattr(selection, o)[stay] for o in ('labels', 'confidence', 'probs', 'copies')})
+    if not stay.any():
+        raise ValueError(f"every selected image is also a validation or test image (see {self.path/'leaks.json'}): "
+                         "label other images")
+    items = (selection.items[stay] if isinstance(selection.items, np.ndarray)
+             else [o for o, s in zip(selection.items, stay) if s])
+    return replace(selection, items=items, **{o: getattr(selection, o)[stay]
+                                              for o in ('labels', 'confidence', 'probs', 'copies')})
 
 @patch
-def _stats(self: NoisyStudent, k): # mean and standard deviation per channel: of the pretraining, or of (some of) the labeled images
+def _stats(self: NoisyStudent, k):
+    # mean and standard deviation per channel: of the pretraining, or of (some of) the labeled images
     if self.recipe.pretrained:
-        with torch.device('meta'): cfg = getattr(create_model(self.arch(k), len(self.data.classes)), 'pretrained_cfg', None)
+        with torch.device('meta'):
+            cfg = getattr(create_model(self.arch(k), len(self.data.classes)), 'pretrained_cfg', None)
         if cfg:
             gray = self._images('labeled').images.shape[-1] == 1
             return tuple([sum(cfg[o]) / len(cfg[o])] if gray else list(cfg[o]) for o in ('mean', 'std'))
@@ -448,7 +495,8 @@ def _stats(self: NoisyStudent, k): # mean and standard deviation per channel: of
     return sample.mean((0, 1, 2)).tolist(), (sample.std((0, 1, 2)) + 1e-6).tolist()
 
 @patch
-def _learner(self: NoisyStudent, k, selection, noise, pretrained=False, teacher=None): # the network of round k, before training
+def _learner(self: NoisyStudent, k, selection, noise, pretrained=False, teacher=None):
+    # the network of round k, before training
     r, sets = self._recipe(k), {n: (self._images(n).images, getattr(self.data, n).labels) for n in ('labeled', 'valid')}
     pseudo, copies, augment, parts = None, None, _student_view(r), r.accumulate
     bs = r.bs // (parts * world()) # images of a batch that are labeled, of this process
@@ -457,21 +505,28 @@ def _learner(self: NoisyStudent, k, selection, noise, pretrained=False, teacher=
         pseudo = pool, torch.zeros(1, len(self.data.classes)).expand(len(pool), -1)
         augment = [TeacherTargets(teacher.model, teacher.dls.clean_view, bs, r.temperature), *augment]
     elif selection is not None:
-        pseudo, copies = (_Rows(self._images('unlabeled').images, self._rows(selection.items)), self._targets(selection)), selection.copies
-    pile = len(self.data.labeled) + (int(copies.sum()) if r.ratio is None and copies is not None else 0) # one pass over it is an epoch
+        rows = _Rows(self._images('unlabeled').images, self._rows(selection.items))
+        pseudo, copies = (rows, self._targets(selection)), selection.copies
+    # one pass over it is an epoch
+    pile = len(self.data.labeled) + (int(copies.sum()) if r.ratio is None and copies is not None else 0)
     steps = (r.steps or -(-pile // r.bs)) * parts
-    dls = mixed_dataloaders(sets['labeled'], sets['valid'], self.data.classes, pseudo=pseudo, copies=copies, bs=bs, ratio=r.ratio, rank=rank(), num_ranks=world(),
-                            steps=steps, augment=augment, stats=self._stats(k), seed=self.seed * 1000 + k, device=self.device)
+    dls = mixed_dataloaders(sets['labeled'], sets['valid'], self.data.classes, pseudo=pseudo, copies=copies, bs=bs,
+                            ratio=r.ratio, rank=rank(), num_ranks=world(), steps=steps, augment=augment,
+                            stats=self._stats(k), seed=self.seed * 1000 + k, device=self.device)
     loss = None
-    if pseudo is not None and r.unlabeled_weight is not None: loss = SoftLabelCrossEntropy(r.label_smoothing, bs, r.unlabeled_weight)
-    if parts > self.recipe.accumulate: dls.valid.bs = max(1, dls.valid.bs * self.recipe.accumulate // parts) # what does not fit in training does not fit here
+    if pseudo is not None and r.unlabeled_weight is not None:
+        loss = SoftLabelCrossEntropy(r.label_smoothing, bs, r.unlabeled_weight)
+    # what does not fit in training does not fit here
+    if parts > self.recipe.accumulate: dls.valid.bs = max(1, dls.valid.bs * self.recipe.accumulate // parts)
     return self._network(k, dls, noise, pretrained, loss)
 
 @patch
-def _network(self: NoisyStudent, k, dls, noise, pretrained=False, loss=None): # an untrained learner of the architecture of round k
+def _network(self: NoisyStudent, k, dls, noise, pretrained=False, loss=None):
+    # an untrained learner of the architecture of round k
     r = self.recipe
-    learn = noisy_student_learner(dls, self.arch(k), noise, pretrained, label_smoothing=r.label_smoothing, loss_func=loss,
-                                  opt_func=optimizer(r.optimizer, self.device), splitter=_SPLITTERS[r.wd_on])
+    learn = noisy_student_learner(dls, self.arch(k), noise, pretrained, label_smoothing=r.label_smoothing,
+                                  loss_func=loss, opt_func=optimizer(r.optimizer, self.device),
+                                  splitter=_SPLITTERS[r.wd_on])
     learn.model.to(self.device, memory_format=torch.channels_last)
     return learn
 
@@ -488,15 +543,19 @@ def _weights(model): # which decay; biases and normalization, which do not
 def _shortcuts(model): # the projections around residual blocks, as timm's and torchvision's ResNets name them; all else
     params = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     found = [p for n, p in params if 'downsample' in n and p.ndim > 1]
-    if not found: raise ValueError("wd_on='shortcuts' decays the projections around residual blocks, but this network has none: use wd_on='weights'")
+    if not found:
+        raise ValueError("wd_on='shortcuts' decays the projections around residual blocks, but this network has none: "
+                         "use wd_on='weights'")
     return [found, [p for n, p in params if not ('downsample' in n and p.ndim > 1)]]
 
 _SPLITTERS = dict(weights=_weights, shortcuts=_shortcuts)
 
 def _student_view(r): # batch transforms of training images, around RandAugment
-    tfms = [ResizedCropFlip(r.min_scale, r.flip)] if r.min_scale < 1 else [PadCropFlip(r.pad, r.flip)] if r.pad or r.flip else []
-    if r.rotate or r.zoom > 1: tfms += aug_transforms(mult=1., do_flip=False, max_rotate=r.rotate, min_zoom=1 / r.zoom, max_zoom=r.zoom, max_lighting=0,
-                                                      max_warp=0, p_affine=1., pad_mode='border')
+    tfms = ([ResizedCropFlip(r.min_scale, r.flip)] if r.min_scale < 1
+            else [PadCropFlip(r.pad, r.flip)] if r.pad or r.flip else [])
+    if r.rotate or r.zoom > 1:
+        tfms += aug_transforms(mult=1., do_flip=False, max_rotate=r.rotate, min_zoom=1 / r.zoom, max_zoom=r.zoom,
+                               max_lighting=0, max_warp=0, p_affine=1., pad_mode='border')
     if r.cutout:
         tfms.append(square := BatchRandAugment(1, 10, ops=('Cutout',), cutout=r.cutout // 2))
         square.order += 1 # after RandAugment
@@ -512,9 +571,11 @@ class _Rows: # some rows of an array, fetched when they are asked for: the array
 def _rows(self: NoisyStudent, items): # positions in the decoded pool of the items of a table
     if isinstance(self.data.unlabeled.images, np.ndarray): return np.asarray(items, dtype=np.int64)
     good = self._images('unlabeled').good
-    row = {os.path.abspath(self.data.unlabeled.images[i]): j for j, i in enumerate(good)} # `label` may have been given a relative folder
+    # `label` may have been given a relative folder
+    row = {os.path.abspath(self.data.unlabeled.images[i]): j for j, i in enumerate(good)}
     try: return np.array([row[os.path.abspath(o)] for o in items], dtype=np.int64)
-    except KeyError as e: raise ValueError(f"{e.args[0]} has a pseudo label but is not among the usable unlabeled images of these data") from None
+    except KeyError as e:
+        raise ValueError(f"{e.args[0]} has a pseudo label but is not among the usable unlabeled images of these data") from None
 
 @patch
 def _label(self: NoisyStudent, k): # the pseudo labels for round k, made by the network of round k - 1
@@ -526,23 +587,27 @@ def _label(self: NoisyStudent, k): # the pseudo labels for round k, made by the 
         try: return read_selection(out)
         except PseudoLabelError as e: warnings.warn(f"{e}; it is made again now")
     if self.recipe.relabel == 'all' or not before.exists(): return self._label_pool(k - 1, self._round(k), tell)
-    if not rank(): relabel_pseudo_labels(self._labeler(k - 1), before, out, items if isinstance(items, np.ndarray) else None, bs=256, progress=tell)
+    if not rank():
+        relabel_pseudo_labels(self._labeler(k - 1), before, out, items if isinstance(items, np.ndarray) else None,
+                              bs=256, progress=tell)
     barrier()
     return read_selection(out)
 
 @patch
-def _label_pool(self: NoisyStudent, k, folder, tell): # by the network of round k, into folder/pseudo_labels, selected into folder/selected.parquet
+def _label_pool(self: NoisyStudent, k, folder, tell):
+    # by the network of round k, into folder/pseudo_labels, selected into folder/selected.parquet
     r, items, pool = self.recipe, self.data.unlabeled.images, self._images('unlabeled')
     images, names = (items, None) if isinstance(items, np.ndarray) else (pool.images, [items[i] for i in pool.good])
     if not rank() and set(folder.glob('pseudo_labels/part-*')) - set(folder.glob(f'pseudo_labels/part-*-of-{world():05d}-*')):
         shutil.rmtree(folder/'pseudo_labels') # begun by another number of processes, and not selected from
     barrier()
     bs = 256 if self.device.type == 'cpu' else None # on a GPU as many as fit
-    predict_pseudo_labels(self._labeler(k), images, folder/'pseudo_labels', rank(), world(), names=names, temperature=r.temperature, bs=bs, progress=tell,
-                          leave_out=self._left_out())
+    predict_pseudo_labels(self._labeler(k), images, folder/'pseudo_labels', rank(), world(), names=names,
+                          temperature=r.temperature, bs=bs, progress=tell, leave_out=self._left_out())
     barrier()
-    if not rank(): select_pseudo_labels(folder/'pseudo_labels', folder/'selected.parquet', threshold=r.threshold, per_class=r.per_class,
-                                        strict=r.strict, binned=r.binned, seed=self.seed)
+    if not rank():
+        select_pseudo_labels(folder/'pseudo_labels', folder/'selected.parquet', threshold=r.threshold,
+                             per_class=r.per_class, strict=r.strict, binned=r.binned, seed=self.seed)
     barrier()
     return read_selection(folder/'selected.parquet')
 
@@ -550,7 +615,8 @@ def _logits(learn, images): # float32 (N, K) on the CPU, of the clean view
     learn.model.eval()
     bs = min(256, learn.dls.valid.bs)
     with torch.inference_mode():
-        return torch.cat([learn.model(learn.dls.clean_view(images[i:i + bs])).float().cpu() for i in range(0, len(images), bs)])
+        return torch.cat([learn.model(learn.dls.clean_view(images[i:i + bs])).float().cpu()
+                          for i in range(0, len(images), bs)])
 
 @patch
 def _accuracy(self: NoisyStudent, learn, name): # share of right answers on a labeled split, None where there is none
@@ -577,22 +643,27 @@ def _fit_round(self: NoisyStudent, k): # everything of round k that is not there
         learn = self._learner(k, selection, noise, r.pretrained, fly)
         if k and r.init == 'teacher': load_weights(learn.model, self._round(k - 1)/'model.safetensors')
         if k and n_parameters(learn.model) < self.summary.parameters[k - 1]:
-            warnings.warn(f"round {k}: the student {self.arch(k)} is smaller than its teacher {self.arch(k - 1)}: this is distillation, "
-                          "Noisy Student wants an equal or larger student")
+            warnings.warn(f"round {k}: the student {self.arch(k)} is smaller than its teacher {self.arch(k - 1)}: this "
+                          "is distillation, Noisy Student wants an equal or larger student")
         prepared = time.perf_counter() - begun
-        history, seconds = _train(learn, epochs, r, folder, lambda done, total: self._tell(stage, done, total), self.cbs(k, folder))
+        history, seconds = _train(learn, epochs, r, folder, lambda done, total: self._tell(stage, done, total),
+                                  self.cbs(k, folder))
     _write_text(folder/'history.csv', pd.DataFrame(history).to_csv(index=False))
     mean, std = self._stats(k)
-    if not rank(): save_weights(learn.model, folder/'model.safetensors', dict(arch=self.arch(k), classes=json.dumps(self.data.classes), size=str(self.size),
-                                                               mean=json.dumps(mean), std=json.dumps(std)))
+    if not rank():
+        save_weights(learn.model, folder/'model.safetensors',
+                     dict(arch=self.arch(k), classes=json.dumps(self.data.classes), size=str(self.size),
+                          mean=json.dumps(mean), std=json.dumps(std)))
     hidden, known = self.data.unlabeled.hidden, None
     if selection is not None and hidden is not None:
         truth = hidden[self._images('unlabeled').good[self._rows(selection.items)]]
         known = float((selection.labels == truth)[truth >= 0].mean()) if (truth >= 0).any() else None
-    metrics = dict(round=k, role=role, arch=self.arch(k), parameters=n_parameters(learn.model), labeled=len(self.data.labeled),
-                   pseudo_labeled=len(self._pool_images()) if fly else 0 if selection is None else len(selection.items), valid_accuracy=self._accuracy(learn, 'valid'),
-                   test_accuracy=self._accuracy(learn, 'test'), seconds=round(prepared + seconds, 1), pseudo_label_accuracy=known,
-                   labeling_seconds=round(labeling, 1))
+    metrics = dict(round=k, role=role, arch=self.arch(k), parameters=n_parameters(learn.model),
+                   labeled=len(self.data.labeled),
+                   pseudo_labeled=len(self._pool_images()) if fly else 0 if selection is None else len(selection.items),
+                   valid_accuracy=self._accuracy(learn, 'valid'),
+                   test_accuracy=self._accuracy(learn, 'test'), seconds=round(prepared + seconds, 1),
+                   pseudo_label_accuracy=known, labeling_seconds=round(labeling, 1))
     _write_text(folder/'metrics.json', json.dumps(metrics, indent=1))
 
 # %% ../nbs/09_rounds.ipynb #5bbeecba
@@ -600,7 +671,8 @@ def _fit_round(self: NoisyStudent, k): # everything of round k that is not there
 def _warn(self: NoisyStudent, k): # of what looks wrong since round k is there
     from noisy_student.report import read_run, round_warnings
     try: found = round_warnings(read_run(self.path), k)
-    except Exception as e: return warnings.warn(f"round {k} could not be looked through ({type(e).__name__}: {e}); the run goes on")
+    except Exception as e:
+        return warnings.warn(f"round {k} could not be looked through ({type(e).__name__}: {e}); the run goes on")
     for o in found: warnings.warn(o)
 
 def _is_whole(page): # whether a page is there to its end
@@ -610,7 +682,9 @@ def _is_whole(page): # whether a page is there to its end
 def _write_report(self: NoisyStudent): # a page that cannot be made must not fail the run
     from noisy_student.report import write_report
     try: return write_report(self.path, self.data if isinstance(self.data, Splits) else None)
-    except Exception as e: warnings.warn(f"{self.path/'report.html'} could not be written ({type(e).__name__}: {e}); the run itself is complete")
+    except Exception as e:
+        warnings.warn(f"{self.path/'report.html'} could not be written ({type(e).__name__}: {e}); the run itself is "
+                      "complete")
 
 # %% ../nbs/09_rounds.ipynb #0a55fe9e
 class _NoisedTeacher(nn.Module): # a network that answers as in training, but for batch normalization; equal images, equal draws
@@ -650,21 +724,29 @@ def report(self: NoisyStudent # After `fit`
     last = int(s['round'].max())
     has_labels = (self._round(last)/'selected.parquet').exists()
     self._write_report()
-    fig, axes = plt.subplots(1, 3 if has_labels else 1, figsize=(11 if has_labels else 4, 2.8), layout='constrained', squeeze=False)
+    fig, axes = plt.subplots(1, 3 if has_labels else 1, figsize=(11 if has_labels else 4, 2.8), layout='constrained',
+                             squeeze=False)
     ax, hist, bars = (*axes[0], None, None)[:3]
     for name, style in (('valid', 'o-'), ('test', 's--')):
-        if s[f'{name}_accuracy'].notna().any(): ax.plot(s['round'], 100 * s[f'{name}_accuracy'].astype(float), style, label={'valid': 'validation'}.get(name, name))
-    ax.set(xlabel='round (0 is the teacher)', ylabel='accuracy (%)', xticks=s['round'], title='Accuracy per round'); ax.legend()
+        if s[f'{name}_accuracy'].notna().any():
+            ax.plot(s['round'], 100 * s[f'{name}_accuracy'].astype(float), style,
+                    label={'valid': 'validation'}.get(name, name))
+    ax.set(xlabel='round (0 is the teacher)', ylabel='accuracy (%)', xticks=s['round'], title='Accuracy per round')
+    ax.legend()
     if has_labels:
-        chosen, everything = self._round(last)/'selected.parquet', self._round(last)/'pseudo_labels' # the latter not if only the selection was relabeled
-        table, kept = pd.read_parquet(everything if everything.exists() else chosen, columns=['label', 'confidence']), read_selection(chosen)
+        # the latter not if only the selection was relabeled
+        chosen, everything = self._round(last)/'selected.parquet', self._round(last)/'pseudo_labels'
+        table = pd.read_parquet(everything if everything.exists() else chosen, columns=['label', 'confidence'])
+        kept = read_selection(chosen)
         hist.hist(table.confidence, bins=np.linspace(0, 1, 51), color='tab:gray')
         hist.axvline(self.recipe.threshold, color='tab:red', label=f'threshold {self.recipe.threshold:g}')
-        hist.set(xlabel='confidence', ylabel='images', yscale='log', title=f'Pseudo labels of round {last}'); hist.legend()
+        hist.set(xlabel='confidence', ylabel='images', yscale='log', title=f'Pseudo labels of round {last}')
+        hist.legend()
         x = np.arange(K)
         bars.bar(x - .2, np.bincount(table.label, minlength=K), .4, label='labeled by the teacher')
         bars.bar(x + .2, np.bincount(kept.labels, kept.copies, minlength=K), .4, label='trained on')
-        bars.set(xticks=x, ylabel='images', title='Class counts'); bars.set_xticklabels(self.data.classes, rotation=0 if K <= 10 and max(map(len, self.data.classes)) < 3 else 90)
+        bars.set(xticks=x, ylabel='images', title='Class counts')
+        bars.set_xticklabels(self.data.classes, rotation=0 if K <= 10 and max(map(len, self.data.classes)) < 3 else 90)
         bars.set_ylim(0, 1.35 * bars.get_ylim()[1]); bars.legend(fontsize=8)
     return fig
 
@@ -679,8 +761,11 @@ def suspects(self: NoisyStudent, # After `fit`
     Raises ValueError before the first round is done or without a pool, ImportError without cleanlab. Northcutt et al. 2021."""
     from noisy_student.suspects import flipped_labels, rank_suspects, show_suspects
     if not len(self.summary): raise ValueError(f"no round of {self.path} is finished: call fit() first")
-    if not len(self.data.unlabeled): raise ValueError("suspects are found by a network trained on unlabeled images alone, and there are none")
-    if find_spec('cleanlab') is None: raise ImportError("finding suspects needs cleanlab: pip install 'noisy_student[eval]'") # before the training
+    if not len(self.data.unlabeled):
+        raise ValueError("suspects are found by a network trained on unlabeled images alone, and there are none")
+    # before the training
+    if find_spec('cleanlab') is None:
+        raise ImportError("finding suspects needs cleanlab: pip install 'noisy_student[eval]'")
     k = int(self.summary['round'].max())
     folder, names, images = self.path/'suspects'/f'round_{k}', np.array(self.data.classes), self.data.labeled.images
     with locked(self.path/'.lock'), stoppable(): probs = self._unseen_probs(k, folder)
@@ -690,27 +775,34 @@ def suspects(self: NoisyStudent, # After `fit`
     item = ranked.position if isinstance(images, np.ndarray) else [images[i] for i in ranked.position]
     table = pd.DataFrame(dict(kind='labeled', item=item, label=names[ranked.label], predicted=names[ranked.predicted],
                               confidence=probs.max(1)[ranked.position], quality=ranked.quality, issue=ranked.issue))
-    before = [o for i in range(k, 0, -1) if (o := self._round(i)/'pseudo_labels').exists()] # the latest time that all of the pool was labeled
+    # the latest time that all of the pool was labeled
+    before = [o for i in range(k, 0, -1) if (o := self._round(i)/'pseudo_labels').exists()]
     if before and len(f := flipped_labels(before[0], folder/'pseudo_labels')):
-        table = pd.concat([table, pd.DataFrame(dict(kind='pseudo-labeled', item=f['item'], label=f.label_before, predicted=f.label_after,
-                                                    confidence=f.confidence_after))], ignore_index=True)
+        more = dict(kind='pseudo-labeled', item=f['item'], label=f.label_before, predicted=f.label_after,
+                    confidence=f.confidence_after)
+        table = pd.concat([table, pd.DataFrame(more)], ignore_index=True)
     write_with_sum(folder/'suspects.csv', table.to_csv(index=False))
     if pictures and len(ranked): show_suspects(ranked, self._images('labeled').images, self.data.classes, pictures)
     return table
 
 @patch
-def _unseen_probs(self: NoisyStudent, k, folder): # float32 (N, K) of the labeled images, by a network that was not trained on them
+def _unseen_probs(self: NoisyStudent, k, folder):
+    # float32 (N, K) of the labeled images, by a network that was not trained on them
     r, seed, tell = self._recipe(k), self.seed * 1000 + 999, lambda done, total: self._tell('suspects: labeling', done, total)
-    sel = read_selection(folder/'selected.parquet') if (folder/'selected.parquet').exists() else self._label_pool(k, folder, tell)
-    pool, valid = _Rows(self._images('unlabeled').images, self._rows(sel.items)), (self._images('valid').images, self.data.valid.labels)
-    parts, pile = r.accumulate, len(self.data.labeled) + (int(sel.copies.sum()) if r.ratio is None else 0) # as many steps as a student
+    sel = (read_selection(folder/'selected.parquet') if (folder/'selected.parquet').exists()
+           else self._label_pool(k, folder, tell))
+    pool = _Rows(self._images('unlabeled').images, self._rows(sel.items))
+    valid = self._images('valid').images, self.data.valid.labels
+    # as many steps as a student
+    parts, pile = r.accumulate, len(self.data.labeled) + (int(sel.copies.sum()) if r.ratio is None else 0)
     with _seeded(seed):
         dls = mixed_dataloaders(
             (pool, self._targets(sel)), valid, # type: ignore[arg-type] # _Rows is as good as an array, and valid has labels
             self.data.classes, copies=sel.copies, bs=r.bs // parts, steps=(r.steps or -(-pile // r.bs)) * parts,
             augment=_student_view(r), stats=self._stats(k), seed=seed, device=self.device)
         learn = self._network(k, dls, r.noise, r.pretrained)
-        _train(learn, r.epochs, r, folder, lambda done, total: self._tell('suspects: training a network without the labeled images', done, total))
+        stage = 'suspects: training a network without the labeled images'
+        _train(learn, r.epochs, r, folder, lambda done, total: self._tell(stage, done, total))
     return _logits(learn, self._images('labeled').images).softmax(1).numpy()
 
 # %% ../nbs/09_rounds.ipynb #031d82e9
@@ -721,9 +813,12 @@ def load_model(path: str | Path, # A run directory (its best round), a round_K f
     file = Path(path)
     if len(summary := read_summary(file)): file = file/f"round_{best_round(summary.to_dict('records'))}"
     if file.is_dir(): file = file/'model.safetensors'
-    if not file.exists(): raise FileNotFoundError(f"no trained model at {path}: give a run directory, a round_K folder or a model.safetensors")
+    if not file.exists():
+        raise FileNotFoundError(f"no trained model at {path}: give a run directory, a round_K folder or a "
+                                "model.safetensors")
     tensors, meta = load_tensors(file)
-    if not {'arch', 'classes', 'size', 'mean', 'std'} <= meta.keys(): raise ValueError(f"{file} was not written by noisy_student: it does not say its architecture")
+    if not {'arch', 'classes', 'size', 'mean', 'std'} <= meta.keys():
+        raise ValueError(f"{file} was not written by noisy_student: it does not say its architecture")
     classes, mean, std = (json.loads(meta[k]) for k in ('classes', 'mean', 'std'))
     model = create_model(meta['arch'], len(classes), len(mean))
     load_weights(model, file)

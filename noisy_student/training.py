@@ -36,7 +36,8 @@ def optimizer(name: str, # 'adamw', 'adam' or 'rmsprop'
     "The optimizer of that name, fused into one kernel where PyTorch can. Raises ValueError for an unknown name."
     if name not in OPTIMIZERS: raise ValueError(f"unknown optimizer {name!r}: use {', '.join(OPTIMIZERS)}")
     flags, known = dict(foreach=name == 'rmsprop', fused=device.type in ('cuda', 'cpu')), signature(OPTIMIZERS[name].keywords['opt']).parameters
-    return partial(OPTIMIZERS[name], **{k: v for k, v in flags.items() if k in known}) # not left at None: loggers want numbers
+    # not left at None: loggers want numbers
+    return partial(OPTIMIZERS[name], **{k: v for k, v in flags.items() if k in known})
 
 # %% ../nbs/06a_training.ipynb #ce9fd328
 def staircase(lr: float, # Rate before any decay
@@ -48,7 +49,8 @@ def staircase(lr: float, # Rate before any decay
     """Exponential decay in stairs with a warm-up, for fastai's `ParamScheduler`. Source: section 3.1 of the paper,
     `build_learning_rate` of the reference. Raises ValueError for lengths that are not positive."""
     if min(lr, epochs, every, decay) <= 0 or warmup < 0:
-        raise ValueError(f"staircase needs lr, epochs, every and decay above 0 and warmup from 0 on, got {lr}, {epochs}, {every}, {decay}, {warmup}")
+        raise ValueError(f"staircase needs lr, epochs, every and decay above 0 and warmup from 0 on, got {lr}, "
+                         f"{epochs}, {every}, {decay}, {warmup}")
     def rate(pct):
         epoch = pct * epochs + 1e-6 # the sum of many small steps: at the edge of a stair it must not fall short
         return lr * epoch / warmup if epoch < warmup else lr * decay ** math.floor(epoch / every)
@@ -87,7 +89,8 @@ class Plateau(Callback):
         self.opt.set_hyper('lr', [lr * self.factor ** falls for lr in self.highest])
         if end: raise CancelFitException()
     def after_epoch(self):
-        if self.epoch == len(self.losses): self.losses.append(float(self.recorder.values[-1][1])) # not an epoch that was skipped
+        # not an epoch that was skipped
+        if self.epoch == len(self.losses): self.losses.append(float(self.recorder.values[-1][1]))
     def after_fit(self): self.opt.set_hyper('lr', self.highest)
     def state_dict(self) -> dict: return dict(losses=self.losses)
     def load_state_dict(self, state: dict # From `state_dict`
@@ -114,7 +117,8 @@ class EMA(Callback):
         self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
         if not self.run: return
         if any(isinstance(cb, StochasticDepth) and cb.scale == 'test' for cb in self.learn.cbs):
-            raise ValueError("averaged weights and stochastic depth with scale='test' (Noise(style='keras')) do not go together: leave one out")
+            raise ValueError("averaged weights and stochastic depth with scale='test' (Noise(style='keras')) do not go "
+                             "together: leave one out")
         self.average, self.t, self.swapped = _Average(self.model, self.decay), 0, False
     def after_step(self):
         self.average.update(self.model, self.t)
