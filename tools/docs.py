@@ -25,6 +25,7 @@ from threading import Event, Thread
 from urllib.parse import quote, unquote, urlsplit
 
 import pypandoc
+import yaml
 from nbdev.doclinks import nbglob
 from nbdev.serve import proc_nbs
 from smalldocs import site as smalldocs
@@ -35,6 +36,8 @@ NBS = ROOT / "nbs"
 SITE_URL = re.search(r"site-url: (\S+)", (ROOT / "_quarto.yml").read_text(encoding="utf-8"))[1] + "/"
 # The path in [text](path), ![alt](path) and <img src="path">
 README_LINK = re.compile(r"""(\]\(|src=")(?![a-z]+:)([^\s)"#]+)""")
+# A file or folder of this repository, on GitHub or opened from there
+OWN_FILE = re.compile(r"https://.*github(?:\.com)?/noisy-student/noisy_student/(?:blob|tree)/main/([^#?]+)")
 
 
 def readme() -> str:  # The text of README.md
@@ -70,6 +73,22 @@ def mathml(tex: list[tuple[str, bool]]) -> list[str]:  # The formula's MathML, e
     return found
 
 
+def code_lines(code: str) -> str:  # Highlighted code, each line in a `<span class="line">` that knows its indentation
+    "Do as Pandoc does: a style sheet can then set the wrapped rest of a long line further in than its beginning."
+    lines, opened = [], []
+    for line in code.removesuffix("\n").split("\n"):
+        before = "".join(opened)
+        for tag in re.findall(r"<[^>]+>", line):
+            if tag.startswith("</"):
+                opened.pop()
+            else:
+                opened.append(tag)
+        after = "".join("</" + re.match(r"<(\w+)", tag)[1] + ">" for tag in reversed(opened))
+        indent = min(len(re.match(" *", re.sub("<[^>]+>", "", line))[0]), 8)
+        lines.append(f'<span class="line" style="--in:{indent}ch">{before}{line}{after}\n</span>')
+    return "".join(lines)
+
+
 class Site(smalldocs.Site):
     "smalldocs, for pages as nbdev leaves them and for readers without a network."
 
@@ -96,6 +115,7 @@ class Site(smalldocs.Site):
 
     def render_page(self, page: smalldocs.Page) -> None:
         super().render_page(page)
+        page.html = re.sub(r"(<pre[^>]*><code[^>]*>)(.*?)(</code></pre>)", lambda m: m[1] + code_lines(m[2]) + m[3], page.html, flags=re.S)
         pattern = r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>'
         tex = [(unescape(m[2]), m[1] == "display") for m in re.finditer(pattern, page.html, re.S)]
         if tex:
@@ -111,7 +131,9 @@ def build(
     site = Site(load(proc_nbs(force=True)), quiet=True)
     site.out = out
     site.build()
-    return [w for w in site.warnings if not w.endswith("output-file is not read by smalldocs")]  # `Site.read` does
+    # `Site.read` reads output-file, styles.css does what grid and code-overflow do for Quarto.
+    known = ("output-file is not read by smalldocs", "format.html.grid is ignored", "format.html.code-overflow is ignored")
+    return [w for w in site.warnings if not w.endswith(known)]
 
 
 class Links(HTMLParser):
@@ -135,15 +157,18 @@ class Links(HTMLParser):
 def broken_links(
     site: Path,  # Folder of a built site
 ) -> list[str]:  # A line for each link that leads nowhere, with the pages it is on
-    "Follow every link that stays within the site: its file and, within a page, its anchor must be there."
+    "Follow every link to the site and to files of the repository: the file and, within a page, the anchor must be there."
     pages = {p: Links(p) for p in sorted(site.rglob("*.html"))}
     broken = {}
     for page, links in pages.items():
         for ref in links.refs:
-            url = urlsplit(ref)
+            if (file := OWN_FILE.match(ref)) and not (ROOT / unquote(file[1])).exists():
+                broken.setdefault(ref, set()).add(page.relative_to(site).as_posix())
+            url = urlsplit(ref.removeprefix(SITE_URL))
             if url.scheme or url.netloc:
                 continue
-            target = (page.parent / unquote(url.path)).resolve() if url.path else page
+            here = site if ref.startswith(SITE_URL) else page.parent
+            target = (here / unquote(url.path)).resolve() if url.path else page
             target = target / "index.html" if target.is_dir() else target
             if not target.is_file() or (target in pages and unquote(url.fragment) not in pages[target].ids):
                 broken.setdefault(ref, set()).add(page.relative_to(site).as_posix())
@@ -152,21 +177,33 @@ def broken_links(
     return [f"broken link {ref} in {', '.join(sorted(on))}" for ref, on in broken.items()]
 
 
-# Opens the pages named in its fragment one after the other, wide and narrow, and sends what is wrong with them to the server.
+# Opens the pages named in its fragment one after the other, wide and narrow, light and dark, and sends what is wrong with
+# them to the server. A site may clip what is too wide, and the page is then no wider: so elements are looked at, too.
 LOOK = """<!doctype html><title>look</title><link rel="icon" href="data:,"><body><script>
 const found = [], frame = document.createElement('iframe');
 const say = text => found.push(text);
 async function look(page) {
-  frame.style.cssText = 'width:1300px;height:900px;border:0';
+  frame.style.cssText = 'width:1400px;height:900px;border:0';
   await new Promise(done => { frame.onload = done; frame.src = page; });
-  const w = frame.contentWindow, d = w.document;
+  const w = frame.contentWindow, d = w.document, root = d.documentElement;
   for (const img of d.images) {
     img.loading = 'eager';
     await img.decode().catch(() => say(`${page}: the picture ${img.getAttribute('src').slice(0, 80)} does not load`));
   }
-  for (const width of [1300, 400]) {
-    frame.style.width = `${width}px`;
-    if (d.documentElement.scrollWidth > width) say(`${page}: at ${width} px it is ${d.documentElement.scrollWidth} px wide`);
+  const scrolls = e => e && e !== d.body && (/auto|scroll/.test(w.getComputedStyle(e).overflowX) || scrolls(e.parentElement));
+  for (const theme of ['light', 'dark']) {
+    if (w.smalldocsToggleScheme && root.classList.contains('quarto-dark') !== (theme === 'dark')) {
+      w.smalldocsToggleScheme();
+      if (root.classList.contains('quarto-dark') !== (theme === 'dark')) say(`${page}: there is no ${theme} theme`);
+    }
+    for (const width of [1400, 390]) {
+      frame.style.width = `${width}px`;
+      const at = `${page}: at ${width} px, ${theme},`, inside = root.clientWidth;
+      if (root.scrollWidth > inside) say(`${at} it is ${root.scrollWidth} px wide`);
+      const out = [...d.body.querySelectorAll('main *')].find(
+        e => e.getBoundingClientRect().right > inside + 1 && e.getClientRects().length && !scrolls(e));
+      if (out) say(`${at} this does not fit: ${out.outerHTML.slice(0, 80)}`);
+    }
   }
 }
 (async () => {
@@ -185,7 +222,7 @@ def chromium() -> str | None:  # Its path
 def look(
     site: Path,  # Folder of a built site
 ) -> list[str] | None:  # A line for each fault; None if there is no Chromium
-    "Open every page in a headless Chromium, wide and narrow: no error on the console, no missing picture, nothing too wide."
+    "Open every page in a headless Chromium, wide and narrow, light and dark: no error, no missing picture, nothing too wide."
     if (browser := chromium()) is None:
         return None
     pages = " ".join(p.relative_to(site).as_posix() for p in sorted(site.rglob("*.html")) if "site_libs" not in p.parts)
@@ -223,7 +260,8 @@ def check() -> list[str]:  # What is wrong, a line each
     if (ROOT / "README.md").read_text(encoding="utf-8") != text:
         problems.append("README.md is not what nbs/index.ipynb gives: python tools/docs.py readme")
     problems += [f"README.md: {m[2]} is not there" for m in README_LINK.finditer(text) if not (ROOT / m[2]).exists()]
-    listed = set(re.findall(r"[\w/]+\.(?:ipynb|md)\b", (ROOT / "_quarto.yml").read_text(encoding="utf-8")))
+    sidebar = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]
+    listed = set(re.findall(r"[\w/]+\.(?:ipynb|md)\b", json.dumps(sidebar)))
     pages = {p.relative_to(NBS).as_posix() for p in [*nbglob(NBS, as_path=True), *NBS.rglob("[!_.]*.md")]}
     problems += [f"_quarto.yml: {name} is not in the sidebar" for name in sorted(pages - listed)]
     problems += [f"_quarto.yml: {name} in the sidebar is not there" for name in sorted(listed - pages)]
