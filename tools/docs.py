@@ -38,6 +38,9 @@ SITE_URL = re.search(r"site-url: (\S+)", (ROOT / "_quarto.yml").read_text(encodi
 README_LINK = re.compile(r"""(\]\(|src=")(?![a-z]+:)([^\s)"#]+)""")
 # A file or folder of this repository, on GitHub or opened from there
 OWN_FILE = re.compile(r"https://.*github(?:\.com)?/noisy-student/noisy_student/(?:blob|tree)/main/([^#?]+)")
+# In a signature: the modules before the name of a type; a class as Python prints it
+MODULES = re.compile(r"(?<=[\[:=( |])(?:__main__|noisy_student|pathlib|collections|typing|numpy|pandas|torch|fastai|PIL|matplotlib)\.(?:\w+\.)*(?=[A-Z]|ndarray|device)")
+CLASS = re.compile(r"<class '(?:\w+\.)*(\w+)'>")
 
 
 def readme() -> str:  # The text of README.md
@@ -99,8 +102,11 @@ class Site(smalldocs.Site):
         # The social card is the site's, also for pages in folders.
         page.front.setdefault("image", "/" + self.project.website["image"])
         # nbdev also links the `names` in the comments of a signature, where the link would stand as Markdown.
-        unlink = partial(re.compile(r"\[(`[^`]+`)\]\(\S+?\)").sub, r"\1")
-        page.body = re.sub(r"^```.*?^```", lambda block: unlink(block[0]), page.body, flags=re.M | re.S)
+        # In signatures it writes types with their modules, __main__ for those of the notebook itself.
+        def clean(block: re.Match) -> str:
+            text = re.sub(r"\[(`[^`]+`)\]\(\S+?\)", r"\1", block[0])
+            return MODULES.sub("", CLASS.sub(r"\1", text)) if text.startswith("```python\n\ndef ") else text
+        page.body = re.sub(r"^```.*?^```", clean, page.body, flags=re.M | re.S)
         page.body = page.body.replace("\b", "")  # with which the command line keeps lines of its help apart
         return page
 
@@ -254,17 +260,37 @@ def look(
     return found + console
 
 
+def sidebar_problems(
+    config: dict,  # What is in _quarto.yml
+    pages: set[str],  # Sources of all pages, relative to nbs/
+) -> list[str]:  # A line for each page that is not in the sidebar, and for each entry that leads nowhere
+    "Compare the sidebar with the pages that there are; for pages that the navigation bar names, too."
+
+    def named(entry: object) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        if isinstance(entry, list):
+            return [name for e in entry for name in named(e)]
+        own = [entry["href"]] if "href" in entry and "://" not in entry["href"] else []
+        return own + named(entry.get("contents", [])) + named(entry.get("left", [])) + named(entry.get("right", []))
+
+    listed, bar = named(config["website"]["sidebar"]), named(config["website"]["navbar"])
+    return [
+        *(f"_quarto.yml: {name} is not in the sidebar" for name in sorted(pages - set(listed))),
+        *(f"_quarto.yml: {name} in the sidebar is not there" for name in sorted(set(listed) - pages)),
+        *(f"_quarto.yml: {name} is in the sidebar twice" for name in sorted({n for n in listed if listed.count(n) > 1})),
+        *(f"_quarto.yml: {name} in the navigation bar is not there" for name in sorted(set(bar) - pages)),
+    ]
+
+
 def check() -> list[str]:  # What is wrong, a line each
     "Look for everything that a reader of README.md or of the site would stumble over."
     text, problems = readme(), []
     if (ROOT / "README.md").read_text(encoding="utf-8") != text:
         problems.append("README.md is not what nbs/index.ipynb gives: python tools/docs.py readme")
     problems += [f"README.md: {m[2]} is not there" for m in README_LINK.finditer(text) if not (ROOT / m[2]).exists()]
-    sidebar = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]
-    listed = set(re.findall(r"[\w/]+\.(?:ipynb|md)\b", json.dumps(sidebar)))
     pages = {p.relative_to(NBS).as_posix() for p in [*nbglob(NBS, as_path=True), *NBS.rglob("[!_.]*.md")]}
-    problems += [f"_quarto.yml: {name} is not in the sidebar" for name in sorted(pages - listed)]
-    problems += [f"_quarto.yml: {name} in the sidebar is not there" for name in sorted(listed - pages)]
+    problems += sidebar_problems(yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8")), pages)
     with tempfile.TemporaryDirectory() as tmp:
         out = Path(tmp).resolve() / "site"
         problems += [w for w in build(out) if ": broken link " not in w] + broken_links(out) + (look(out) or [])
