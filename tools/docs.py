@@ -41,6 +41,7 @@ OWN_FILE = re.compile(r"https://.*github(?:\.com)?/noisy-student/noisy_student/(
 # In a signature: the modules before the name of a type; a class as Python prints it
 MODULES = re.compile(r"(?<=[\[:=( |])(?:__main__|noisy_student|pathlib|collections|typing|numpy|pandas|torch|fastai|PIL|matplotlib)\.(?:\w+\.)*(?=[A-Z]|ndarray|device)")
 CLASS = re.compile(r"<class '(?:\w+\.)*(\w+)'>")
+EVENTS = re.compile(r"(?:\s*(?:after|before)_\w+:NoneType=None,?){10,}")
 
 
 def readme() -> str:  # The text of README.md
@@ -105,7 +106,9 @@ class Site(smalldocs.Site):
         # In signatures it writes types with their modules, __main__ for those of the notebook itself.
         def clean(block: re.Match) -> str:
             text = re.sub(r"\[(`[^`]+`)\]\(\S+?\)", r"\1", block[0])
-            return MODULES.sub("", CLASS.sub(r"\1", text)) if text.startswith("```python\n\ndef ") else text
+            if not text.startswith("```python\ndef "):
+                return text
+            return MODULES.sub("", CLASS.sub(r"\1", EVENTS.sub("\n    **events, # functions, as every fastai `Callback` takes them", text)))
         page.body = re.sub(r"^```.*?^```", clean, page.body, flags=re.M | re.S)
         page.body = page.body.replace("\b", "")  # with which the command line keeps lines of its help apart
         return page
