@@ -201,15 +201,17 @@ async function look(page) {
   }
   const scrolls = e => e && e !== d.body && (/auto|scroll/.test(w.getComputedStyle(e).overflowX) || scrolls(e.parentElement));
   for (const theme of ['light', 'dark']) {
-    if (w.smalldocsToggleScheme && root.classList.contains('quarto-dark') !== (theme === 'dark')) {
+    const done = () => root.classList.contains('quarto-dark') === (theme === 'dark');
+    if (w.smalldocsToggleScheme && !done()) {
       w.smalldocsToggleScheme();
-      if (root.classList.contains('quarto-dark') !== (theme === 'dark')) say(`${page}: there is no ${theme} theme`);
+      for (let i = 0; i < 100 && !done(); i++) await new Promise(later => setTimeout(later, 20));
+      if (!done()) say(`${page}: there is no ${theme} theme`);
     }
     for (const width of [1400, 390]) {
       frame.style.width = `${width}px`;
       const at = `${page}: at ${width} px, ${theme},`, inside = root.clientWidth;
       if (root.scrollWidth > inside) say(`${at} it is ${root.scrollWidth} px wide`);
-      const out = [...d.body.querySelectorAll('main *')].find(
+      const out = [...d.body.querySelectorAll('main :not(pre *)')].find(
         e => e.getBoundingClientRect().right > inside + 1 && e.getClientRects().length && !scrolls(e));
       if (out) say(`${at} this does not fit: ${out.outerHTML.slice(0, 80)}`);
     }
@@ -252,8 +254,8 @@ def look(
         with open(f"{home}/log", "w+", encoding="utf-8", errors="replace") as log:
             url = f"http://127.0.0.1:{server.server_port}/look.html#{quote(pages)}"
             process = subprocess.Popen([*command, url], stdout=subprocess.DEVNULL, stderr=log)
-            if not done.wait(timeout=300):
-                found.append("Chromium did not get through all pages in 300 seconds")
+            if not done.wait(timeout=600):
+                found.append("Chromium did not get through all pages in 600 seconds")
             process.terminate()
             process.wait()
             server.shutdown()
