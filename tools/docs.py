@@ -294,6 +294,9 @@ def check() -> list[str]:  # What is wrong, a line each
     if (ROOT / "README.md").read_text(encoding="utf-8") != text:
         problems.append("README.md is not what nbs/index.ipynb gives: python tools/docs.py readme")
     problems += [f"README.md: {m[2]} is not there" for m in README_LINK.finditer(text) if not (ROOT / m[2]).exists()]
+    for p in nbglob(NBS, as_path=True):
+        if re.search(r"^>.*\n>", "".join(json.loads(p.read_text(encoding="utf-8"))["cells"][0]["source"]), re.M):
+            problems.append(f"{p.name}: the description goes over two lines, of which the site shows one")
     pages = {p.relative_to(NBS).as_posix() for p in [*nbglob(NBS, as_path=True), *NBS.rglob("[!_.]*.md")]}
     problems += sidebar_problems(yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8")), pages)
     with tempfile.TemporaryDirectory() as tmp:
