@@ -19,7 +19,7 @@ from noisy_student.datasets import Split, Splits, cifar10, load_images
 from noisy_student.learner import Noise
 from noisy_student.rounds import NoisyStudent
 
-COMMON = dict(rounds=1, optimizer="adamw", schedule="one-cycle", wd=.05, pad=4, label_smoothing=.1, temperature=1., soft=True)
+COMMON = dict(rounds=1, optimizer="adamw", schedule="one-cycle", wd=.05, pad=4, min_scale=1., label_smoothing=.1, temperature=1., soft=True)
 RUNS = {
     "full": dict(data=dict(n_labeled=None, unlabeled="imagenet32"), archs=["resnet9_64", "resnet9_96"], target=.9428, seconds=60,
                  settings=dict(COMMON, bs=512, ratio=1, epochs=14, teacher_epochs=12, lr=8e-3, threshold=.5, noise=Noise(1, 5, .2, .9),
