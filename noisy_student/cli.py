@@ -198,7 +198,10 @@ def run(
     _fit(data, load_data(**source), out, arch, recipe, epochs, seed, device, as_json, settings, source=source, auto_batch=auto_batch)
 
 def _weights(name): # of --pretrained, as a recipe has them: with an address that means the same from every folder
-    return True if name == 'hub' else name if name is None or name.startswith('package:') else os.path.abspath(name)
+    if name is None or name == 'hub': return name and True
+    if name.startswith('package:'): return name
+    if not Path(name).is_file(): raise FileNotFoundError(f"no weight file {name}")
+    return os.path.abspath(name)
 
 def _source(name, labels, unlabeled, seed, recipe): # arguments of load_data, with names that mean the same from every folder
     names = {*DATA, *(p for d in DATA.values() for p in d.pools)} # also where a folder is called so
