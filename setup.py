@@ -1,4 +1,5 @@
 "Packaging, read from settings.ini. nbdev's stock setup.py needs pkg_resources, which setuptools 82 removed."
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -9,28 +10,40 @@ ini = ConfigParser(delimiters=["="])
 ini.read(here / "settings.ini", encoding="utf-8")
 cfg = ini["DEFAULT"]
 licenses = {"apache2": "Apache-2.0"}
+tree = f"{cfg['git_url']}/blob/{cfg['branch']}/"
+readme = (here / "README.md").read_text(encoding="utf-8")
+readme = re.sub(r"\A<!--.*?-->\s*", "", readme)
+readme = re.sub(r"\]\((?!https?:|#)", f"]({tree}", readme)  # links that lead somewhere from PyPI, too
 
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description=readme,
     long_description_content_type="text/markdown",
     author=cfg["author"],
     author_email=cfg["author_email"],
     url=cfg["git_url"],
-    license=licenses[cfg["license"]],
+    license_expression=licenses[cfg["license"]],
     keywords=cfg["keywords"].split(),
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
         *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
         "Typing :: Typed",
     ],
-    project_urls={"Documentation": cfg["doc_host"] + cfg["doc_baseurl"], "Changelog": cfg["git_url"] + "/blob/main/CHANGELOG.md"},
+    project_urls={
+        "Documentation": cfg["doc_host"] + cfg["doc_baseurl"],
+        "Source": cfg["git_url"],
+        "Issues": cfg["git_url"] + "/issues",
+        "Changelog": tree + "CHANGELOG.md",
+    },
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
     package_data={cfg["lib_path"]: ["py.typed"]},
     python_requires=">=" + cfg["min_python"],

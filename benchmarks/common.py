@@ -47,12 +47,12 @@ def in_turns(fs: dict[str, Callable], device: str, budget: float, base: str) -> 
 
 
 def save(name: str, rows: list[dict], a: argparse.Namespace, **versions: str) -> pd.DataFrame:
-    "Print the table and write it; rows of the other device that are there already, made on another machine, stay."
+    "Print the table and write it; rows that are there already and were made on another machine stay."
     table = pd.DataFrame(rows).assign(**machine(), **versions)
     file = a.out / f"{name}.csv"
     if file.exists() and "device" in table:
         old = pd.read_csv(file)
-        kept = old[~old.device.isin(table.device)]
+        kept = old[old.machine.notna() & ~old.machine.isin(table.machine)]
         if len(kept): table = pd.concat([table, kept], ignore_index=True)
     if "device" in table and "cuda" not in set(table.device):
         cases = table.drop_duplicates([o for o in ("model", "case", "candidate") if o in table])

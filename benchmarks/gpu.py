@@ -6,7 +6,7 @@ Every part is a process of its own with its own time limit; one that fails or ru
 All together stay below ten minutes; `few` (CIFAR-10 with 4,000 labels, 15 minutes) runs only when it is named. The CSV
 files go to --out (default: $OUT, else benchmarks/results), with what each part printed beside them in PART.txt, and a
 short table is printed at the end. The exit code is 1 if a part failed. With `--device cpu --quick` the same parts run
-for a moment each, to see that they work.
+for a moment each, to see that they work, with fifteen minutes for each part.
 """
 import argparse, os, subprocess, sys, time
 from pathlib import Path
@@ -34,7 +34,7 @@ def run(name: str, a: argparse.Namespace) -> dict:
     if command[0].endswith(".py"): command = [str(HERE / command[0]), *command[1:]]
     if name not in PLAIN: command = [*command, "--device", a.device]
     if name not in ("tests", "bench"): command += ["--out", str(a.out)]
-    if a.quick and quick: command += quick
+    if a.quick: command, limit = [*command, *(quick or [])], 900
     a.out.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     with open(a.out / f"{name}.txt", "w") as log:

@@ -4,7 +4,8 @@
 
 The candidates: timm on PIL images with p=1, so that it too applies two operations to every image, as it comes
 (bilinear or bicubic by chance) and with the nearest pixel, as ours; torchvision's v2 image by image and on a batch,
-where one draw serves all images; kornia, if it is installed; and BatchRandAugment. Each repetition times every
+where one draw serves all images, as in kornia and torchaug, which are measured if they are installed; and
+BatchRandAugment. Each repetition times every
 candidate once, and medians of many repetitions are compared, because machines are noisy. On the CPU one thread is
 used and its CPU time is counted, which waits for other processes are not part of; on a GPU, the time until the GPU is
 done. `op_pairs` is the number of distinct pairs of operations drawn in one batch. Rows that this machine cannot measure
@@ -37,9 +38,11 @@ from noisy_student.randaugment import BatchRandAugment
 
 try: from kornia.augmentation.auto import RandAugment as KorniaRandAugment
 except ImportError: KorniaRandAugment = None
+try: from torchaug.transforms import RandAugment as TorchaugRandAugment
+except ImportError: TorchaugRandAugment = None
 
 CASES = {"cpu": ((32, 64), (32, 256), (32, 1024), (224, 64), (224, 128)), "cuda": ((32, 2048), (224, 256))}
-GPU_NAMES = ("torchvision per batch", "kornia", "ours")
+GPU_NAMES = ("torchvision per batch", "torchaug", "kornia", "ours")
 NAMES = {"cpu": ("timm", "timm nearest", "torchvision per image", *GPU_NAMES), "cuda": GPU_NAMES}
 
 
@@ -51,10 +54,25 @@ class Logged:
         return self.op(img)
 
 
+def pairs(log): return len({tuple(log[i:i + 2]) for i in range(0, len(log), 2)})
+
+
+def drawn_pairs(tfm, items) -> int:
+    "Distinct pairs that torchvision's transform, or torchaug's after it, draws for `items`"
+    draw, log = tfm._get_random_item, []
+    def logging(space):
+        item = draw(space)
+        log.append(item[0])
+        return item
+    tfm._get_random_item = logging
+    for i in items: tfm(i)
+    tfm._get_random_item = draw
+    return pairs(log)
+
+
 def candidates(x, size) -> dict:
     "Per name a function of nothing, the number of its images, and one that counts the distinct pairs of operations"
     ours, made = BatchRandAugment(n=2, m=10, seed=0), {}
-    def pairs(log): return len({tuple(log[i:i + 2]) for i in range(0, len(log), 2)})
     def ours_pairs(): return len(set(zip(*ours.draw(len(x), (size, size)).op)))
     if x.device.type == "cpu":
         imgs = [Image.fromarray(a) for a in x.permute(0, 2, 3, 1).numpy()]
@@ -67,24 +85,20 @@ def candidates(x, size) -> dict:
                 for i in imgs: logged(i)
                 return pairs(log)
             made[name] = lambda tfm=tfm: [tfm(i) for i in few], len(few), timm_pairs
-    tv = v2.RandAugment(num_ops=2, magnitude=10, num_magnitude_bins=11, fill=128)
-    draw, log = tv._get_random_item, []
-    def logging(space):
-        item = draw(space)
-        log.append(item[0])
-        return item
-    def tv_pairs(items):
-        log.clear()
-        tv._get_random_item = logging
-        for i in items: tv(i)
-        tv._get_random_item = draw
-        return pairs(log)
+    magnitude = dict(num_ops=2, magnitude=10, num_magnitude_bins=11, fill=128)
+    tv = v2.RandAugment(**magnitude)
     if x.device.type == "cpu":
-        made["torchvision per image"] = lambda: [tv(i) for i in x[:64]], len(x[:64]), lambda: tv_pairs(x)
-    made["torchvision per batch"] = lambda: tv(x), len(x), lambda: tv_pairs([x])
+        made["torchvision per image"] = lambda: [tv(i) for i in x[:64]], len(x[:64]), lambda: drawn_pairs(tv, x)
+    made["torchvision per batch"] = lambda: tv(x), len(x), lambda: drawn_pairs(tv, [x])
+    if TorchaugRandAugment is not None:
+        torchaug = TorchaugRandAugment(**magnitude)
+        made["torchaug"] = lambda: torchaug(x), len(x), lambda: drawn_pairs(torchaug, [x])
     if KorniaRandAugment is not None:
         kornia = KorniaRandAugment(n=2, m=10)
-        made["kornia"] = lambda: kornia(x.float().div_(255)).mul_(255).byte(), len(x), lambda: np.nan
+        def kornia_pairs():  # a list of operations for the whole batch
+            kornia(x[:2].float().div(255))
+            return pairs([item.name for policy in kornia._params for item in policy.data])
+        made["kornia"] = lambda: kornia(x.float().div_(255)).mul_(255).byte(), len(x), kornia_pairs
     made["ours"] = lambda: ours(x), len(x), ours_pairs
     return made
 
@@ -119,7 +133,8 @@ if __name__ == "__main__":
                           for o in NAMES[device]]
             rows += made
             print(pd.DataFrame(made).to_string(index=False), flush=True)
-    table = pd.DataFrame(rows).assign(**machine(), torchvision=version("torchvision"), pillow=version("pillow"),
-                                      kornia=version("kornia") if KorniaRandAugment else "not installed")
+    versions = {o: version(o) if found else "not installed" for o, found in
+                dict(torchvision=v2, pillow=Image, kornia=KorniaRandAugment, torchaug=TorchaugRandAugment).items()}
+    table = pd.DataFrame(rows).assign(**machine(), **versions)
     table = table.astype(dict(op_pairs="Int64", repetitions="Int64"))
     table.to_csv(a.out / "randaugment.csv", index=False)

@@ -23,8 +23,9 @@ def machine() -> dict:
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists() and not torch.cuda.is_available():
         lines = [o for o in Path("/proc/cpuinfo").read_text().splitlines() if o.startswith("model name")]
-        amx = " with AMX" if "amx_bf16" in Path("/proc/cpuinfo").read_text() else ""
-        name = lines[0].split(":")[1].strip() + amx
+        flags = Path("/proc/cpuinfo").read_text()
+        bf16 = " with AMX" if "amx_bf16" in flags else " with AVX512-BF16" if "avx512_bf16" in flags else ""
+        name = lines[0].split(":")[1].strip() + bf16
     here = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
     return dict(machine=name, cores=os.cpu_count(), threads=torch.get_num_threads(), **{o: version(o) for o in ("torch", "fastai", "timm")}, commit=commit)

@@ -709,7 +709,7 @@ def select_pseudo_labels(
         raise PseudoLabelError("binned=True balances the classes: per_class must not be None")
     _make_folder(out.parent)
     table = f"(SELECT item, label, confidence::FLOAT AS confidence FROM {_parquet(files)})"
-    is_over = f"confidence {'>' if strict else '>='} {float(np.float32(threshold))!r}::FLOAT"
+    is_over = f"confidence {'>' if strict else '>='} '{float(np.float32(threshold))!r}'::FLOAT" # as text: DuckDB 1 rounds a decimal number twice
     with tempfile.TemporaryDirectory(dir=out.parent, prefix='.select-') as spill, _duckdb() as con:
         con.execute(f"SET temp_directory = {_quoted(spill)}; SET memory_limit = '{_memory()}'; SET "
                     "preserve_insertion_order = false")

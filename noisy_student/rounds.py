@@ -141,7 +141,7 @@ def _default_size(data): # px
     sides = [] # of some images: the first may be an odd one
     for i in np.linspace(0, len(images) - 1, min(len(images), 50)).astype(int):
         try:
-            with Image.open(open_item(images[i])) as im: sides.append(min(im.size))
+            with open_item(images[i]) as f, Image.open(f) as im: sides.append(min(im.size))
         except (OSError, ArchiveError, Image.DecompressionBombError): pass # load_images will name the file
     return min(int(np.median(sides)), 128) if sides else 128
 

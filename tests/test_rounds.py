@@ -258,6 +258,22 @@ def test_damaged_run_json(tmp_path):
     with pytest.raises(ValueError, match="run.json is damaged"): ns.fit()
 
 
+def test_no_image_file_is_left_open(tmp_path):
+    "The command shows every warning of this package: one per image would bury the others."
+    import gc, warnings
+    from noisy_student.datasets import from_folder
+    from noisy_student.rounds import NoisyStudent
+    for i in range(8):
+        for part in ("train/a", "train/b", "unlabeled"):
+            (tmp_path / part).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((8 + i, 9, 3), i * 20, np.uint8)).save(tmp_path / part / f"{i}.png")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert NoisyStudent(from_folder(tmp_path), "resnet9_4", tmp_path / "run").size == 9
+        gc.collect()
+    assert not [str(o.message) for o in told if o.category is ResourceWarning]
+
+
 def test_hard_labels_and_a_given_selection(tmp_path):
     from noisy_student.rounds import NoisyStudent
     data = miniature()

@@ -1,5 +1,5 @@
 "The site as its readers meet it, and what every tutorial must have."
-import importlib.util, json
+import importlib.util, json, re
 from pathlib import Path
 
 import pytest
@@ -34,22 +34,53 @@ def test_tutorial_runs_elsewhere(path):
     assert not any(o['output_type'] == 'error' for c in cells for o in c.get('outputs', []))
 
 
+PAGE = '<!doctype html><html><head><link rel="icon" href="data:,"></head><body><main>{}</main></body></html>'
+DARK = """<script>function smalldocsToggleScheme() { document.documentElement.classList.toggle('quarto-dark') }</script>
+<style>.quarto-dark p { width: 1500px }</style>"""
+
+
 def test_look_finds_faults(docs, tmp_path):
-    "What must not be on the site is found where it is."
+    "What must not be on the site is found where it is: in the browser, wide and narrow, light and dark."
     if docs.chromium() is None: pytest.skip("there is no Chromium to look with")
-    page = '<!doctype html><html><head><link rel="icon" href="data:,"></head><body>{}</body></html>'
-    (tmp_path/'good.html').write_text(page.format('<img src="data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw==">'))
-    (tmp_path/'bad.html').write_text(page.format('<img src="none.png"><div style="width:700px">wide</div><script>nothing.here()</script>'))
+    pages = dict(good='<img src="data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="><pre style="overflow-x:auto"><b style="width:2000px;display:block">b</b></pre>',
+                 bad='<img src="none.png"><div style="width:700px">wide</div><script>nothing.here()</script>',
+                 clipped='<div style="overflow-x:clip"><i style="width:700px;display:block">cut off</i></div>', dark=DARK + '<p>wide when dark</p>')
+    for name, body in pages.items(): (tmp_path/f'{name}.html').write_text(PAGE.format(body))
     found = docs.look(tmp_path)
-    assert any('bad.html: the picture none.png does not load' in o for o in found)
-    assert any('bad.html: at 400 px it is 7' in o for o in found) and not any('at 1300' in o for o in found)
-    assert any('nothing is not defined' in o for o in found) and not any('good.html' in o for o in found)
+    def says(*parts): return any(all(p in o for p in parts) for o in found)
+    assert says('bad.html: the picture none.png does not load') and says('nothing is not defined')
+    assert says('bad.html: at 390 px, light, it is 7') and not says('bad.html: at 1400')
+    assert says('clipped.html: at 390 px, light, this does not fit: <i style="width:700px') and not says('clipped.html: at 1400')
+    assert says('dark.html: at 1400 px, dark, it is 15') and not says('dark.html', 'light')
+    assert not says('good.html')
 
 
 def test_check_finds_faults(docs, tmp_path):
     "A link that leads nowhere is found with its page."
-    (tmp_path/'a.html').write_text('<h1 id="top">A</h1><a href="b.html#top">b</a><a href="#top">up</a>')
+    repo = 'https://github.com/noisy-student/noisy_student/blob/main'
+    (tmp_path/'a.html').write_text(f'<h1 id="top">A</h1><a href="b.html#top">b</a><a href="#top">up</a><a href="{repo}/README.md#L1">r</a>')
     (tmp_path/'b.html').write_text(f'<meta property="og:image" content="{docs.SITE_URL}card.png"><a href="a.html#top">a</a>')
     assert docs.broken_links(tmp_path) == ['broken link b.html#top in a.html', f'broken link {docs.SITE_URL}card.png in b.html']
     (tmp_path/'card.png').touch()
     assert docs.broken_links(tmp_path) == ['broken link b.html#top in a.html']
+    (tmp_path/'a.html').write_text(f'<h1 id="top">A</h1><a href="{repo}/none.py">n</a><a href="{docs.SITE_URL}c.html">c</a><img src="d.png">'
+                                   f'<a href="https://colab.research.google.com/github/noisy-student/noisy_student/blob/main/nbs/none.ipynb">')
+    assert [o.split()[2].rpartition('/')[2] for o in docs.broken_links(tmp_path)] == ['none.py', 'c.html', 'd.png', 'none.ipynb']
+
+
+def test_sidebar(docs):
+    "Every page is in the sidebar once, and every entry is a page."
+    side = [dict(text='Start', href='index.ipynb'), dict(section='More', contents=['a.ipynb', 'b.md', 'a.ipynb'])]
+    config = dict(website=dict(sidebar=dict(contents=side), navbar=dict(left=[dict(href='c.md')], right=[dict(href='https://x.org')])))
+    assert docs.sidebar_problems(config, {'index.ipynb', 'a.ipynb', 'd.md'}) == [
+        '_quarto.yml: d.md is not in the sidebar', '_quarto.yml: b.md in the sidebar is not there',
+        '_quarto.yml: a.ipynb is in the sidebar twice', '_quarto.yml: c.md in the navigation bar is not there']
+
+
+def test_code_lines(docs):
+    "A span around every line, also where a string goes over several; text and tags stay."
+    code = 'if x:\n    <span class="st">"a\n\n  b"</span> + <b>c</b>\n'
+    lines = docs.code_lines(code)
+    assert lines.count('class="line"') == 4 and '--in:4ch' in lines and lines.count('<span') == lines.count('</span>') == 7
+    text = lambda html: re.sub('<[^>]+>', '', html)
+    assert text(lines) == text(code)

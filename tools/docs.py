@@ -25,6 +25,7 @@ from threading import Event, Thread
 from urllib.parse import quote, unquote, urlsplit
 
 import pypandoc
+import yaml
 from nbdev.doclinks import nbglob
 from nbdev.serve import proc_nbs
 from smalldocs import site as smalldocs
@@ -35,6 +36,12 @@ NBS = ROOT / "nbs"
 SITE_URL = re.search(r"site-url: (\S+)", (ROOT / "_quarto.yml").read_text(encoding="utf-8"))[1] + "/"
 # The path in [text](path), ![alt](path) and <img src="path">
 README_LINK = re.compile(r"""(\]\(|src=")(?![a-z]+:)([^\s)"#]+)""")
+# A file or folder of this repository, on GitHub or opened from there
+OWN_FILE = re.compile(r"https://.*github(?:\.com)?/noisy-student/noisy_student/(?:blob|tree)/main/([^#?]+)")
+# In a signature: the modules before the name of a type; a class as Python prints it
+MODULES = re.compile(r"(?<=[\[:=( |])(?:__main__|noisy_student|pathlib|collections|typing|numpy|pandas|torch|fastai|PIL|matplotlib)\.(?:\w+\.)*(?=[A-Z]|ndarray|device)")
+CLASS = re.compile(r"<class '(?:\w+\.)*(\w+)'>")
+EVENTS = re.compile(r"(?:\s*(?:after|before)_\w+:NoneType=None,?){10,}")
 
 
 def readme() -> str:  # The text of README.md
@@ -70,6 +77,22 @@ def mathml(tex: list[tuple[str, bool]]) -> list[str]:  # The formula's MathML, e
     return found
 
 
+def code_lines(code: str) -> str:  # Highlighted code, each line in a `<span class="line">` that knows its indentation
+    "Do as Pandoc does: a style sheet can then set the wrapped rest of a long line further in than its beginning."
+    lines, opened = [], []
+    for line in code.removesuffix("\n").split("\n"):
+        before = "".join(opened)
+        for tag in re.findall(r"<[^>]+>", line):
+            if tag.startswith("</"):
+                opened.pop()
+            else:
+                opened.append(tag)
+        after = "".join("</" + re.match(r"<(\w+)", tag)[1] + ">" for tag in reversed(opened))
+        indent = min(len(re.match(" *", re.sub("<[^>]+>", "", line))[0]), 8)
+        lines.append(f'<span class="line" style="--in:{indent}ch">{before}{line}{after}\n</span>')
+    return "".join(lines)
+
+
 class Site(smalldocs.Site):
     "smalldocs, for pages as nbdev leaves them and for readers without a network."
 
@@ -80,8 +103,13 @@ class Site(smalldocs.Site):
         # The social card is the site's, also for pages in folders.
         page.front.setdefault("image", "/" + self.project.website["image"])
         # nbdev also links the `names` in the comments of a signature, where the link would stand as Markdown.
-        unlink = partial(re.compile(r"\[(`[^`]+`)\]\(\S+?\)").sub, r"\1")
-        page.body = re.sub(r"^```.*?^```", lambda block: unlink(block[0]), page.body, flags=re.M | re.S)
+        # In signatures it writes types with their modules, __main__ for those of the notebook itself.
+        def clean(block: re.Match) -> str:
+            text = re.sub(r"\[(`[^`]+`)\]\(\S+?\)", r"\1", block[0])
+            if not text.startswith("```python\ndef "):
+                return text
+            return MODULES.sub("", CLASS.sub(r"\1", EVENTS.sub("\n    **events, # functions, as every fastai `Callback` takes them", text)))
+        page.body = re.sub(r"^```.*?^```", clean, page.body, flags=re.M | re.S)
         page.body = page.body.replace("\b", "")  # with which the command line keeps lines of its help apart
         return page
 
@@ -96,6 +124,7 @@ class Site(smalldocs.Site):
 
     def render_page(self, page: smalldocs.Page) -> None:
         super().render_page(page)
+        page.html = re.sub(r"(<pre[^>]*><code[^>]*>)(.*?)(</code></pre>)", lambda m: m[1] + code_lines(m[2]) + m[3], page.html, flags=re.S)
         pattern = r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>'
         tex = [(unescape(m[2]), m[1] == "display") for m in re.finditer(pattern, page.html, re.S)]
         if tex:
@@ -111,7 +140,9 @@ def build(
     site = Site(load(proc_nbs(force=True)), quiet=True)
     site.out = out
     site.build()
-    return [w for w in site.warnings if not w.endswith("output-file is not read by smalldocs")]  # `Site.read` does
+    # `Site.read` reads output-file, styles.css does what grid and code-overflow do for Quarto.
+    known = ("output-file is not read by smalldocs", "format.html.grid is ignored", "format.html.code-overflow is ignored")
+    return [w for w in site.warnings if not w.endswith(known)]
 
 
 class Links(HTMLParser):
@@ -135,15 +166,18 @@ class Links(HTMLParser):
 def broken_links(
     site: Path,  # Folder of a built site
 ) -> list[str]:  # A line for each link that leads nowhere, with the pages it is on
-    "Follow every link that stays within the site: its file and, within a page, its anchor must be there."
+    "Follow every link to the site and to files of the repository: the file and, within a page, the anchor must be there."
     pages = {p: Links(p) for p in sorted(site.rglob("*.html"))}
     broken = {}
     for page, links in pages.items():
         for ref in links.refs:
-            url = urlsplit(ref)
+            if (file := OWN_FILE.match(ref)) and not (ROOT / unquote(file[1])).exists():
+                broken.setdefault(ref, set()).add(page.relative_to(site).as_posix())
+            url = urlsplit(ref.removeprefix(SITE_URL))
             if url.scheme or url.netloc:
                 continue
-            target = (page.parent / unquote(url.path)).resolve() if url.path else page
+            here = site if ref.startswith(SITE_URL) else page.parent
+            target = (here / unquote(url.path)).resolve() if url.path else page
             target = target / "index.html" if target.is_dir() else target
             if not target.is_file() or (target in pages and unquote(url.fragment) not in pages[target].ids):
                 broken.setdefault(ref, set()).add(page.relative_to(site).as_posix())
@@ -152,21 +186,35 @@ def broken_links(
     return [f"broken link {ref} in {', '.join(sorted(on))}" for ref, on in broken.items()]
 
 
-# Opens the pages named in its fragment one after the other, wide and narrow, and sends what is wrong with them to the server.
+# Opens the pages named in its fragment one after the other, wide and narrow, light and dark, and sends what is wrong with
+# them to the server. A site may clip what is too wide, and the page is then no wider: so elements are looked at, too.
 LOOK = """<!doctype html><title>look</title><link rel="icon" href="data:,"><body><script>
 const found = [], frame = document.createElement('iframe');
 const say = text => found.push(text);
 async function look(page) {
-  frame.style.cssText = 'width:1300px;height:900px;border:0';
+  frame.style.cssText = 'width:1400px;height:900px;border:0';
   await new Promise(done => { frame.onload = done; frame.src = page; });
-  const w = frame.contentWindow, d = w.document;
+  const w = frame.contentWindow, d = w.document, root = d.documentElement;
   for (const img of d.images) {
     img.loading = 'eager';
     await img.decode().catch(() => say(`${page}: the picture ${img.getAttribute('src').slice(0, 80)} does not load`));
   }
-  for (const width of [1300, 400]) {
-    frame.style.width = `${width}px`;
-    if (d.documentElement.scrollWidth > width) say(`${page}: at ${width} px it is ${d.documentElement.scrollWidth} px wide`);
+  const scrolls = e => e && e !== d.body && (/auto|scroll/.test(w.getComputedStyle(e).overflowX) || scrolls(e.parentElement));
+  for (const theme of ['light', 'dark']) {
+    const done = () => root.classList.contains('quarto-dark') === (theme === 'dark');
+    if (w.smalldocsToggleScheme && !done()) {
+      w.smalldocsToggleScheme();
+      for (let i = 0; i < 100 && !done(); i++) await new Promise(later => setTimeout(later, 20));
+      if (!done()) say(`${page}: there is no ${theme} theme`);
+    }
+    for (const width of [1400, 390]) {
+      frame.style.width = `${width}px`;
+      const at = `${page}: at ${width} px, ${theme},`, inside = root.clientWidth;
+      if (root.scrollWidth > inside) say(`${at} it is ${root.scrollWidth} px wide`);
+      const out = [...d.body.querySelectorAll('main :not(pre *)')].find(
+        e => e.getBoundingClientRect().right > inside + 1 && e.getClientRects().length && !scrolls(e));
+      if (out) say(`${at} this does not fit: ${out.outerHTML.slice(0, 80)}`);
+    }
   }
 }
 (async () => {
@@ -185,7 +233,7 @@ def chromium() -> str | None:  # Its path
 def look(
     site: Path,  # Folder of a built site
 ) -> list[str] | None:  # A line for each fault; None if there is no Chromium
-    "Open every page in a headless Chromium, wide and narrow: no error on the console, no missing picture, nothing too wide."
+    "Open every page in a headless Chromium, wide and narrow, light and dark: no error, no missing picture, nothing too wide."
     if (browser := chromium()) is None:
         return None
     pages = " ".join(p.relative_to(site).as_posix() for p in sorted(site.rglob("*.html")) if "site_libs" not in p.parts)
@@ -206,8 +254,8 @@ def look(
         with open(f"{home}/log", "w+", encoding="utf-8", errors="replace") as log:
             url = f"http://127.0.0.1:{server.server_port}/look.html#{quote(pages)}"
             process = subprocess.Popen([*command, url], stdout=subprocess.DEVNULL, stderr=log)
-            if not done.wait(timeout=300):
-                found.append("Chromium did not get through all pages in 300 seconds")
+            if not done.wait(timeout=600):
+                found.append("Chromium did not get through all pages in 600 seconds")
             process.terminate()
             process.wait()
             server.shutdown()
@@ -217,16 +265,40 @@ def look(
     return found + console
 
 
+def sidebar_problems(
+    config: dict,  # What is in _quarto.yml
+    pages: set[str],  # Sources of all pages, relative to nbs/
+) -> list[str]:  # A line for each page that is not in the sidebar, and for each entry that leads nowhere
+    "Compare the sidebar with the pages that there are; for pages that the navigation bar names, too."
+
+    def named(entry: object) -> list[str]:
+        if isinstance(entry, str):
+            return [entry]
+        if isinstance(entry, list):
+            return [name for e in entry for name in named(e)]
+        own = [entry["href"]] if "href" in entry and "://" not in entry["href"] else []
+        return own + named(entry.get("contents", [])) + named(entry.get("left", [])) + named(entry.get("right", []))
+
+    listed, bar = named(config["website"]["sidebar"]), named(config["website"]["navbar"])
+    return [
+        *(f"_quarto.yml: {name} is not in the sidebar" for name in sorted(pages - set(listed))),
+        *(f"_quarto.yml: {name} in the sidebar is not there" for name in sorted(set(listed) - pages)),
+        *(f"_quarto.yml: {name} is in the sidebar twice" for name in sorted({n for n in listed if listed.count(n) > 1})),
+        *(f"_quarto.yml: {name} in the navigation bar is not there" for name in sorted(set(bar) - pages)),
+    ]
+
+
 def check() -> list[str]:  # What is wrong, a line each
     "Look for everything that a reader of README.md or of the site would stumble over."
     text, problems = readme(), []
     if (ROOT / "README.md").read_text(encoding="utf-8") != text:
         problems.append("README.md is not what nbs/index.ipynb gives: python tools/docs.py readme")
     problems += [f"README.md: {m[2]} is not there" for m in README_LINK.finditer(text) if not (ROOT / m[2]).exists()]
-    listed = set(re.findall(r"[\w/]+\.(?:ipynb|md)\b", (ROOT / "_quarto.yml").read_text(encoding="utf-8")))
+    for p in nbglob(NBS, as_path=True):
+        if re.search(r"^>.*\n>", "".join(json.loads(p.read_text(encoding="utf-8"))["cells"][0]["source"]), re.M):
+            problems.append(f"{p.name}: the description goes over two lines, of which the site shows one")
     pages = {p.relative_to(NBS).as_posix() for p in [*nbglob(NBS, as_path=True), *NBS.rglob("[!_.]*.md")]}
-    problems += [f"_quarto.yml: {name} is not in the sidebar" for name in sorted(pages - listed)]
-    problems += [f"_quarto.yml: {name} in the sidebar is not there" for name in sorted(listed - pages)]
+    problems += sidebar_problems(yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8")), pages)
     with tempfile.TemporaryDirectory() as tmp:
         out = Path(tmp).resolve() / "site"
         problems += [w for w in build(out) if ": broken link " not in w] + broken_links(out) + (look(out) or [])

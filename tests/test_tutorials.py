@@ -1,0 +1,27 @@
+"""Run every tutorial's quick form as Jupyter does, against the package that is installed: without nbdev, as on Colab and Kaggle.
+
+Its install cell is left out: what that installs must be there already.
+"""
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+if find_spec("nbdev"): pytest.skip("tests/test_notebooks.py runs them where there is nbdev", allow_module_level=True)
+nbclient = pytest.importorskip("nbclient", reason="runs notebooks: pip install nbclient ipykernel")
+pytest.importorskip("ipykernel", reason="runs notebooks: pip install nbclient ipykernel")
+
+import nbformat
+
+TUTORIALS = sorted(Path(__file__).resolve().parent.parent.glob("nbs/tutorials/*.ipynb"))
+
+
+def test_there_are_tutorials(): assert len(TUTORIALS) >= 7
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda o: o.stem)
+def test_tutorial(path: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("NOISY_STUDENT_QUICK", "1")
+    nb = nbformat.read(path, as_version=4)
+    nb.cells = [o for o in nb.cells if not o.source.startswith("#| eval: false")]
+    nbclient.NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
