@@ -13,6 +13,8 @@ licenses = {"apache2": "Apache-2.0"}
 tree = f"{cfg['git_url']}/blob/{cfg['branch']}/"
 readme = (here / "README.md").read_text(encoding="utf-8")
 readme = re.sub(r"\A<!--.*?-->\s*", "", readme)
+raw = cfg["git_url"].replace("github.com", "raw.githubusercontent.com") + f"/{cfg['branch']}/"
+readme = re.sub(r"(!\[[^\]]*\]\()(?!https?:)", rf"\1{raw}", readme)  # pictures
 readme = re.sub(r"\]\((?!https?:|#)", f"]({tree}", readme)  # links that lead somewhere from PyPI, too
 
 setup(
@@ -24,7 +26,7 @@ setup(
     author=cfg["author"],
     author_email=cfg["author_email"],
     url=cfg["git_url"],
-    license_expression=licenses[cfg["license"]],
+    license=licenses[cfg["license"]],
     keywords=cfg["keywords"].split(),
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -9,6 +9,7 @@ import torch
 from runs import machine
 
 NOT_MEASURED = "not measured"
+RESULTS = Path(__file__).parent / "results"
 
 
 def arguments(doc: str, seconds: float) -> argparse.ArgumentParser:
@@ -17,7 +18,7 @@ def arguments(doc: str, seconds: float) -> argparse.ArgumentParser:
     p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--threads", type=int, default=1, help="on the CPU")
     p.add_argument("--seconds", type=float, default=seconds, help="of repetitions per case")
-    p.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the CSV")
+    p.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
     return p
 
 
@@ -46,19 +47,29 @@ def in_turns(fs: dict[str, Callable], device: str, budget: float, base: str) -> 
                     ratio_high=round(high[i], 3), repetitions=len(times)) for i, o in enumerate(fs)}
 
 
+KEYS = ["machine", "device", "model", "case", "size", "batch", "precision", "candidate", "seed"]
+
+
+def with_others(table: pd.DataFrame, name: str) -> pd.DataFrame:
+    "The table, and after it what else was measured, on this machine or another, from results/`name`.csv."
+    file = RESULTS / f"{name}.csv"
+    if not file.exists(): return table
+    old = pd.read_csv(file)
+    old = old[old.machine.notna() & ~old.eq(NOT_MEASURED).any(axis=1)]
+    keys = [o for o in KEYS if o in table and o in old]
+    def cases(t): return [tuple(map(str, o)) for o in t[keys].astype({k: float for k in ("size", "batch") if k in keys}).to_numpy()]
+    again = set(cases(table))
+    return pd.concat([table, old[[o not in again for o in cases(old)]]], ignore_index=True)
+
+
 def save(name: str, rows: list[dict], a: argparse.Namespace, **versions: str) -> pd.DataFrame:
-    "Print the table and write it; rows that are there already and were made on another machine stay."
-    table = pd.DataFrame(rows).assign(**machine(), **versions)
-    file = a.out / f"{name}.csv"
-    if file.exists() and "device" in table:
-        old = pd.read_csv(file)
-        kept = old[old.machine.notna() & ~old.machine.isin(table.machine)]
-        if len(kept): table = pd.concat([table, kept], ignore_index=True)
+    "Print the table and write it, with what was measured before; a case that is measured again replaces its row."
+    table = with_others(pd.DataFrame(rows).assign(**machine(), **versions), name)
     if "device" in table and "cuda" not in set(table.device):
         cases = table.drop_duplicates([o for o in ("model", "case", "candidate") if o in table])
         blank = cases[[o for o in ("model", "case", "candidate") if o in table]].assign(device="cuda", ratio=NOT_MEASURED)
         table = pd.concat([table, blank], ignore_index=True)
     a.out.mkdir(parents=True, exist_ok=True)
-    table.to_csv(file, index=False)
+    table.to_csv(a.out / f"{name}.csv", index=False)
     print(pd.DataFrame(rows).to_string(index=False), flush=True)
     return table

@@ -37,7 +37,7 @@ def case(device, arch, size, n, batch, budget):
     out = Path(tempfile.mkdtemp())
     def ours():
         shutil.rmtree(out)
-        predict_pseudo_labels(model, images, out, bs=batch, mean=MEAN, std=STD, classes=list(map(str, range(10))), part_size=max(1024, batch))
+        predict_pseudo_labels(model, images, out, size=size, bs=batch, mean=MEAN, std=STD, classes=list(map(str, range(10))), part_size=max(1024, batch))
     rows = in_turns(dict(bare=bare, ours=ours), device, budget, "bare")
     shutil.rmtree(out)
     return [dict(device=device, model=arch, size=size, images=n, batch=batch, candidate=k, images_per_s=round(n / v["seconds"]), **v)

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from common import seconds_of
+from common import RESULTS, seconds_of, with_others
 from PIL import Image
 from runs import machine
 from timm.data.auto_augment import rand_augment_transform
@@ -121,12 +121,14 @@ def measure(device, size, batch, budget) -> list:
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--device", choices=CASES, help="only there")
     p.add_argument("--seconds", type=float, default=12, help="of repetitions per image size and batch size")
-    p.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the CSV")
+    p.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
     a = p.parse_args()
     torch.set_num_threads(1)
     rows = []
     for device, cases in CASES.items():
+        if a.device not in (None, device): continue
         for size, batch in cases:
             if device == "cpu" or torch.cuda.is_available(): made = measure(device, size, batch, a.seconds)
             else: made = [dict(device=device, size=size, batch=batch, candidate=o, images_per_s="not measured")
@@ -136,5 +138,5 @@ if __name__ == "__main__":
     versions = {o: version(o) if found else "not installed" for o, found in
                 dict(torchvision=v2, pillow=Image, kornia=KorniaRandAugment, torchaug=TorchaugRandAugment).items()}
     table = pd.DataFrame(rows).assign(**machine(), **versions)
-    table = table.astype(dict(op_pairs="Int64", repetitions="Int64"))
+    table = with_others(table, "randaugment").astype(dict(op_pairs="Int64", repetitions="Int64"))
     table.to_csv(a.out / "randaugment.csv", index=False)

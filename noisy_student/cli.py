@@ -355,7 +355,8 @@ def label(
     Example: the second of four shares
       noisy-student label runs/mine my_images/unlabeled --out pseudo_labels --shard 1 --num-shards 4
 
-    Archives are read one after the other, so the pool may be larger than the disk or the memory of a machine:
+    \b
+    Archives are read one after the other, so the pool may be larger than disk or memory:
       noisy-student label runs/mine pool-*.tar --out pseudo_labels
 
     Can be interrupted: the same command goes on where it stopped.
@@ -468,8 +469,9 @@ def train(
     Can be interrupted: the same command goes on where it stopped.
     """
     unlabeled = _items_of(pseudo) if pseudo else None # just the selected files are decoded
+    settings = dict(rounds=0, size=size, pretrained=_weights(pretrained))
     _fit(data, load_data(data, labels, unlabeled, seed, recipe), out, arch and [arch], recipe, epochs, seed, device,
-         as_json, dict(rounds=0, size=size, pretrained=_weights(pretrained)), pseudo,
+         as_json, settings, pseudo,
          None if unlabeled else _source(data, labels, None, seed, recipe), auto_batch)
 
 # %% ../nbs/13_cli.ipynb #5a9f873c

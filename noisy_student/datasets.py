@@ -8,7 +8,7 @@ __all__ = ['MAX_PIXELS', 'IMAGENETTE_CLASSES', 'SVHN_STATS', 'Split', 'Splits', 
            'from_folder', 'cifar10', 'imagenette', 'svhn']
 
 # %% ../nbs/00_datasets.ipynb #855f21fc
-import errno, hashlib, json, os, shutil, tarfile, warnings
+import difflib, errno, hashlib, json, os, shutil, tarfile, warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -376,7 +376,12 @@ def _without_labeled(s): # Splits whose pool has no file that is labeled, or in 
 
 def _pool(unlabeled, rest, default): # the unlabeled Split that the argument `unlabeled` asks for
     if isinstance(unlabeled, (list, tuple)): return Split(_inside([os.path.abspath(o) for o in unlabeled]))
-    if unlabeled is None: return _concat(rest, Split(list_images(default))) if default.is_dir() else rest
+    if unlabeled is None:
+        if default.is_dir(): return _concat(rest, Split(list_images(default)))
+        folders = [o.name for o in default.parent.iterdir() if o.is_dir()]
+        if near := difflib.get_close_matches(default.name, folders, 1, .8):
+            warnings.warn(f"{default.parent/near[0]} is not used: unlabeled images are looked for in {default}")
+        return rest
     if unlabeled == 'rest': return rest
     if not Path(unlabeled).is_dir() and not (is_archive(unlabeled) and Path(unlabeled).exists()):
         raise FileNotFoundError(f"no folder or archive {unlabeled} with unlabeled images")

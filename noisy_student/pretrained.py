@@ -8,6 +8,7 @@ __all__ = ['published_accuracies', 'imagenet_classes', 'Trained', 'pretrained_mo
 
 # %% ../nbs/04a_pretrained.ipynb #1a8ae548
 import copy, os
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -102,7 +103,8 @@ def export_onnx(
 ) -> Path: # The file, whole or not there
     """Write the evaluation-mode computation as ONNX.
 
-    Raises ImportError without onnx and onnxscript, and OSError, naming the file, if it cannot be written."""
+    Raises ImportError without onnx and onnxscript, ValueError if they and torch cannot export the network, and OSError,
+    naming the file, if it cannot be written."""
     for o in ('onnx', 'onnxscript'):
         if find_spec(o) is None: raise ImportError(f"ONNX export needs {o}: pip install 'noisy_student[export]'")
     model, file = _plain(model), Path(file)
@@ -116,6 +118,10 @@ def export_onnx(
         file.parent.mkdir(parents=True, exist_ok=True)
         program.save(str(tmp), external_data=False)
         os.replace(tmp, file)
+    except torch.onnx.OnnxExporterError as e:
+        versions = ' and '.join(f'{o} {version(o)}' for o in ('torch', 'onnxscript'))
+        raise ValueError(f"{versions} cannot export this network ({str(e).strip().splitlines()[0]}): "
+                         "update torch, or install an onnxscript of its time") from e
     except OSError as e:
         tmp.unlink(missing_ok=True)
         raise OSError(e.errno, f"cannot write {file}: {e.strerror}") from None

@@ -55,10 +55,10 @@ from .training import EMA, Plateau, TeacherTargets, optimizer, staircase
 def _write_text(file, text): # of several processes one writes
     if not rank(): write_text(file, text)
 
-def _has_fast_bf16(device): # bfloat16 matrix units, on a GPU or (AMX, AVX512-BF16) in a CPU
+def _has_fast_bf16(device): # matrix units for bfloat16, on a GPU or (AMX) in a CPU; AVX512-BF16 alone is slower than float32
     if device.type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != 'cpu': return False
-    return any(getattr(torch.cpu, f, bool)() for f in ('_is_amx_tile_supported', '_is_avx512_bf16_supported'))
+    return getattr(torch.cpu, '_is_amx_tile_supported', bool)()
 
 @contextmanager
 def _in_bf16(model, device): # inside, every forward pass of `model` runs in bfloat16 autocast
@@ -235,7 +235,9 @@ class NoisyStudent:
         if another process works in the directory; `Stopped` on SIGTERM and Ctrl-C. What was written stays, and `fit`
         again goes on from there."""
         with self._alone(), stoppable():
-            with first_rank_first(): self._open()
+            with first_rank_first():
+                self._open()
+                self._check_weights()
             self._check_leaks()
             old = not _is_whole(self.path/'report.html')
             for k in range(self.recipe.rounds + 1):
@@ -402,8 +404,9 @@ def _images(self: NoisyStudent, name): # Decoded images of a split, decoded on f
                             None if isinstance(split.images, np.ndarray) else self.path/'cache',
                             lambda done, total: self._tell(f'decoding {name} images', done, total))
         if d.bad and name != 'unlabeled':
-            more = f" (and {len(d.bad) - 1} more)" if len(d.bad) > 1 else ''
-            raise ValueError(f"a {name} image cannot be used: {d.bad[0].item}: {d.bad[0].reason}{more}; mend or remove it")
+            named = '; '.join(f"{o.item}: {o.reason}" for o in d.bad[:10])
+            more = f" (and {len(d.bad) - 10} more)" if len(d.bad) > 10 else ''
+            raise ValueError(f"{len(d.bad)} of the {name} images cannot be used: {named}{more}; mend or remove them")
         if d.bad:
             _write_text(self.path/'skipped.csv', pd.DataFrame(d.bad, columns=['item', 'reason']).to_csv(index=False))
             if not len(d.good):
@@ -480,6 +483,17 @@ def _without_leaks(self: NoisyStudent, selection): # a selection made elsewhere,
              else [o for o, s in zip(selection.items, stay) if s])
     return replace(selection, items=items, **{o: getattr(selection, o)[stay]
                                               for o in ('labels', 'confidence', 'probs', 'copies')})
+
+@patch
+def _check_weights(self: NoisyStudent): # now, not when the networks before it are trained: do the weights fit every network?
+    if not self.recipe.pretrained: return
+    todo = [k for k in range(self.recipe.rounds + 1) if not (self._round(k)/'metrics.json').exists()]
+    images = self.data.labeled.images
+    c_in = images.shape[-1] if isinstance(images, np.ndarray) else 3
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # each is told when the network is made
+        for arch in dict.fromkeys(map(self.arch, todo)):
+            create_model(arch, len(self.data.classes), c_in, self.recipe.pretrained)
 
 @patch
 def _stats(self: NoisyStudent, k):

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from noisy_student.cli import main
+from noisy_student.datasets import from_folder
 
 SMALL = '--arch resnet9_8 --epochs 1 --size 16 --device cpu'.split()
 
@@ -170,11 +171,16 @@ def test_data_that_cannot_work(mistake, tmp_path):
     mistake(r"no folder .*train: labeled images go to", 'run', tmp_path, *out())
     d = make_folder(tmp_path/'a', unlabeled=0)
     mistake(r"no unlabeled images: name a folder", 'run', d, *out())
+    if (d/'unlabeled').exists(): (d/'unlabeled').rmdir()
+    (d/'unlabelled').mkdir()
+    with pytest.warns(UserWarning, match='unlabelled is not used'): from_folder(d)
+    (d/'unlabelled').rmdir()
     (d/'train'/'green').mkdir()
     mistake(r"no image in .*green: every class needs some", 'run', d, *out())
     d = make_folder(tmp_path/'b')
     (d/'train'/'red'/'0.png').write_bytes(b'not an image')
-    mistake(r"train.red.0\.png: not an image", 'run', d, *out())
+    (d/'train'/'red'/'notes.txt').write_text('not one either')
+    mistake(r"2 of the labeled images .*train.red.0\.png: not an image.*notes\.txt: ", 'run', d, *out()) # all are named at once
     d = make_folder(tmp_path/'c')
     mistake(r"no folder .*nothing with unlabeled images", 'run', d, '--unlabeled', tmp_path/'nothing', *out())
     mistake(r"no data set or folder", 'run', d/'train'/'red'/'0.png', *out())
@@ -303,6 +309,9 @@ def test_training_starts_from_given_weights(call, mistake, folder, tmp_path):
     call('train', folder, '--out', tmp_path/'third', '--pretrained', weights, *SMALL)
     mistake('no weight file .*missing.pth', 'run', folder, '--out', tmp_path/'fourth', '--pretrained', tmp_path/'missing.pth', *SMALL)
     mistake('not of this architecture', 'train', folder, '--out', tmp_path/'fifth', '--pretrained', weights, '--arch', 'resnet9_4', *SMALL[2:])
+    mistake('not of this architecture', 'run', folder, '--out', tmp_path/'sixth', '--pretrained', weights, '--arch', SMALL[1],
+            '--arch', 'resnet9_4', *SMALL[2:])
+    assert not (tmp_path/'sixth/round_0/model.safetensors').exists() # told before the teacher is trained
 
 
 def test_published_weights_name_classes_of_imagenet(call, tmp_path):
@@ -341,7 +350,7 @@ def test_a_folder_without_results_takes_other_settings(mistake, call, tmp_path):
     whole = (root/'train'/'red'/'0.png').read_bytes()
     (root/'train'/'red'/'0.png').write_bytes(whole[:50])
     line = ['run', root, '--out', tmp_path/'run', '--rounds', '0', *SMALL]
-    mistake(r"0.png: .*mend or remove it", *line)
+    mistake(r"0.png: .*mend or remove them", *line)
     (root/'train'/'red'/'0.png').write_bytes(whole)
     call(*line) # no other folder is needed
     mistake(r"remove this one to start over", *line, '--seed', '1')

@@ -403,6 +403,13 @@ def test_onnx_failures(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, 'find_spec', lambda o: None)
     with pytest.raises(ImportError, match=r'noisy_student\[export\]'):
         export_onnx(nn.Linear(1, 1), tmp_path/'m.onnx', 8)
+    monkeypatch.undo()
+    pytest.importorskip('onnxscript')
+    def unable(*args, **kwargs): raise torch.onnx.OnnxExporterError("no such node\nmore of it")
+    monkeypatch.setattr(torch.onnx, 'export', unable)
+    with pytest.raises(ValueError, match=r'onnxscript .* cannot export this network \(no such node\): update torch'):
+        export_onnx(nn.Conv2d(3, 1, 1), tmp_path/'m.onnx', 8)
+    assert not any(tmp_path.iterdir())
 
 def test_hub(tmp_path, monkeypatch):
     "What would be uploaded is a network that timm loads, with its classes and normalization, and no pickle"

@@ -13,7 +13,9 @@ pytest.importorskip("ipykernel", reason="runs notebooks: pip install nbclient ip
 
 import nbformat
 
-TUTORIALS = sorted(Path(__file__).resolve().parent.parent.glob("nbs/tutorials/*.ipynb"))
+NBS = Path(__file__).resolve().parent.parent / "nbs"
+if not NBS.is_dir(): pytest.skip("the notebooks are not here", allow_module_level=True)
+TUTORIALS = sorted(NBS.glob("tutorials/*.ipynb"))
 
 
 def test_there_are_tutorials(): assert len(TUTORIALS) >= 7

@@ -74,13 +74,13 @@ def loop(rows: int = 3, cols: int = 6) -> None:
              ("The student becomes the teacher", "100 labeled digits: test accuracy (%)"))
     for number, (panel, (head, under)) in enumerate(zip(panels, heads), 1):
         panel.set_facecolor(NIGHT)
-        panel.text(0.5, 0.9, f"{number}   {head}", color="white", fontsize=14, ha="center")
+        panel.text(0.5, 0.9, f"{number}   {head}", color="white", fontsize=13, ha="center")
         panel.text(0.5, 0.82, under, color=TEXT, fontsize=10.5, ha="center")
     axes = panels[0].subplots(rows, cols, gridspec_kw=dict(left=0.03, right=0.97, top=0.71, bottom=0.03, hspace=0.4, wspace=0.1))
     for ax, o in zip(axes.flat, pd.concat([kept, left_out]).itertuples()):
         ok = o.confidence >= recipe.threshold
         ax.imshow(data.unlabeled.images[o.item, ..., 0], cmap="gray", alpha=1 if ok else 0.45)
-        ax.set_title(f"{data.classes[o.label]}: {100 * o.confidence:.0f} %", fontsize=10, color=TEXT if ok else DIM, pad=3)
+        ax.set_title(f"{data.classes[o.label]}: {100 * o.confidence:.0f} %", fontsize=9, color=TEXT if ok else "#8fa1b1", pad=3)
         ax.set_facecolor(NIGHT)
         ax.axis("off")
     images = torch.from_numpy(np.asarray(data.unlabeled.images)[kept.item]).permute(0, 3, 1, 2)
