@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['OP_TABLE', 'OPS', 'PAPER_OPS', 'KERAS_OPS', 'PIL_OPS', 'KERNELS', 'FAMILY', 'SIGNED', 'SCHEDULES', 'DTYPES', 'Op',
-           'op_argument', 'apply_op', 'Draws', 'RandAugment', 'BatchRandAugment', 'RandAugmentProgress']
+           'op_argument', 'Draws', 'apply_op', 'RandAugment', 'BatchRandAugment', 'RandAugmentProgress']
 
 # %% ../nbs/01_randaugment.ipynb #1b2b744f
 import math
+from functools import cache
 from typing import Callable, NamedTuple, TypeVar
+from warnings import warn
 
 import numpy as np
 import torch
@@ -175,21 +177,26 @@ def _histogram(x):
     return one.new_zeros(b, c, 256).scatter_add_(2, x.flatten(2).long(), one.expand(b, c, x[0, 0].numel()))
 
 
-def _affine_args(op, v, center, size, reference):
-    """Source positions in Pillow's 16.16 fixed point, in the framed image: (B, 2, W + H) int32.
-
-    A pixel's x is the sum of what its column gives, [:, 0, :W], and its row, [:, 0, W:]; its y that of [:, 1]."""
+def _matrices(op, v, size):
+    "Where the pixels of a geometric operation come from, Pillow's 16.16: (x, y) per column, per row, of the corner; int64"
     (h, w), bounded = size, v.clip(-2**15, 2**15)  # further out there is only fill; keeps the integers small
     shear_x, shear_y, move_x, move_y = (np.where(op == OPS.index(o), bounded, 0.)
                                         for o in ('ShearX', 'ShearY', 'TranslateX', 'TranslateY'))
     angle = np.where(op == OPS.index('Rotate'), -np.radians(v % 360), 0.)
     cos, sin = np.cos(angle).round(15), np.sin(angle).round(15)
-    a, b = np.stack([cos, shear_y - sin], 1), np.stack([sin + shear_x, cos], 1)
+    a, b = np.stack([cos, shear_y - sin], -1), np.stack([sin + shear_x, cos], -1)
     c = np.stack([np.floor(move_x + .5) - .5 * shear_x + (cos * (-w / 2) + sin * (-h / 2) + w / 2),  # whole pixels
-                  np.floor(move_y + .5) - .5 * shear_y + (-sin * (-w / 2) + cos * (-h / 2) + h / 2)], 1)
-    a, b, c = (np.floor(i * 65536 + .5).astype(np.int64)[..., None] for i in (a, b, c + (a * .5 + b * .5)))
+                  np.floor(move_y + .5) - .5 * shear_y + (-sin * (-w / 2) + cos * (-h / 2) + h / 2)], -1)
+    return tuple(np.floor(i * 65536 + .5).astype(np.int64) for i in (a, b, c + (a * .5 + b * .5)))
+
+
+def _affine_args(op, v, center, size, reference):
+    """Source positions in Pillow's 16.16 fixed point, in the framed image: (B, 2, W + H) int32.
+
+    A pixel's x is the sum of what its column gives, [:, 0, :W], and its row, [:, 0, W:]; its y that of [:, 1]."""
+    a, b, c = (i[..., None] for i in _matrices(op, v, size))
     bound = 2**29  # 8192 px: outside any image, and two of them still fit int32
-    steps = np.concatenate([a * np.arange(w) + c + 65536, b * np.arange(h)], -1)  # 65536: the frame
+    steps = np.concatenate([a * np.arange(size[1]) + c + 65536, b * np.arange(size[0])], -1)  # 65536: the frame
     return steps.clip(-bound, bound).astype(np.int32)
 
 
@@ -281,7 +288,14 @@ FAMILY = np.array([list(KERNELS).index(op.family) for op in OP_TABLE.values()])
 SIGNED = np.array([op.signed for op in OP_TABLE.values()])
 
 
-def _apply(x, out, op, v, center, reference):
+class Draws(NamedTuple):
+    "What `n` operations do to each of B images; made on the host"
+    op: np.ndarray  # (n, B) index into `OPS`
+    value: np.ndarray  # (n, B) float64, final argument with its sign
+    center: np.ndarray  # (n, B, 2) row and column of Cutout, px
+
+
+def _apply_groups(x, out, op, v, center, reference):
     "Image i of (B, C, H, W) uint8 through operation `OPS[op[i]]` with argument `v[i]`, into `out`, which may be `x`"
     family, size, on_cpu = FAMILY[op], x.shape[2:], _on_cpu(x)
     # a CPU is fastest on a block of images that fits its cache, a GPU on all at once
@@ -297,6 +311,39 @@ def _apply(x, out, op, v, center, reference):
             if on_cpu: out.numpy()[group[i]] = made.numpy()  # index_copy_ takes 20 times as long
             else: out.index_copy_(0, rows[i], made)
     return out
+
+
+def _augment_groups(x, draws, reference=False):
+    "`x`, (B, C, H, W), uint8 or float, after the operations of `draws`, with torch's operations"
+    now = x.contiguous()
+    out = torch.empty_like(now, dtype=torch.uint8)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if x.is_floating_point(): now = _bytes((now.to(wide) * 255).round_())
+    for op, v, center in zip(*draws): now = _apply_groups(now, out, op, v, center, reference)
+    return out.to(wide).div_(255).to(x.dtype) if x.is_floating_point() else out
+
+
+@cache
+def _fused(device):
+    "`fused.augment`, if it works on this GPU, which is tried once: all operations on random pixels; else None"
+    if device.type != 'cuda': return None
+    try:
+        from noisy_student.fused import augment
+        rng = np.random.default_rng(0)
+        x = torch.from_numpy(rng.integers(0, 256, (16, 3, 20, 17), dtype=np.uint8))
+        draws = Draws(np.arange(16)[None], np.full((1, 16), 1.9), np.full((1, 16, 2), 5))
+        if torch.equal(augment(x.to(device), draws).cpu(), _augment_groups(x, draws)): return augment
+        reason = "their result is wrong"
+    except ImportError: return None  # Triton is not made for this system
+    except Exception as e: reason = f"{type(e).__name__}: {e}".splitlines()[0]  # what GPU, driver or compiler lack
+    warn(f"RandAugment's fused kernels do not work on {device} ({reason}); "
+         "it goes on with torch's operations, which are slower and give the same")
+    return None
+
+
+def _augment(x, draws, reference):
+    fused = _fused(x.device) if len(x) and x.dtype != torch.float64 else None
+    return (fused or _augment_groups)(x, draws, reference)
 
 # %% ../nbs/01_randaugment.ipynb #9ee4e409
 _Img = TypeVar('_Img', bound=Image.Image | Tensor)
@@ -328,8 +375,8 @@ def apply_op(
         raise ValueError(f"value and center must be one for all, or one for each of the {b} images") from e
     if not np.isfinite(v).all(): raise ValueError(f"the value of {name} must be finite, got {value}")
     if isinstance(img, Image.Image): return _apply_pil(img, name, float(v[0]), at[0].tolist(), reference)
-    x = img.as_subclass(Tensor).contiguous()
-    return _apply(x, torch.empty_like(x), np.full(b, OPS.index(name)), v, at, reference).as_subclass(type(img))
+    draws = Draws(np.full((1, b), OPS.index(name)), v[None], at[None])
+    return _augment(img.as_subclass(Tensor), draws, reference).as_subclass(type(img))
 
 
 def _apply_pil(img, name, value, center, reference):
@@ -347,13 +394,6 @@ def _check_batch(x, dtypes=(torch.uint8,)):
 
 # %% ../nbs/01_randaugment.ipynb #afaa0e85
 SCHEDULES = ('constant', 'random', 'linear', 'growing')
-
-
-class Draws(NamedTuple):
-    "What `n` operations do to each of B images; made on the host"
-    op: np.ndarray  # (n, B) index into `OPS`
-    value: np.ndarray  # (n, B) float64, final argument with its sign
-    center: np.ndarray  # (n, B, 2) row and column of Cutout, px
 
 
 class _Policy(DisplayedTransform):
@@ -470,15 +510,9 @@ class BatchRandAugment(_Policy):
     ) -> Tensor:
         "`x` after the operations in `draws`."
         _check_batch(x, DTYPES)
-        now, kind = x.as_subclass(Tensor).contiguous(), type(x)
-        out = torch.empty_like(now, dtype=torch.uint8)
-        if x.is_floating_point():
-            if not self._checked: self._check_range(now)
-            wide = torch.promote_types(x.dtype, torch.float32)
-            now = _bytes((now.to(wide) * 255).round_())
-        for op, value, center in zip(*draws): now = _apply(now, out, op, value, center, self.reference)
-        if x.is_floating_point(): out = out.to(wide).div_(255).to(x.dtype)
-        return out.as_subclass(kind)
+        now = x.as_subclass(Tensor)
+        if x.is_floating_point() and not self._checked: self._check_range(now)
+        return _augment(now, draws, self.reference).as_subclass(type(x))
 
     def _check_range(self, x):
         lo, hi = x.min().item(), x.max().item()

@@ -1,0 +1,82 @@
+"""The kernels for a GPU, without one: Triton carries them out with numpy, and compiles them for GPUs that are elsewhere.
+
+Triton decides when a kernel is defined whether to interpret it, so each test is a process of its own."""
+import os, subprocess, sys
+
+import pytest
+import torch
+
+from noisy_student import randaugment
+
+pytest.importorskip('triton', reason='Triton is not made for this system')
+
+
+def python(program, **env):
+    done = subprocess.run([sys.executable, '-c', program], env={**os.environ, **env}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+INTERPRETED = """
+import numpy as np, torch
+from noisy_student.fused import augment
+from noisy_student.randaugment import BatchRandAugment, OPS, _augment_groups
+
+rng = np.random.default_rng(0)
+for h, w, c, reference in ((9, 14, 3, False), (1, 1, 1, False), (37, 29, 3, True)):
+    tfm = BatchRandAugment(n=2, m=27, ops=OPS, schedule='random', seed=h, reference=reference)
+    draws = tfm.draw(16, (h, w))
+    draws.op[:] = np.arange(16), rng.permutation(16)
+    x = torch.from_numpy(rng.integers(0, 256, (16, c, h, 2 * w), dtype=np.uint8))
+    x[::2, 0] //= 8 # a narrow range
+    x[1::4] = x[1::4, :, :1, :1] # a constant
+    every_second_column = x[..., ::2]
+    for case in (every_second_column, every_second_column.float() / 255)[:1 + (h < 20)]:
+        before, made = case.clone(), augment(case, draws, reference)
+        bad = (made != _augment_groups(case, draws, reference)).flatten(1).any(1)
+        assert not bad.any(), (h, w, c, reference, case.dtype, [(OPS[i], OPS[j]) for i, j in draws.op[:, bad].T])
+        assert torch.equal(case, before) and made.dtype == case.dtype and made.shape == case.shape
+"""
+
+
+def test_interpreted_the_kernels_equal_torch():
+    "Odd sizes, more pixels than one program takes, one pixel, views with gaps, constants, arguments past the scale's end"
+    python(INTERPRETED, TRITON_INTERPRET='1')
+
+
+COMPILED = """
+import inspect, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from noisy_student import fused
+
+constants = dict(C=3, BLOCK=1024, REFERENCE=False)
+for capability, read, write in ((75, '*u8', '*u8'), (90, '*fp32', '*bf16')): # T4; H100 and H200
+    for kernel in (fused._tables_kernel, fused._pixels_kernel):
+        names = inspect.signature(kernel.fn).parameters
+        pointers = dict(x=read, out=write, tables='*u8', plan='*i64')
+        types = {o: pointers.get(o, 'constexpr' if o in constants else 'i32') for o in names}
+        source = ASTSource(kernel, types, {o: constants[o] for o in names if o in constants})
+        code = triton.compile(source, GPUTarget('cuda', capability, 32), dict(enable_fp_fusion=False)).asm
+        assert code['cubin'] and 'fma.rn.f' not in code['ptx'] and 'div.full' not in code['ptx']
+"""
+
+
+def test_the_kernels_compile_for_gpus_and_round_each_step(tmp_path):
+    python(COMPILED, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET='0')
+
+
+@pytest.mark.parametrize('fails', (True, False), ids=('raising', 'wrong'))
+def test_kernels_that_do_not_work_are_named_and_replaced(monkeypatch, fails):
+    "A GPU is pretended: its tensors stay on the CPU"
+    from noisy_student import fused
+    def augment(x, draws, reference=False):
+        if fails: raise RuntimeError('Failed to find C compiler.\nPlease specify one')
+        return x
+    monkeypatch.setattr(fused, 'augment', augment)
+    monkeypatch.setattr(torch.Tensor, 'to', lambda self, *args, **kwargs: self, raising=True)
+    randaugment._fused.cache_clear()
+    with pytest.warns(UserWarning, match='C compiler' if fails else 'wrong'):
+        assert randaugment._fused(torch.device('cuda:0')) is None
+    randaugment._fused.cache_clear()
+
