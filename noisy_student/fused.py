@@ -90,7 +90,7 @@ def _tables_kernel(
         value = _blend(mean.to(tl.float32), level.to(tl.float32), factor)
     for c in tl.static_range(C):
         if op == _AUTOCONTRAST:
-            lo, hi = 255, 0
+            lo, hi = tl.full((), 255, tl.int32), tl.full((), 0, tl.int32)
             for start in range(0, n, BLOCK):
                 i = tl.minimum(start + tl.arange(0, BLOCK), n - 1)
                 pixels = _load(x, c * channel + i // w * row + i % w * column, i < n)
