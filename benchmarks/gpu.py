@@ -3,7 +3,8 @@
     python benchmarks/gpu.py [--only tests step label] [--out DIR] [--device cpu --quick]
 
 Every part is a process of its own with its own time limit; one that fails or runs out of time does not stop the others.
-All together stay below ten minutes; `few` (CIFAR-10 with 4,000 labels, 15 minutes) runs only when it is named. The CSV
+All together stay below ten minutes; `few` (CIFAR-10 with 4,000 labels, 15 minutes) and `compile` run only when they are
+named. The CSV
 files go to --out (default: $OUT, else benchmarks/results), with what each part printed beside them in PART.txt, and a
 short table is printed at the end. `loader` wants Imagenette, `full` and `few` CIFAR-10 and Tiny ImageNet where fastai keeps
 its data, or a network to fetch them. The exit code is 1 if a part failed. With `--device cpu --quick` the same parts run
@@ -23,10 +24,12 @@ PARTS = {  # name: (seconds it may take, script or module with its arguments, wh
     "step": (80, ["step.py", "--seconds", "6"], ["--seconds", ".1", "--models", "resnet9_8", "resnet9_64"]),
     "label": (60, ["label.py", "--seconds", "12"], ["--seconds", ".1", "--models", "resnet9_24", "resnet9_64"]),
     "loader": (70, ["loader.py", "--seconds", "10"], ["--seconds", ".5"]),
+    "compile": (400, ["compile.py", "--seconds", "15"], ["--seconds", ".1"]),
     "full": (110, ["cifar_gpu.py", "full"], ["--quick"]),
     "few": (1000, ["cifar_gpu.py", "few"], ["--quick"]),
 }
 PLAIN = ("tests",)  # look for a GPU themselves
+NAMED = ("few", "compile")  # take long
 
 
 def run(name: str, a: argparse.Namespace) -> dict:
@@ -54,7 +57,7 @@ if __name__ == "__main__":
     a = p.parse_args()
     a.out = a.out or Path(tempfile.mkdtemp() if a.quick else os.environ.get("OUT", HERE / "results"))
     rows = []
-    for name in a.only or [o for o in PARTS if o != "few"]:
+    for name in a.only or [o for o in PARTS if o not in NAMED]:
         rows.append(run(name, a))
         print("{part}: {result} in {seconds} s".format(**rows[-1]), flush=True)
     print(pd.DataFrame(rows).to_string(index=False))

@@ -38,8 +38,8 @@ class NoValidation(Callback):
     def before_validate(self): raise CancelValidException()
 
 
-def bare(model, images, labels, batch, steps, augment, device):
-    "A function that trains for some steps"
+def bare(model, images, labels, batch, steps, augment, device, half=True):
+    "A function that trains for some steps, in bfloat16 or not"
     opt = torch.optim.AdamW(model.parameters(), fused=True)
     mean, std = (torch.tensor(o, device=device)[:, None, None] for o in STATS)
     shift = PadCropFlip(4)
@@ -53,7 +53,7 @@ def bare(model, images, labels, batch, steps, augment, device):
             if augment: x = shift(TensorImage(x), split_idx=0).as_subclass(torch.Tensor)
             x = x.float().div_(255).sub_(mean).div_(std)
             y = labels[torch.from_numpy(rows)].to(device, non_blocking=True)
-            with torch.autocast(x.device.type, torch.bfloat16): logits = model(x)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=half): logits = model(x)
             nn.functional.cross_entropy(logits.float(), y).backward()
             opt.step()
             rates.step()

@@ -1,0 +1,49 @@
+"""What `torch.compile` would bring: seconds of a training step of the bare loop of `step.py`, eager and compiled.
+
+    python benchmarks/compile.py [--device cuda]
+
+The network is compiled by itself, with the defaults of `torch.compile`, and trains without noise, which for a compiler is
+the best case: stochastic depth that skips work gives its blocks other sizes in each step. The precision is the one that
+training would have there. `compile_seconds` is the time of
+the first repetition, by the clock on the wall, less that of a later one. A compilation is paid back after
+`compile_seconds` / (seconds eager - seconds compiled) steps, column `steps_to_pay`; empty if it never is.
+"""
+import copy, time
+
+import numpy as np
+import torch
+from common import arguments, in_turns, save
+from step import CASES, bare
+
+from noisy_student.models import create_model
+from noisy_student.rounds import _has_fast_bf16
+
+
+def case(device, arch, size, batch, steps, budget):
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (batch * steps, size, size, 3), dtype=np.uint8)
+    labels = torch.from_numpy(rng.integers(0, 10, len(images)))
+    model = create_model(arch, 10).to(device, memory_format=torch.channels_last)
+    made = dict(eager=copy.deepcopy(model), compiled=torch.compile(copy.deepcopy(model)))
+    half = _has_fast_bf16(torch.device(device))
+    fs = {k: bare(m, images, labels, batch, steps, False, device, half) for k, m in made.items()}
+    def wall(f):
+        start = time.monotonic()
+        f()
+        if device != "cpu": torch.cuda.synchronize()
+        return time.monotonic() - start
+    fs["eager"]()
+    compiling = wall(fs["compiled"]) - wall(fs["compiled"])
+    rows = in_turns(fs, device, budget, "eager")
+    for v in rows.values(): v["seconds"] = float(f"{v['seconds'] / steps:.4g}")
+    saved = rows["eager"]["seconds"] - rows["compiled"]["seconds"]
+    rows["compiled"] |= dict(compile_seconds=round(compiling, 1), steps_to_pay=round(compiling / saved) if saved > 0 else None)
+    return [dict(device=device, model=arch, size=size, batch=batch, precision="bfloat16" if half else "float32", candidate=k, **v) for k, v in rows.items()]
+
+
+if __name__ == "__main__":
+    a = arguments(__doc__, seconds=20).parse_args()
+    torch.set_num_threads(a.threads)
+    save("compile", [row for arch, size, batch, steps in CASES[a.device]
+                     for row in case(a.device, arch, size, batch, steps, a.seconds)], a)
