@@ -4,11 +4,10 @@
 
 Every part is a process of its own with its own time limit; one that fails or runs out of time does not stop the others.
 All together stay below ten minutes; `few` (CIFAR-10 with 4,000 labels, 15 minutes) and `compile` run only when they are
-named. The CSV
-files go to --out (default: $OUT, else benchmarks/results), with what each part printed beside them in PART.txt, and a
-short table is printed at the end. `loader` wants Imagenette, `full` and `few` CIFAR-10 and Tiny ImageNet where fastai keeps
-its data, or a network to fetch them. The exit code is 1 if a part failed. With `--device cpu --quick` the same parts run
-for a moment each, to see that they work, with fifteen minutes for each part.
+named. The CSV files go to --out (default: $OUT, else benchmarks/results), with what each part printed beside them in
+PART.txt, and a short table is printed at the end. `loader` wants Imagenette, `full` and `few` CIFAR-10 and Tiny ImageNet
+where fastai keeps its data, or a network to fetch them. The exit code is 1 if a part failed. With `--device cpu --quick`
+the same parts run for a moment each, to see that they work, with fifteen minutes for each part.
 """
 import argparse, os, subprocess, sys, tempfile, time
 from pathlib import Path
