@@ -22,6 +22,10 @@ from torch import nn
 from .datasets import load_images
 
 # %% ../nbs/06_dataloaders.ipynb #d7b7a313
+def _free(device): # bytes of a GPU's memory; what PyTorch holds without using it counts
+    i = device.index # None is the current one; torch 2.4 does not take torch.device('cuda') here
+    return torch.cuda.mem_get_info(i)[0] + torch.cuda.memory_reserved(i) - torch.cuda.memory_allocated(i)
+
 class ArrayDataset:
     "Images in one array with their targets. `ds[i]` is a pair of tensors; `ds.batch(idxs)` a whole batch in one go."
     n_inp = 1
@@ -46,7 +50,7 @@ class ArrayDataset:
            free: int | None = None # Bytes of memory there that may be used; None: a quarter of what a GPU has free, none of the host's
           ) -> 'ArrayDataset': # itself
         "Keep a copy of everything on `device` if there is room for it; else images travel there batch by batch."
-        if free is None: free = torch.cuda.mem_get_info(device.index)[0] // 4 if device.type == 'cuda' else 0
+        if free is None: free = _free(device) // 4 if device.type == 'cuda' else 0
         n_bytes = int(np.prod(self.images.shape)) + self.targets.numel() * self.targets.element_size()
         self.device, self.there = device, None
         if n_bytes <= free:
