@@ -232,6 +232,8 @@ class PretendedGPU:
         def in_thread(thread):
             with gpu.modes(): run(thread)
         def as_cpu(own, device_type, *args, **kwargs): autocast(own, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+        def as_subclass(t, cls):  # the same memory; before torch 2.5 a mode that sees it made that impossible
+            with torch._C._DisableTorchDispatch(): return torch._C.TensorBase.as_subclass(t, cls)
         def seed(s): self.rng.manual_seed(int(s))
         def memory(device=None):
             if isinstance(device, (str, torch.device)) and torch.device(device).index is None: raise ValueError("torch 2.4 wants an index")
@@ -243,6 +245,7 @@ class PretendedGPU:
             return found
         def wait(device=None): self.note("wait", "synchronize")
         self.stack.enter_context(patch.object(threading.Thread, "run", in_thread))
+        self.stack.enter_context(patch.object(torch.Tensor, "as_subclass", as_subclass))
         self.stack.enter_context(patch.object(torch.autocast, "__init__", as_cpu))
         self.stack.enter_context(patch.multiple(torch, Generator=_Generator, load=loaded))
         self.stack.enter_context(patch.multiple(

@@ -65,12 +65,17 @@ class Pretended:
         yield
         seen = self.gpu.events[before:]
         assert not [str(o) for o in seen if o.kind == "wait"]
-        assert not [str(o) for o in seen if o.kind == "pageable" and int(o.what.split()[2]) > SMALL]
+        for o in seen:  # images are pinned, the draws of a batch need not be
+            most = 1024 if "dataloaders" in o.where or "pseudo_labels" in o.where else SMALL
+            assert o.kind != "pageable" or int(o.what.split()[2]) <= most, str(o)
 
 
 @pytest.fixture(params=["pretended", pytest.param("real", marks=pytest.mark.gpu)])
 def watched(request):
-    if request.param == "real": yield Real()
+    if request.param == "real":
+        if not torch.cuda.is_available(): pytest.skip("there is no GPU")
+        yield Real()
+        torch.cuda.set_sync_debug_mode("default")
     else:
         with PretendedGPU() as g: yield Pretended(g)
 
@@ -181,6 +186,16 @@ def test_labeled_batch_never_waits(watched):
             t.logits(views[0])
             with watched.no_waits(): z = torch.cat([t.logits(o) for o in views])
         assert z.is_cuda and z.shape == (48, 3)
+
+
+def test_forward_passes_stay_small_enough_for_kernels_that_count_in_32_bits(gpu, monkeypatch):
+    monkeypatch.setattr("noisy_student.pseudo_labels._PIXELS", 20 * 16 * 16)
+    teacher, kwargs = next(teachers())
+    t, sizes = _Teacher(teacher, IMAGES, CLASSES, 16), []
+    with t.evaluating():
+        whole = t.logits(t.view(IMAGES[:16])[0])
+        teacher.register_forward_pre_hook(lambda _, x: sizes.append(len(x[0])))
+        assert torch.equal(t.logits(t.view(IMAGES)[0])[:16].argmax(1), whole.argmax(1)) and sizes == [16, 16, 16]
 
 
 @pytest.mark.parametrize("where", ["network", "view"])
