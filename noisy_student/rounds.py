@@ -245,7 +245,7 @@ class NoisyStudent:
                 barrier() # all processes see the same files
                 new = not (self._round(k)/'metrics.json').exists()
                 while not (self._round(k)/'metrics.json').exists():
-                    if torch.cuda.is_initialized(): gc.collect() # learners of earlier rounds hold images and weights there
+                    if torch.cuda.is_initialized(): gc.collect() # learners of earlier rounds hold its memory
                     try: self._fit_round(k)
                     except torch.cuda.OutOfMemoryError: out_of_memory = True
                     else: out_of_memory = False
