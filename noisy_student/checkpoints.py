@@ -113,7 +113,8 @@ class RunState(Callback):
     def before_fit(self):
         self.begun, self.saved, self.in_step = time.perf_counter() - self.seconds, time.monotonic(), False
         if self.start or self.first:
-            for cb in self._stateful(): cb.load_state_dict(self.cbs[cb.name])
+            for cb in self._stateful(): # one of this device, such as the scale of float16, need not be in the file
+                if cb.name in self.cbs: cb.load_state_dict(self.cbs[cb.name])
     def _stateful(self): return [cb for cb in self.learn.cbs if hasattr(type(cb), 'state_dict')] # such as EMA; an instance passes unknown names on to the model
     def before_epoch(self):
         self.done = self.first if self.epoch == self.start else 0 # batches of this epoch
@@ -165,7 +166,10 @@ class RunState(Callback):
                                  f"epoch {step // self.n_iter}: {_DIVERGED}")
 
     def _save(self, epoch, rng, **within): # the last finished epoch, the random state then, and how far the next one is
-        if bad := next((n for n, p in self.model.named_parameters() if not torch.isfinite(p).all()), None):
+        names, params = zip(*self.model.named_parameters())
+        whole = torch.stack([torch.isfinite(p).all() for p in params]).tolist() # asks the device once
+        if not all(whole):
+            bad = names[whole.index(False)]
             raise FloatingPointError(f"{bad} is not finite after batch {self.done} of epoch {self.epoch}: {_DIVERGED}")
         state = dict(model=self.model.state_dict(), opt=self.opt.opt.state_dict(), rng=rng, history=self.history,
                      epoch=epoch, **within, cbs={cb.name: cb.state_dict() for cb in self._stateful()},

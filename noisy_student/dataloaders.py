@@ -22,6 +22,10 @@ from torch import nn
 from .datasets import load_images
 
 # %% ../nbs/06_dataloaders.ipynb #d7b7a313
+def _free(device): # bytes of a GPU's memory; what PyTorch holds without using it counts
+    i = device.index # None is the current one; torch 2.4 does not take torch.device('cuda') here
+    return torch.cuda.mem_get_info(i)[0] + torch.cuda.memory_reserved(i) - torch.cuda.memory_allocated(i)
+
 class ArrayDataset:
     "Images in one array with their targets. `ds[i]` is a pair of tensors; `ds.batch(idxs)` a whole batch in one go."
     n_inp = 1
@@ -46,7 +50,7 @@ class ArrayDataset:
            free: int | None = None # Bytes of memory there that may be used; None: a quarter of what a GPU has free, none of the host's
           ) -> 'ArrayDataset': # itself
         "Keep a copy of everything on `device` if there is room for it; else images travel there batch by batch."
-        if free is None: free = torch.cuda.mem_get_info(device)[0] // 4 if device.type == 'cuda' else 0
+        if free is None: free = _free(device) // 4 if device.type == 'cuda' else 0
         n_bytes = int(np.prod(self.images.shape)) + self.targets.numel() * self.targets.element_size()
         self.device, self.there = device, None
         if n_bytes <= free:
@@ -254,7 +258,7 @@ class NoisyStudentDataLoaders(DataLoaders):
                   ) -> torch.Tensor: # float (B, C, H, W) on the loaders' device, as the model takes it
         "The batch as a teacher sees it: no augmentation, normalized."
         x = images if isinstance(images, torch.Tensor) else torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
-        x = TensorImage(x.as_subclass(torch.Tensor)).to(self.device)
+        x = TensorImage(x.as_subclass(torch.Tensor)).to(self.device, non_blocking=True)
         return self.valid.after_batch((x,))[0].as_subclass(torch.Tensor)
 
     def test_dl(self, test_items: list | np.ndarray, # Image files, or uint8 (N, H, W, C) of any size
@@ -269,7 +273,8 @@ class NoisyStudentDataLoaders(DataLoaders):
         kwargs = {k: v for k, v in kwargs.items() if k in ('bs', 'device')}
         images, _, bad = load_images(test_items, self.size)
         if bad: raise ValueError(f"{bad[0].item}: {bad[0].reason}")
-        return self.valid.new(ArrayDataset(images, np.zeros(len(images), np.int64), self.vocab), **kwargs)
+        there = torch.device(kwargs.get('device') or self.device)
+        return self.valid.new(ArrayDataset(images, np.zeros(len(images), np.int64), self.vocab).to(there, 0), **kwargs)
 
 def mixed_dataloaders(
     labeled: tuple[np.ndarray, np.ndarray], # Images uint8 (N, S, S, C) and labels int64 (N,)
@@ -294,9 +299,9 @@ def mixed_dataloaders(
                          + ', '.join(map(str, shapes)))
     norm = [Normalize.from_stats(*stats, cuda=False)] if stats else []
     tfms = [IntToFloatTensor(), *norm]
-    def dataset(pile): return ArrayDataset(*pile, classes, 0).to(torch.device(device))
-    train = MixedDL(dataset(labeled), pseudo and dataset(pseudo), bs=bs, ratio=ratio, copies=copies, steps=steps,
+    def dataset(pile, split_idx): return ArrayDataset(*pile, classes, split_idx).to(torch.device(device))
+    train = MixedDL(dataset(labeled, 0), pseudo and dataset(pseudo, 0), bs=bs, ratio=ratio, copies=copies, steps=steps,
                     seed=seed, rank=rank, num_ranks=num_ranks, after_batch=[*(augment or []), *tfms],
                     device=torch.device(device))
-    exam = ArrayDL(ArrayDataset(*valid, classes), bs=max(256, bs), after_batch=tfms, device=torch.device(device))
+    exam = ArrayDL(dataset(valid, 1), bs=max(256, bs), after_batch=tfms, device=torch.device(device))
     return NoisyStudentDataLoaders(train, exam, device=torch.device(device))

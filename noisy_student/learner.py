@@ -6,7 +6,7 @@
 __all__ = ['STYLES', 'Style', 'Noise', 'LossOnDevice', 'noisy_student_learner']
 
 # %% ../nbs/07_learner.ipynb #5eb2d1f6
-import copy
+import copy, time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -108,13 +108,22 @@ class LossOnDevice(Callback):
     "The `Recorder` notes the smoothed loss without waiting for the device in every step; `recorder.losses` is complete after an epoch."
     order = Recorder.order - 1 # its metrics are reset when a fit begins
     def before_fit(self):
-        self.run = hasattr(self.learn, 'recorder') # `default_cbs=False` leaves it out
+        self.run, self.shown = hasattr(self.learn, 'recorder'), float('-inf') # `default_cbs=False` leaves it out
         if self.run and type(self.recorder.smooth_loss) is AvgSmoothLoss:
             self.recorder.smooth_loss = _SmoothLoss(self.recorder.smooth_loss.beta)
+    def after_batch(self): # the bar, which comes later, finds what is put on it first
+        loss = vars(self.learn).get('loss')
+        if loss is None or not self.training or loss.device.type == 'cpu' or not hasattr(self.learn, 'progress'): return
+        if (now := time.monotonic()) - self.shown < .5: return
+        smooth = self.recorder.smooth_loss
+        vars(self.learn.progress)['smooth_loss'] = (smooth.value if smooth.count else loss).detach().cpu()
+        self.shown = now
     def after_train(self):
         if waiting := [o for o in self.recorder.losses if o.device.type != 'cpu']:
             self.recorder.losses[-len(waiting):] = torch.stack(waiting).cpu().unbind()
-    def after_fit(self): self.after_train() # a fit may have been ended in the middle of an epoch
+    def after_fit(self):
+        self.after_train() # a fit may have been ended in the middle of an epoch
+        if hasattr(self.learn, 'progress'): vars(self.learn.progress).pop('smooth_loss', None)
 
 # %% ../nbs/07_learner.ipynb #5d9e47f4
 def noisy_student_learner(

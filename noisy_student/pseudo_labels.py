@@ -98,6 +98,9 @@ _KEYS = [o.encode() for o in ('sha256 classes temperature teacher version view p
                               'left_out threshold strict per_class binned seed').split()]
 
 # %% ../nbs/05_pseudo_labels.ipynb #d56c754a
+_PINNED = 2 ** 29 # bytes of a batch that wait for a GPU in memory that cannot be swapped out
+_PIXELS = 2 ** 25 # of the images in a forward pass on a GPU: some of its kernels count values in 32 bits
+
 class _Teacher:
     "A model, its class names, and the way from items to what the model takes."
     def __init__(self, teacher, items, classes=None, size=None, mean=None, std=None, device=None, bf16=None):
@@ -107,11 +110,13 @@ class _Teacher:
         self.model = teacher.model if is_learner else teacher
         p = next((o for o in self.model.parameters() if o.is_floating_point()), torch.zeros(()))
         self.home, self.device, self.dtype = p.device, torch.device(device or p.device), p.dtype
+        self.on_gpu, self.ready = self.device.type == 'cuda', None
         if is_learner:
             if (size, mean, std) != (None, None, None):
                 raise PseudoLabelError("size, mean and std are those of the learner's dls: leave them out")
             self.dls, own = teacher.dls, hasattr(teacher.dls, 'clean_view')
-            self.view = self._table_view if is_table else self._own_view if own else self._fastai_view
+            self.read = self._table_view if is_table else self._images if own else self._fastai_view
+            if own and not is_table: self.ready = self.dls.clean_view
             self.spec = dict(size=self.dls.size if own else 'test_dl')
             if classes is None: classes = getattr(self.dls, 'vocab', None)
         else:
@@ -121,11 +126,11 @@ class _Teacher:
                 raise PseudoLabelError(f"size is needed: a {type(self.model).__name__} does not say how many pixels "
                                        "its images have")
             mean, std = (cfg.get(k) if v is None else v for k, v in (('mean', mean), ('std', std)))
-            self.view = self._plain_view
+            self.read, self.ready = self._images, self._normalized
             self.spec = dict(size=size, mean=[float(o) for o in mean or ()], std=[float(o) for o in std or ()])
         self.most = 2 ** 30 # images per forward pass, until the memory of a GPU is full
-        on_gpu = self.device.type == 'cuda' and self.dtype == torch.float32
-        self.bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) if bf16 is None else bf16
+        fast = self.on_gpu and self.dtype == torch.float32
+        self.bf16 = fast and torch.cuda.is_bf16_supported(including_emulation=False) if bf16 is None else bf16
         if self.bf16: self.spec['bf16'] = True
         self.hash = model_hash(self.model)
         self.classes = [str(o) for o in classes] if classes is not None else self._count_classes(items)
@@ -134,17 +139,25 @@ class _Teacher:
         black = np.zeros((1, *items.shape[1:]) if isinstance(items, np.ndarray) else (1, 64, 64, 3), np.uint8)
         with self.evaluating(): return [str(i) for i in range(self.logits(self.view(black)[0]).shape[1])]
 
-    def _plain_view(self, chunk):
+    def view(self, chunk): # of items, in a thread: what `logits` takes, good positions, what could not be read
+        x, good, bad = self.read(chunk)
+        return self.ready(x) if self.ready and len(good) and not self.on_gpu else x, good, bad
+
+    def _images(self, chunk): # uint8 (B, H, W, C); for a GPU a tensor (B, C, H, W) that it fetches by itself
         size = self.spec['size']
         images, good, bad = load_images(chunk, size) if size else (chunk, np.arange(len(chunk)), [])
-        x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
-        if self.spec['mean']: x = x - torch.tensor(self.spec['mean'])[:, None, None]
-        if self.spec['std']: x = x / torch.tensor(self.spec['std'])[:, None, None]
-        return x, good, bad
+        if not self.on_gpu: return images, good, bad
+        x = torch.empty(images.shape, dtype=torch.uint8, pin_memory=images.nbytes <= _PINNED)
+        np.copyto(x.numpy(), images)
+        return x.permute(0, 3, 1, 2), good, bad
 
-    def _own_view(self, chunk): # noisy_student's own DataLoaders
-        images, good, bad = load_images(chunk, self.dls.size)
-        return self.dls.clean_view(images) if len(good) else None, good, bad
+    def _normalized(self, images): # an array, or a tensor on its way to the GPU
+        if isinstance(images, Tensor): x = images.to(self.device, non_blocking=True)
+        else: x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+        x = x.float().div_(255)
+        for op, name in ((x.sub_, 'mean'), (x.div_, 'std')):
+            if self.spec[name]: op(torch.tensor(self.spec[name])[:, None, None].to(x.device, non_blocking=True))
+        return x
 
     def _fastai_view(self, chunk): # any other DataLoaders: the transforms of its validation set
         types = [t for tl in getattr(self.dls.valid_ds, 'tls', [])[:1] for t in tl.types]
@@ -168,18 +181,24 @@ class _Teacher:
         return tuple(self.dls.test_dl(chunk, bs=len(chunk)).one_batch()[:2]), np.arange(len(chunk)), []
 
     def logits(self, x): # of as many images at a time as fit into the memory of a GPU; on the device
-        xs = x if isinstance(x, tuple) else (torch.as_tensor(x).as_subclass(Tensor).to(self.dtype),)
+        xs = x if isinstance(x, tuple) else (x,)
         parts, i, n = [], 0, len(xs[0])
+        most = min(self.most, n)
+        if self.on_gpu and xs[0].ndim == 4: # parts of equal size
+            most = -(-n // -(-n // min(most, max(1, _PIXELS // xs[0][0, 0].numel()))))
         while i < n:
-            try: parts.append(self._forward(o[i:i + self.most] for o in xs))
+            try: parts.append(self._forward(tuple(o[i:i + most] for o in xs), isinstance(x, tuple)))
             except torch.cuda.OutOfMemoryError:
-                if min(self.most, n) == 1: raise
-                self.most = min(self.most, n) // 2
-                if self.device.type == 'cuda': torch.cuda.empty_cache()
-            else: i += self.most
+                if most == 1: raise
+                self.most = most = most // 2
+                if self.on_gpu: torch.cuda.empty_cache()
+            else: i += most
         return torch.cat(parts)
 
-    def _forward(self, xs):
+    def _forward(self, xs, is_row):
+        if not is_row:
+            x = self.ready(xs[0]) if self.ready and self.on_gpu else xs[0]
+            xs = (torch.as_tensor(x).as_subclass(Tensor).to(self.dtype),)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             y = self.model(*(o.to(self.device, non_blocking=True) for o in xs))
         if not isinstance(y, Tensor) or y.dim() != 2:

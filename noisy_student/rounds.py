@@ -245,6 +245,7 @@ class NoisyStudent:
                 barrier() # all processes see the same files
                 new = not (self._round(k)/'metrics.json').exists()
                 while not (self._round(k)/'metrics.json').exists():
+                    if torch.cuda.is_initialized(): gc.collect() # learners of earlier rounds hold its memory
                     try: self._fit_round(k)
                     except torch.cuda.OutOfMemoryError: out_of_memory = True
                     else: out_of_memory = False
@@ -629,8 +630,8 @@ def _logits(learn, images): # float32 (N, K) on the CPU, of the clean view
     learn.model.eval()
     bs = min(256, learn.dls.valid.bs)
     with torch.inference_mode():
-        return torch.cat([learn.model(learn.dls.clean_view(images[i:i + bs])).float().cpu()
-                          for i in range(0, len(images), bs)])
+        return torch.cat([learn.model(learn.dls.clean_view(images[i:i + bs])).float()
+                          for i in range(0, len(images), bs)]).cpu()
 
 @patch
 def _accuracy(self: NoisyStudent, learn, name): # share of right answers on a labeled split, None where there is none
