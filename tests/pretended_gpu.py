@@ -250,7 +250,7 @@ class PretendedGPU:
         self.stack.enter_context(patch.multiple(torch, Generator=_Generator, load=loaded))
         self.stack.enter_context(patch.multiple(
             torch.cuda, is_available=lambda: True, is_initialized=lambda: True, _lazy_init=lambda: None, device_count=lambda: 1, current_device=lambda: 0,
-            set_device=lambda device: None, is_bf16_supported=lambda including_emulation=True: self.bf16 or including_emulation,
+            set_device=lambda device: None, device_of=lambda x: contextlib.nullcontext(), is_bf16_supported=lambda including_emulation=True: self.bf16 or including_emulation,
             mem_get_info=memory, empty_cache=lambda: None, synchronize=wait,
             memory_reserved=lambda device=None: 0, memory_allocated=lambda device=None: 0,
             get_device_properties=lambda device=None: SimpleNamespace(L2_cache_size=1 << 22, major=9 if self.bf16 else 7, minor=0),

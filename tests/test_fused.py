@@ -2,6 +2,7 @@
 
 Triton decides when a kernel is defined whether to interpret it, so each test is a process of its own."""
 import os, subprocess, sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,12 +37,27 @@ for h, w, c, reference in ((9, 14, 3, False), (1, 1, 1, False), (37, 29, 3, True
         bad = (made != _augment_groups(case, draws, reference)).flatten(1).any(1)
         assert not bad.any(), (h, w, c, reference, case.dtype, [(OPS[i], OPS[j]) for i, j in draws.op[:, bad].T])
         assert torch.equal(case, before) and made.dtype == case.dtype and made.shape == case.shape
+
+from pretended_gpu import PretendedGPU
+
+x = torch.rand(16, 3, 32, 32)
+tfm = BatchRandAugment(seed=0)
+draws = tfm.draw(16, (32, 32))
+expected = tfm.apply(x, draws)
+with PretendedGPU() as gpu:
+    y = tfm.apply(x.to('cuda'), draws) # tried, found to be right
+    gpu.forget()
+    z = tfm.apply(x.to('cuda', non_blocking=True), draws)
+    asked = [o.kind for o in gpu.events if o.where.startswith('noisy_student')]
+    assert asked == ['to device'], gpu.events # one copy, of pinned memory, and no wait
+    assert torch.equal(y.cpu(), expected) and torch.equal(z.cpu(), expected)
 """
 
 
 def test_interpreted_the_kernels_equal_torch():
-    "Odd sizes, more pixels than one program takes, one pixel, views with gaps, constants, arguments past the scale's end"
-    python(INTERPRETED, TRITON_INTERPRET='1')
+    """Odd sizes, more pixels than one program takes, one pixel, views with gaps, constants, arguments past the scale's end;
+    and a pretended GPU takes them, with one copy to the device"""
+    python(INTERPRETED, TRITON_INTERPRET='1', PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *sys.path]))
 
 
 COMPILED = """
