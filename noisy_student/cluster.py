@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from .files import locked, read_sums, stoppable
-from .pseudo_labels import PseudoLabelError, _finish_shard, _is_streamed, _label_part, _labeling, _parts, _share, _Teacher
+from .pseudo_labels import PseudoLabelError, _finish_shard, _half, _is_streamed, _label_part, _labeling, _parts, _share, _Teacher
 
 # %% ../nbs/12_cluster.ipynb #d131f738
 class _Replica: # an actor: a teacher that labels whole pieces of a pool
-    def __init__(self, teacher, items, out, meta, args, bs, device, bf16=None, known={}):
-        self.t = _Teacher(teacher, items[:1], meta['classes'], *args, device, bf16)
+    def __init__(self, teacher, items, out, meta, args, bs, device, half=None, known={}):
+        self.t = _Teacher(teacher, items[:1], meta['classes'], *args, device, half)
         self.items, self.out, self.meta, self.bs, self.known = items, out, meta, bs, known
 
     def __call__(self, batch): # of one piece; mistakes of the user come back as text, which Ray would bury in its own
@@ -63,13 +63,15 @@ def label_on_ray(
     if replicas is not None and replicas < 1: raise PseudoLabelError(f"replicas={replicas} must be at least 1")
     if not ray.is_initialized(): ray.init(log_to_driver=False, include_dashboard=False)
     gpus, cores = (int(ray.cluster_resources().get(o, 0)) for o in ('GPU', 'CPU'))
-    bf16 = gpus > 0 and all(p.dtype == torch.float32 for p in teacher.parameters()) # as on one machine with a GPU
-    t, items, folder, meta = _labeling(teacher, items, Path(out).absolute(), 1, temperature, bs, size, mean, std, classes, None, 'cpu', part_size, bf16)
+    half = None
+    if gpus and all(p.dtype == torch.float32 for p in teacher.parameters()): # as on one machine with such a GPU
+        half = ray.get(ray.remote(num_gpus=1)(_half).remote(torch.device('cuda')))
+    t, items, folder, meta = _labeling(teacher, items, Path(out).absolute(), 1, temperature, bs, size, mean, std, classes, None, 'cpu', part_size, half)
     replicas = replicas or gpus or max(1, int(cores // cpus))
     name, n = _share(1, 0, 1)[0], len(items) if _is_streamed(items) else -(-len(items) // part_size)
     with locked(folder/f'.lock-{name}'), stoppable():
         known = read_sums(folder/f'_sha256-{name}.txt')
-        args = items, folder, meta, (size, mean, std), bs or (2048 if gpus else 64), 'cuda' if gpus else 'cpu', bf16, known
+        args = items, folder, meta, (size, mean, std), bs or (2048 if gpus else 64), 'cuda' if gpus else 'cpu', half, known
         results = _stream(ray, n, (ray.put(t.model), *map(ray.put, args)), min(replicas, n), cpus, 1 if gpus else 0, progress)
         flat = [p for i in range(n) for p in results[i]]
         rows = {part: pq.read_metadata(folder/part).num_rows for part, *_ in flat}

@@ -101,9 +101,14 @@ _KEYS = [o.encode() for o in ('sha256 classes temperature teacher version view p
 _PINNED = 2 ** 29 # bytes of a batch that wait for a GPU in memory that cannot be swapped out
 _PIXELS = 2 ** 25 # of the images in a forward pass on a GPU: some of its kernels count values in 32 bits
 
+def _half(device): # the precision that a GPU is fast at beside float32, if it has one
+    if device.type != 'cuda': return None
+    if torch.version.hip or (major := torch.cuda.get_device_properties(device).major) >= 8: return torch.bfloat16
+    return torch.float16 if major == 7 else None
+
 class _Teacher:
     "A model, its class names, and the way from items to what the model takes."
-    def __init__(self, teacher, items, classes=None, size=None, mean=None, std=None, device=None, bf16=None):
+    def __init__(self, teacher, items, classes=None, size=None, mean=None, std=None, device=None, half='auto'):
         is_learner, is_table = isinstance(teacher, Learner), isinstance(items, pd.DataFrame)
         if is_table and not hasattr(getattr(teacher, 'dls', None), 'procs'):
             raise PseudoLabelError("rows of a DataFrame need a tabular learner as teacher: its dls know the columns")
@@ -129,9 +134,8 @@ class _Teacher:
             self.read, self.ready = self._images, self._normalized
             self.spec = dict(size=size, mean=[float(o) for o in mean or ()], std=[float(o) for o in std or ()])
         self.most = 2 ** 30 # images per forward pass, until the memory of a GPU is full
-        fast = self.on_gpu and self.dtype == torch.float32
-        self.bf16 = fast and torch.cuda.is_bf16_supported(including_emulation=False) if bf16 is None else bf16
-        if self.bf16: self.spec['bf16'] = True
+        self.half = (_half(self.device) if self.dtype == torch.float32 else None) if half == 'auto' else half
+        if self.half: self.spec['bf16' if self.half == torch.bfloat16 else 'fp16'] = True
         self.hash = model_hash(self.model)
         self.classes = [str(o) for o in classes] if classes is not None else self._count_classes(items)
 
@@ -199,12 +203,18 @@ class _Teacher:
         if not is_row:
             x = self.ready(xs[0]) if self.ready and self.on_gpu else xs[0]
             xs = (torch.as_tensor(x).as_subclass(Tensor).to(self.dtype),)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(self.device.type, self.half or torch.bfloat16, enabled=self.half is not None):
             y = self.model(*(o.to(self.device, non_blocking=True) for o in xs))
         if not isinstance(y, Tensor) or y.dim() != 2:
             raise PseudoLabelError("a teacher must return logits of shape (images, classes), got "
                                    f"{getattr(y, 'shape', type(y))}")
         return y.as_subclass(Tensor).float()
+
+    @contextmanager
+    def in_float32(self): # for once
+        half, self.half = self.half, None
+        try: yield
+        finally: self.half = half
 
     @contextmanager
     def evaluating(self): # un-noised, on `device`; afterwards every module is as it was
@@ -251,6 +261,8 @@ def _predict(t, items, start, stop, bs, temperature, tick=None): # with a _Teach
     kept = np.concatenate(kept)
     if not len(kept): return np.empty((0, len(t.classes)), np.float32), kept, bad
     probs = torch.cat(probs).cpu().numpy() # a GPU is waited for once per part, not after every batch
+    if t.half == torch.float16 and not np.isfinite(probs).all(): # something was larger than 65504
+        with t.in_float32(): return _predict(t, items, start, stop, bs, temperature)
     _check_finite(probs, items, kept)
     return probs, kept, bad
 
@@ -397,7 +409,7 @@ def predict_pseudo_labels(
     device: str | torch.device | None = None, # Where to compute; default: where the model is
     part_size: int = 8192, # Rows per file; a crash loses two files at most, and so many are in memory
     progress: Callable[[int, int], None] | None = None, # Called with (done, total) images of this shard; for archives, megabytes
-    bf16: bool | None = None, # Compute in bfloat16; default: on GPUs that have it, for a teacher in float32
+    bf16: bool | None = None, # Compute in bfloat16 or not; default, if the teacher is float32: on GPUs that have it, on older ones in float16
     leave_out: dict[int, str] | None = None, # Positions in `items` (images, not archives) that get no label, and why
 ) -> Path: # `out`
     """Label `items` with the un-noised teacher, restartably, and return the folder of parquet files.
@@ -405,7 +417,8 @@ def predict_pseudo_labels(
     `PseudoLabelError` if there is nothing to label, the teacher's output is not finite, or the folder holds other
     labels; OSError if the folder cannot be written. Algorithm 1, step 2, of Xie et al."""
     t, items, folder, meta = _labeling(teacher, items, out, num_shards, temperature, bs, size, mean, std, classes,
-                                       names, device, part_size, bf16)
+                                       names, device, part_size,
+                                       'auto' if bf16 is None else torch.bfloat16 if bf16 else None)
     if not 0 <= shard < num_shards: raise PseudoLabelError(f"shard={shard} must be in 0..{num_shards - 1}")
     if leave_out and _is_streamed(items):
         raise PseudoLabelError("leave_out counts images, and items are archives: give the images")
@@ -425,7 +438,7 @@ def predict_pseudo_labels(
     return folder
 
 def _labeling(teacher, items, out, num_shards, temperature, bs, size, mean, std, classes, names, device, part_size,
-              bf16=None):
+              half='auto'):
     "What all shards of a labeling have in common, checked: _Teacher, items, folder, metadata of the parts."
     items, out = _as_items(items), Path(out)
     n, what = len(items), 'archives' if _is_streamed(items) else 'images'
@@ -437,7 +450,7 @@ def _labeling(teacher, items, out, num_shards, temperature, bs, size, mean, std,
         raise PseudoLabelError(f"bs={bs} and part_size={part_size} must be at least 1")
     if not temperature > 0: raise PseudoLabelError(f"temperature={temperature} must be greater than 0")
     _make_folder(out)
-    t = _Teacher(teacher, items, classes, size, mean, std, device, bf16)
+    t = _Teacher(teacher, items, classes, size, mean, std, device, half)
     meta = dict(classes=t.classes, temperature=float(temperature), teacher=t.hash, view=t.spec,
                 pool=_pool_digest(items), num_shards=num_shards, part_size=part_size)
     for other in sorted(out.glob('part-*.parquet'))[:1]: _usable(other, meta)

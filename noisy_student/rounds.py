@@ -44,7 +44,7 @@ from .learner import Noise, noisy_student_learner
 from .losses import SoftLabelCrossEntropy
 from .models import create_model, load_tensors, load_weights, n_parameters, save_weights
 from .pretrained import Trained
-from .pseudo_labels import (PseudoLabelError, Selection, predict_pseudo_labels, read_selection,
+from .pseudo_labels import (PseudoLabelError, Selection, _half, predict_pseudo_labels, read_selection,
                                          relabel_pseudo_labels, select_pseudo_labels)
 from .randaugment import BatchRandAugment
 from .recipes import Recipe, get_recipe
@@ -56,7 +56,7 @@ def _write_text(file, text): # of several processes one writes
     if not rank(): write_text(file, text)
 
 def _has_fast_bf16(device): # matrix units for bfloat16, on a GPU or (AMX) in a CPU; AVX512-BF16 alone is slower than float32
-    if device.type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == 'cuda': return _half(device) == torch.bfloat16
     if device.type != 'cpu': return False
     return getattr(torch.cpu, '_is_amx_tile_supported', bool)()
 
@@ -89,8 +89,10 @@ def _fit(learn, epochs, recipe, state, more):
     wd = [recipe.wd * (2 if recipe.wd_on == 'shortcuts' else 1), 0.] # of the groups that the splitter makes
     fit = dict(wd=wd, start_epoch=state.load(learn)) # also if no epoch is left: the average may still have to be taken
     # labels and figures stay float32
-    fast = _in_bf16(learn.model, device) if recipe.bf16 and _has_fast_bf16(device) else nullcontext()
-    with fast, learn.no_bar(), learn.no_logging():
+    networks = learn.model, *(o.teacher for o in learn.dls.train.after_batch.fs if isinstance(o, TeacherTargets))
+    with ExitStack() as fast, learn.no_bar(), learn.no_logging():
+        if recipe.bf16 and _has_fast_bf16(device):
+            for net in networks: fast.enter_context(_in_bf16(net, device))
         if recipe.schedule == 'one-cycle': learn.fit_one_cycle(epochs, recipe.rate, cbs=cbs, **fit)
         elif recipe.schedule == 'plateau':
             learn.fit(epochs, recipe.rate, cbs=[Plateau(round(epochs * 5 / 6)), *cbs], **fit)
@@ -618,7 +620,8 @@ def _label_pool(self: NoisyStudent, k, folder, tell):
     barrier()
     bs = 256 if self.device.type == 'cpu' else None # on a GPU as many as fit
     predict_pseudo_labels(self._labeler(k), images, folder/'pseudo_labels', rank(), world(), names=names,
-                          temperature=r.temperature, bs=bs, progress=tell, leave_out=self._left_out())
+                          temperature=r.temperature, bs=bs, progress=tell, bf16=None if r.bf16 else False,
+                          leave_out=self._left_out())
     barrier()
     if not rank():
         select_pseudo_labels(folder/'pseudo_labels', folder/'selected.parquet', threshold=r.threshold,

@@ -161,7 +161,7 @@ class TeacherTargets(ItemTransform):
     @torch.no_grad()
     def encodes(self, b):
         x, y = b
-        probs = temperature_softmax(self.teacher(self.clean_view(x[self.n_labeled:])), self.temperature)
+        probs = temperature_softmax(self.teacher(self.clean_view(x[self.n_labeled:])).float(), self.temperature)
         y = y.clone()
         y[self.n_labeled:] = probs.to(y.dtype)
         return x, y

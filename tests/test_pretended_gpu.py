@@ -21,7 +21,7 @@ from noisy_student.datasets import Split, Splits
 from noisy_student.evaluation import evaluate_run
 from noisy_student.learner import Noise, noisy_student_learner
 from noisy_student.models import create_model, load_tensors
-from noisy_student.pseudo_labels import _Teacher, predict_pseudo_labels, read_selection, select_pseudo_labels
+from noisy_student.pseudo_labels import PseudoLabelError, _meta, _Teacher, predict_pseudo_labels, read_selection, select_pseudo_labels
 from noisy_student.randaugment import BatchRandAugment
 from noisy_student.recipes import get_recipe
 from noisy_student.resolution import accuracy_by_size, fix_resolution
@@ -212,6 +212,44 @@ def test_full_memory_halves_the_batch(gpu, tmp_path, where):
     a, b = (read_selection(select_pseudo_labels(tmp_path/o, tmp_path/f"{o}.parquet", 0., None)) for o in "ab")
     np.testing.assert_allclose(a.probs, b.probs, atol=2e-2)  # bfloat16, in other batches
     assert len(a) == 48
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_labeling_takes_the_half_precision_that_a_gpu_is_fast_at(tmp_path, bf16):
+    teacher, kwargs = create_model("resnet9_4", 3), dict(size=16, classes=CLASSES)
+    def labels(name, **more): return read_selection(select_pseudo_labels(predict_pseudo_labels(
+        teacher, IMAGES, tmp_path/name, **kwargs, **more), tmp_path/f"{name}.parquet", 0., None)).probs
+    exact = labels("exact")
+    with PretendedGPU(bf16):
+        half = labels("half", device="cuda")
+        off = labels("off", device="cuda", bf16=False)
+    assert np.array_equal(off, exact) and 0 < np.abs(half - exact).max() < .03
+    assert _meta(next((tmp_path/"half").glob("*.parquet")))["view"] == dict(size=16, mean=[], std=[], **{"bf16" if bf16 else "fp16": True})
+
+
+def test_what_float16_cannot_hold_is_labeled_in_float32(tmp_path):
+    "Half of the images overflow: only the parts that they are in are computed once more"
+    class Loud(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.seen = nn.Linear(1, 3), []
+        def forward(self, x):
+            y = self.head(x.mean((1, 2, 3))[:, None] ** 2 * 1e5)
+            self.seen.append(y.dtype)
+            return y / 1e5
+    images = np.concatenate([np.full((24, 4, 4, 3), 20, np.uint8), np.full((24, 4, 4, 3), 250, np.uint8)])
+    teacher = Loud()
+    nn.init.constant_(teacher.head.weight, 1.)
+    def labels(name, **more): return read_selection(select_pseudo_labels(predict_pseudo_labels(
+        teacher, images, tmp_path/name, size=4, classes=CLASSES, part_size=24, **more), tmp_path/f"{name}.parquet", 0., None)).probs
+    exact = labels("exact")
+    teacher.seen.clear()
+    with PretendedGPU(bf16=False): half = labels("half", device="cuda")
+    assert teacher.seen == [torch.float16, torch.float16, torch.float32]
+    np.testing.assert_allclose(half, exact, atol=2e-3)
+    with PretendedGPU(bf16=False), pytest.raises(PseudoLabelError, match="not finite"):
+        nn.init.constant_(teacher.head.weight, float("nan"))
+        labels("nan", device="cuda")
 
 
 def run(path, device="cuda", **kwargs):
