@@ -72,6 +72,11 @@ def _in_bf16(model, device): # inside, every forward pass of `model` runs in bfl
         for h in hooks: h.remove()
 
 class _Half(MixedPrecision): # float16 with scaled gradients, whose scale is part of a checkpoint
+    def before_step(self): # a fused optimizer leaves out by itself a step that overflowed: the host need not know
+        opt = getattr(self.opt, 'opt', None)
+        if not getattr(opt, '_step_supports_amp_scaling', False): return super().before_step()
+        self.scaler.unscale_(opt)
+        opt.grad_scale, (opt.found_inf,) = None, self.scaler._found_inf_per_device(opt).values()
     def state_dict(self): return self.scaler.state_dict()
     def load_state_dict(self, state): self.scaler.load_state_dict(state)
 

@@ -244,6 +244,10 @@ class PretendedGPU:
             for o in _tensors(found): _mark(o)
             return found
         def wait(device=None): self.note("wait", "synchronize")
+        group = torch.optim.Optimizer._group_tensors_by_device_and_dtype  # by C++, which sees through the mark
+        def grouped(*args, **kwargs):
+            return {(CUDA if _tensors(o[0])[:1] and on_gpu(_tensors(o[0])[0]) else d, t): o for (d, t), o in group(*args, **kwargs).items()}
+        self.stack.enter_context(patch.object(torch.optim.Optimizer, "_group_tensors_by_device_and_dtype", staticmethod(grouped)))
         self.stack.enter_context(patch.object(threading.Thread, "run", in_thread))
         self.stack.enter_context(patch.object(torch.Tensor, "as_subclass", as_subclass))
         self.stack.enter_context(patch.object(torch.autocast, "__init__", as_cpu))
