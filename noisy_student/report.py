@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['BINS', 'INK', 'SOFT', 'LINE', 'C1', 'C2', 'C3', 'C4', 'GOOD', 'BAD', 'CARD', 'MAX_CLASSES', 'PER_CLASS',
            'MAX_PICTURES', 'SIDE', 'RoundLabels', 'RunRecord', 'read_run', 'skewed_classes', 'difference_interval',
-           'leak_warnings', 'run_warnings', 'round_warnings', 'extremes', 'report_html', 'write_report']
+           'leak_warnings', 'chance_warnings', 'run_warnings', 'round_warnings', 'extremes', 'report_html',
+           'write_report']
 
 # %% ../nbs/11_report.ipynb #804699d0
 import base64, io, json, re, warnings
@@ -25,7 +26,7 @@ from PIL import Image
 from .datasets import ImageFileError, Splits, load_image, square
 from .files import altered, best_round, read_metrics, unsealed
 from .metrics import wilson
-from .pseudo_labels import _batches, _duckdb, _parquet
+from .pseudo_labels import _batches, _duckdb, _parquet, _too_low
 from .suspects import flipped_labels
 
 # %% ../nbs/11_report.ipynb #ab4440de
@@ -74,7 +75,7 @@ class RunRecord:
     @property
     def things(self) -> str:
         "What a pool consists of."
-        return 'rows' if 'y_name' in self.config else 'images'
+        return _things(self.config)
     def size(self, pile: str # 'labeled', 'unlabeled', 'valid' or 'test'
             ) -> int | None:
         "Number of images, None if the run does not say."
@@ -189,10 +190,28 @@ def leak_warnings(found: list[dict] # What leaks.json holds
 
 def _tail(item): return f'number {item}' if isinstance(item, int) else '/'.join(Path(item).parts[-3:])
 
+def chance_warnings(last: dict, # metrics.json of the last round
+                    about: dict # run.json
+                   ) -> list[str]: # A sentence, or none
+    "Whether the network that a finished run ends with can be told from one that always gives the same answer."
+    config, sizes, p = about['config'], about.get('sizes') or {}, last['valid_accuracy']
+    n, classes = sizes.get('valid'), config['classes']
+    if not n or last['round'] < config['recipe'].get('rounds', 0): return []
+    counts = sizes.get('valid_per_class')
+    share, answer = (max(counts) / n, f'always {_short(classes[int(np.argmax(counts))], 40)}') if counts else (1 / len(classes), 'guessing')
+    low, high = wilson(round(p * n), n)
+    if low > share: return []
+    return [f"The last {last['role']} {'is' if p <= share else 'may be'} no better than chance: {100 * p:.1f} % ({100 * low:.1f} to {100 * high:.1f}) of {n:,} validation "
+            f"{_things(config)} are right, {100 * share:.1f} % by answering {answer}. More epochs or more labels may help; more validation {_things(config)} would tell more surely."]
+
+def _things(config): return 'rows' if 'y_name' in config else 'images'
+
 def run_warnings(run: RunRecord # From `read_run`
                 ) -> list[str]: # Sentences, the most serious first; none if all is well
-    "What looks wrong with a run: leaks, students below their teachers, classes that collapse, a threshold that does nothing."
-    return leak_warnings(run.leaks) + [o for m in run.metrics for o in round_warnings(run, m['round'])]
+    "What looks wrong with a run: leaks, a network at chance level, students below their teachers, classes that collapse, a threshold that does nothing."
+    last = chance_warnings(run.metrics[-1], run.about) if run.metrics else []
+    low = _too_low(run.recipe.get('threshold', 0), len(run.classes)) if run.labels else []
+    return leak_warnings(run.leaks) + last + low + [o for m in run.metrics for o in round_warnings(run, m['round'])]
 
 def round_warnings(run: RunRecord, # From `read_run`
                    k: int # Round
@@ -216,7 +235,7 @@ def _collapsed(run, k): # classes with far more or fewer pseudo labels than labe
     def describe(i): return f"{run.classes[i]} ({100 * o.seen[i] / total:.1f} % of the pseudo labels, {100 * labeled[i] / n:.1f} % of the labeled {run.things})"
     out = []
     for many, text in ((True, "one class takes over: {}"), (False, "classes collapse: {}")):
-        if not (these := [i for i, m in skewed if m == many]): continue
+        if not (these := [i for i, m in skewed if m == many]) or out and len(run.classes) == 2: continue # of two, both say the same
         text = text.replace('one class takes', 'some classes take') if many and len(these) > 1 else text.replace('classes collapse', 'a class collapses') if len(these) == 1 else text
         more = f", and {len(these) - 3} more" if len(these) > 3 else ''
         out.append(f"Round {k}: {text.format(', '.join(map(describe, these[:3])) + more)}. If the pool does not really have so {'many' if many else 'few'}, its teacher is biased: "
@@ -225,7 +244,7 @@ def _collapsed(run, k): # classes with far more or fewer pseudo labels than labe
 
 def _idle_threshold(run, k): # a filter that keeps almost nothing or everything
     o, t = run.labels[k], run.recipe.get('threshold', 0)
-    if o.everything is None or not t: return []
+    if o.everything is None or not t or _too_low(t, len(run.classes)): return [] # the last is said once, of the run
     share, n = o.passed.sum() / max(o.seen.sum(), 1), o.seen.sum()
     if share < .05: return [f"Round {k}: the threshold {t:g} keeps {o.passed.sum():,} of {n:,} pseudo labels ({100 * share:.1f} %): a lower one would leave more to learn from."]
     if share > .995: return [f"Round {k}: the threshold {t:g} keeps {'all' if o.passed.sum() == n else f'{o.passed.sum():,} of'} {n:,} pseudo labels: as a filter it does nothing."]
@@ -466,10 +485,12 @@ def _tiles(run):
     if best.get('test_accuracy') is not None: tiles.append((_percent(best['test_accuracy']), 'test, same round'))
     if rounds:
         name = 'test' if best.get('test_accuracy') is not None else 'valid'
-        gain = 100 * (best[f'{name}_accuracy'] - first[f'{name}_accuracy'])
+        (p, q), n = (o[f'{name}_accuracy'] for o in (best, first)), run.size(name)
+        gain, chance = 100 * (p - q), False
+        if n: low, high = difference_interval((round(p * n), n), (round(q * n), n)); chance = low <= 0 <= high
         if not best['round']: tiles.append(('none', f"of {rounds} student{'s' if rounds > 1 else ''} is better on validation"))
-        else: tiles.append((f'<span class="{"good" if gain > 0 else "bad" if gain < 0 else ""}">{gain:+.1f}</span>',
-                      f"points over the teacher, {'test' if name == 'test' else 'validation'}"))
+        else: tiles.append((f'<span class="{"" if chance else "good" if gain > 0 else "bad"}">{gain:+.1f}</span>',
+                      f"points over the teacher, {'test' if name == 'test' else 'validation'}{', within chance' if chance else ''}"))
     if (known := run.metrics[-1].get('pseudo_label_accuracy')) is not None: tiles.append((_percent(known), 'of the last pseudo labels are right'))
     tiles.append((_duration(total), 'in all'))
     return '<div class="tiles">' + ''.join(f'<div class="tile"><b>{b}</b><span>{escape(s)}</span></div>' for b, s in tiles) + '</div>'
@@ -637,7 +658,7 @@ def _settings_section(run):
             f'<section class="card"><h3>Settings</h3><details><summary>All {len(rows)} settings</summary>{_html_table(both, rows)}</details></section></div>')
 
 def _notes(found):
-    if not found: return '<section class="notes fine"><h2>Nothing looks wrong</h2><p>No leak, no class that collapses, no student worse than its teacher, no idle threshold.</p></section>'
+    if not found: return '<section class="notes fine"><h2>Nothing looks wrong</h2><p>No leak, no class that collapses, no student worse than its teacher, no network at chance level, no idle threshold.</p></section>'
     return f'<section class="notes"><h2>What looks wrong</h2><ul>{"".join(f"<li>{escape(o)}</li>" for o in found)}</ul></section>'
 
 # %% ../nbs/11_report.ipynb #5c62463f
