@@ -165,7 +165,7 @@ PretrainedOpt = Annotated[Optional[str], typer.Option(metavar='WEIGHTS', show_de
                                                            "package:NAME of an installed package, or hub, which "
                                                            "downloads timm's. Default: the recipe's, else random.")]
 EpochsOpt = Annotated[Optional[int], typer.Option(metavar='N', min=1, show_default=False,
-                                                  help="Epochs of every network: passes over the labeled images, "
+                                                  help="Epochs per network: passes over the labeled images, "
                                                        "or as many batches as the recipe says. Default: the "
                                                        "recipe's.")]
 RecipeOpt = Annotated[Optional[str], typer.Option(metavar='NAME', show_default=False,

@@ -198,11 +198,11 @@ def chance_warnings(last: dict, # metrics.json of the last round
     n, classes = sizes.get('valid'), config['classes']
     if not n or last['round'] < config['recipe'].get('rounds', 0): return []
     counts = sizes.get('valid_per_class')
-    share, answer = (max(counts) / n, f'always {_short(classes[int(np.argmax(counts))], 40)}') if counts else (1 / len(classes), 'guessing')
+    share, answer = (max(counts) / n, f'answering always {_short(classes[int(np.argmax(counts))], 40)}') if counts else (1 / len(classes), 'guessing')
     low, high = wilson(round(p * n), n)
     if low > share: return []
     return [f"The last {last['role']} {'is' if p <= share else 'may be'} no better than chance: {100 * p:.1f} % ({100 * low:.1f} to {100 * high:.1f}) of {n:,} validation "
-            f"{_things(config)} are right, {100 * share:.1f} % by answering {answer}. More epochs or more labels may help; more validation {_things(config)} would tell more surely."]
+            f"{_things(config)} are right, {100 * share:.1f} % by {answer}. More epochs or more labels may help; more validation {_things(config)} would tell more surely."]
 
 def _things(config): return 'rows' if 'y_name' in config else 'images'
 
@@ -448,9 +448,9 @@ p { margin: 4px 0 12px; } .sub { color: var(--soft); max-width: 78ch; overflow-w
 .notes h2 { margin: 0 0 4px; font-size: 16px; color: var(--warn); } .notes ul { margin: 0; padding-left: 18px; } .notes li { margin: 5px 0; overflow-wrap: anywhere; }
 .fine { background: var(--ok-bg); border-left-color: var(--good); } .fine h2 { color: var(--good); } .fine p { margin: 0; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
-th { text-align: right; color: var(--soft); font-weight: 500; padding: 6px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { text-align: right; color: var(--soft); font-weight: 500; padding: 6px 10px; border-bottom: 1px solid var(--line); vertical-align: bottom; text-wrap: balance; }
 td { text-align: right; padding: 7px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; } tr:last-child td { border-bottom: 0; }
-th.text, td.text { text-align: left; } td.text { max-width: 420px; overflow: hidden; text-overflow: ellipsis; } tr.best td { font-weight: 650; }
+th.text, td.text { text-align: left; } td.text { max-width: 420px; min-width: 90px; white-space: normal; overflow-wrap: anywhere; } tr.best td { font-weight: 650; }
 .pics { display: flex; flex-wrap: wrap; gap: 8px; } .pic { margin: 0; width: 74px; } .pic img, .gone { width: 74px; height: 74px; border-radius: 8px; display: block;
   object-fit: cover; image-rendering: pixelated; border: 2px solid var(--line); background: var(--line); } .smooth .pic img { image-rendering: auto; }
 .pic.bad img { border-color: var(--bad); } .pic.good img { border-color: var(--good); } .gone { font-size: 11px; color: var(--soft); text-align: center; padding: 22px 4px; }
@@ -458,15 +458,23 @@ figcaption { font-size: 11.5px; line-height: 1.3; color: var(--soft); margin-top
 .classes { display: grid; gap: 22px 28px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 580px), 1fr)); } .class h3 { overflow-wrap: anywhere; }
 .ends { display: flex; flex-wrap: wrap; gap: 10px 22px; } .ends .pics { gap: 6px; } .ends .pics::before { content: attr(data-kind); flex-basis: 100%; font-size: 12px; color: var(--soft); margin-bottom: -3px; }
 .ends .pic, .ends .pic img, .ends .gone { width: 64px; } .ends .pic img, .ends .gone { height: 64px; } .ends .pics { width: 274px; align-content: flex-start; } .pair { display: flex; gap: 2px; margin-right: 8px; }
-@media (min-width: 1250px) { .two { grid-column: span 2; } }
+.two { grid-column: 1 / -1; } @media (min-width: 1250px) { .two { grid-column: span 2; } }
+@media (max-width: 1250px) { td .sub { display: block; } }
 @media (max-width: 760px) { main { padding: 18px 12px 40px; } h1 { font-size: 25px; } .card { padding: 12px; } .tile b { font-size: 22px; } }
+@media (max-width: 960px) { .many thead { display: none; } .many tr { display: block; padding: 6px 0; border-bottom: 1px solid var(--line); } .many tr:last-child { border-bottom: 0; }
+  .many td, .many td.text { display: flex; justify-content: space-between; gap: 16px; max-width: none; padding: 3px 0; border: 0; white-space: normal; text-align: right; }
+  .many td::before { content: attr(data-label); color: var(--soft); font-weight: 400; text-align: left; } .many td:empty { display: none; } td .sub { display: inline; } }
 details summary { cursor: pointer; color: var(--soft); padding: 4px 0; } footer { margin-top: 40px; color: var(--soft); font-size: 13px; }
 """
 
 def _html_table(columns, rows, best=None): # columns: (title, is text); cells are HTML; the row `best` stands out
     head = ''.join(f'<th{" class=text" if text else ""}>{escape(title)}</th>' for title, text in columns)
-    def line(i, r): return f'<tr{" class=best" if i == best else ""}>' + ''.join(f'<td{" class=text" if text else ""}>{c}</td>' for (_, text), c in zip(columns, r)) + '</tr>'
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(line(i, r) for i, r in enumerate(rows))}</tbody></table></div>'
+    many = len(columns) > 3 # on a phone a row is a list of its cells
+    def cell(title, text, c):
+        label = f' data-label="{escape(title)}"' if many else ''
+        return f'<td{" class=text" if text else ""}{label}><span>{c}</span></td>' if c else '<td></td>'
+    def line(i, r): return f'<tr{" class=best" if i == best else ""}>' + ''.join(cell(*o, str(c)) for o, c in zip(columns, r)) + '</tr>'
+    return f'<div class="wide"><table{" class=many" if many else ""}><thead><tr>{head}</tr></thead><tbody>{"".join(line(i, r) for i, r in enumerate(rows))}</tbody></table></div>'
 
 def _card(title, text, body): return f'<section class="card"><h3>{escape(title)}</h3><p>{text}</p>{body}</section>'
 def _percent(x, digits=1): return '' if x is None or x != x else f'{100 * x:.{digits}f} %'
