@@ -267,7 +267,7 @@ def _fit(name, data, out, archs, recipe, epochs, seed, device, as_json, settings
     recipe = get_recipe(recipe or DATA.get(name, FOLDER).recipe)
     out = out or Path('runs')/Path(name).resolve().name
     with show_progress() as progress, warnings.catch_warnings():
-        if not as_json: warnings.filterwarnings('ignore', 'The last (teacher|student) ') # comes below the table
+        if not as_json: warnings.filterwarnings('ignore', '.* no better than chance') # comes below the table
         given = {k: v for k, v in dict(settings, epochs=epochs, teacher_epochs=epochs).items() if v is not None}
         ns = NoisyStudent(data, archs or recipe.archs or ['resnet18'], out, seed=seed, recipe=recipe, device=device,
                           progress=progress, pseudo_labels=pseudo, auto_batch=auto_batch, **given)

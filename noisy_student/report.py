@@ -201,8 +201,10 @@ def chance_warnings(last: dict, # metrics.json of the last round
     share, answer = (max(counts) / n, f'answering always {_short(classes[int(np.argmax(counts))], 40)}') if counts else (1 / len(classes), 'guessing')
     low, high = wilson(round(p * n), n)
     if low > share: return []
-    return [f"The last {last['role']} {'is' if p <= share else 'may be'} no better than chance: {100 * p:.1f} % ({100 * low:.1f} to {100 * high:.1f}) of {n:,} validation "
+    return [f"The {'last ' if last['round'] else ''}{last['role']} {'is' if p <= share else 'may be'} no better than chance: {100 * p:.1f} % ({100 * low:.1f} to {100 * high:.1f}) of {n:,} validation "
             f"{_things(config)} are right, {100 * share:.1f} % by {answer}. More epochs or more labels may help; more validation {_things(config)} would tell more surely."]
+
+def _short(name, n=16): return name if len(name) <= n else name[:n - 1] + '…'
 
 def _things(config): return 'rows' if 'y_name' in config else 'images'
 
@@ -281,8 +283,6 @@ def _thousands(v, _): return f'{v:,.0f}' if v < 1e4 else f'{v / 1000:,.0f}k' if 
 def _legend(ax): # one line above the chart, where nothing is in its way
     n = len(ax.get_legend_handles_labels()[1])
     if n: ax.legend(loc='lower left', bbox_to_anchor=(-.02, 1.), ncols=n if n < 5 else 5, borderaxespad=0, handlelength=1.2, handletextpad=.5, columnspacing=1.)
-
-def _short(name, n=16): return name if len(name) <= n else name[:n - 1] + '…'
 
 # %% ../nbs/11_report.ipynb #18884b7e
 def _draw_accuracy(ax, run): # with intervals
