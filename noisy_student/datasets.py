@@ -8,10 +8,11 @@ __all__ = ['MAX_PIXELS', 'IMAGENETTE_CLASSES', 'SVHN_STATS', 'Split', 'Splits', 
            'from_folder', 'cifar10', 'imagenette', 'svhn']
 
 # %% ../nbs/00_datasets.ipynb #855f21fc
-import difflib, errno, hashlib, json, os, shutil, tarfile, warnings
-from collections.abc import Callable, Sequence
+import errno, hashlib, json, mimetypes, os, shutil, tarfile, warnings
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
@@ -300,16 +301,31 @@ def _fill_cache(items, size, file, meta, progress):
         raise OSError(e.errno, f"cannot write the image cache in {file.parent}: {e.strerror}") from None
 
 # %% ../nbs/00_datasets.ipynb #f954f109
+def _did_you_mean(name: str | Path, # What was given
+                  known: Iterable[str], # What there is
+                  n: int = 1 # How many to name at most
+                 ) -> str: # The end of a message; empty if nothing is near
+    near = get_close_matches(str(name), list(known), n)
+    return f" (did you mean {', '.join(near)}?)" if near else ''
+
+def _beside(path): # the folders where `path` was looked for
+    folder = Path(path).parent
+    return sorted(str(o) for o in folder.iterdir() if o.is_dir()) if folder.is_dir() else []
+
+def _is_image(name): # by its suffix; also of a format that Pillow cannot read, which loading it will say
+    return (os.path.splitext(name)[1].lower() in Image.registered_extensions()
+            or (mimetypes.guess_type(name)[0] or '').startswith('image/'))
+
 def list_files(folder: str | Path # A folder; links to folders are followed
-              ) -> list[str]: # Sorted paths of all files at any depth, hidden ones left out; dangling links are kept
-    "Every file under `folder`. Archives are not opened."
+              ) -> list[str]: # Sorted paths at any depth, hidden ones left out; dangling links are kept
+    "Every image and archive under `folder`, by suffix. Archives are not opened. Raises `ArchiveError` for a compressed one."
     found, seen = [], set()
     for root, dirs, files in os.walk(folder, followlinks=True):
         dirs[:] = sorted(d for d in dirs if not d.startswith('.'))
         if (real := os.path.realpath(root)) in seen: dirs[:] = []; continue # a link that leads back up
         seen.add(real)
         found += [os.path.join(root, f) for f in files if not f.startswith('.')
-                  and f not in ('Thumbs.db', 'desktop.ini')]
+                  and (_is_image(f) or is_archive(os.path.join(root, f)))]
     return sorted(found)
 
 def list_images(folder: str | Path # A folder, or one archive
@@ -320,16 +336,17 @@ def list_images(folder: str | Path # A folder, or one archive
 def _inside(files): # with the images of archives in their place
     return [o for f in files for o in (list_archive(f) if is_archive(f) else [f])]
 
-def _class_folders(folder): # names of the class folders in `folder`
-    return sorted(o.name for o in folder.iterdir() if o.is_dir() and not o.name.startswith('.'))
-
-def _labeled_folder(folder, classes): # Split of folder/<class>/**
-    found = _class_folders(folder)
-    if set(found) - set(classes):
-        raise ValueError(f"{folder} has the class {sorted(set(found) - set(classes))[0]!r}, which is not in "
-                         f"{folder.parent/'train'}: the classes must be the same")
-    files = [(f, i) for i, c in enumerate(classes) if c in found for f in list_images(folder/c)]
-    return Split([f for f, _ in files], np.array([i for _, i in files], dtype=np.int64))
+def _labeled_folder(folder, classes=None): # Split of folder/<class>/**, names of its classes
+    names = sorted(o.name for o in folder.iterdir() if o.is_dir() and not o.name.startswith('.'))
+    found = {o: list_images(folder/o) for o in names}
+    if empty := [o for o in names if not found[o]]: # such as `models`, which lr_find makes
+        warnings.warn(f"no image in {', '.join(str(folder/o) for o in empty)}: left out, as no class")
+    if more := [o for o in names if found[o] and o not in (classes or names)]:
+        raise ValueError(f"{folder} has the class {more[0]!r}, which is not in {folder.parent/'train'}: the classes "
+                         "must be the same")
+    classes = classes or [o for o in names if found[o]]
+    files = [(f, i) for i, c in enumerate(classes) for f in found.get(c, [])]
+    return Split([f for f, _ in files], np.array([i for _, i in files], dtype=np.int64)), classes
 
 # %% ../nbs/00_datasets.ipynb #afa05b4b
 def from_folder(
@@ -344,22 +361,19 @@ def from_folder(
     if not (path/'train').is_dir():
         raise FileNotFoundError(f"no folder {path/'train'}: labeled images go to {path/'train'/'CLASS'}, one folder "
                                 "per class")
-    classes = _class_folders(path/'train')
-    if len(classes) < 2: raise ValueError(f"{path/'train'} has {len(classes)} class folder(s), at least 2 are needed")
-    train = _labeled_folder(path/'train', classes)
-    empty = [c for i, c in enumerate(classes) if not (train.labels == i).any()]
-    if empty:
-        raise ValueError(f"no image in {path/'train'/empty[0]}: every class needs some; add images or remove the folder")
+    train, classes = _labeled_folder(path/'train')
+    if len(classes) < 2:
+        raise ValueError(f"{path/'train'} has {len(classes)} class folder(s) with images, at least 2 are needed")
     rng = np.random.default_rng(seed)
     valid_dir = next((path/o for o in ('valid', 'val') if (path/o).is_dir()), None)
-    if valid_dir: valid = _labeled_folder(valid_dir, classes)
+    if valid_dir: valid, _ = _labeled_folder(valid_dir, classes)
     else:
         if np.bincount(train.labels).min() < 2:
             raise ValueError(f"class {classes[np.bincount(train.labels).argmin()]!r} in {path/'train'} has one image "
                              "and there is no valid folder: add images, or make a valid folder")
         valid, train = _hold_out(train, max(len(classes), round(len(train) * valid_pct)), rng)
     if not len(valid): raise ValueError(f"no image in {valid_dir}: validation images choose the best round")
-    test = _labeled_folder(path/'test', classes) if (path/'test').is_dir() else None
+    test = _labeled_folder(path/'test', classes)[0] if (path/'test').is_dir() else None
     labeled, rest = _label_some(train, n_labeled, rng)
     return _without_labeled(Splits(labeled, _pool(unlabeled, rest, path/'unlabeled'), valid, test, classes))
 
@@ -379,12 +393,13 @@ def _pool(unlabeled, rest, default): # the unlabeled Split that the argument `un
     if unlabeled is None:
         if default.is_dir(): return _concat(rest, Split(list_images(default)))
         folders = [o.name for o in default.parent.iterdir() if o.is_dir()]
-        if near := difflib.get_close_matches(default.name, folders, 1, .8):
+        if near := get_close_matches(default.name, folders, 1, .8):
             warnings.warn(f"{default.parent/near[0]} is not used: unlabeled images are looked for in {default}")
         return rest
     if unlabeled == 'rest': return rest
     if not Path(unlabeled).is_dir() and not (is_archive(unlabeled) and Path(unlabeled).exists()):
-        raise FileNotFoundError(f"no folder or archive {unlabeled} with unlabeled images")
+        raise FileNotFoundError(f"no folder or archive {unlabeled} with unlabeled images"
+                                f"{_did_you_mean(unlabeled, ['rest', *_beside(unlabeled)])}")
     return Split(list_images(os.path.abspath(unlabeled)))
 
 def _concat(a, b): # two unlabeled piles of files; hidden labels survive where both have them, unknown is -1
@@ -446,9 +461,9 @@ def imagenette(
     return s
 
 def _train_test(path, test_name, n_labeled, unlabeled, seed, n_valid): # Splits of path/train and path/test_name
-    classes = _class_folders(path/'train')
+    train, classes = _labeled_folder(path/'train')
     rng = np.random.default_rng(seed)
-    valid, train = _hold_out(_labeled_folder(path/'train', classes), n_valid, rng)
+    valid, train = _hold_out(train, n_valid, rng)
     labeled, rest = _label_some(train, n_labeled, rng)
     names = (unlabeled.split('+') if isinstance(unlabeled, str) and set(unlabeled.split('+')) <= {'rest', 'imagenet32'}
              else [])
@@ -456,7 +471,7 @@ def _train_test(path, test_name, n_labeled, unlabeled, seed, n_valid): # Splits 
     else:
         pool = rest if 'rest' in names else rest[:0]
         if 'imagenet32' in names: pool = _concat(pool, _imagenet32())
-    return _without_labeled(Splits(labeled, pool, valid, _labeled_folder(path/test_name, classes), classes))
+    return _without_labeled(Splits(labeled, pool, valid, _labeled_folder(path/test_name, classes)[0], classes))
 
 # %% ../nbs/00_datasets.ipynb #026d954e
 # mean and std per channel of pixels in 0..1, from the reference's task_info.py: what `stats` of `mixed_dataloaders` takes

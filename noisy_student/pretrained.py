@@ -106,7 +106,8 @@ def export_onnx(
     Raises ImportError without onnx and onnxscript, ValueError if they and torch cannot export the network, and OSError,
     naming the file, if it cannot be written."""
     for o in ('onnx', 'onnxscript'):
-        if find_spec(o) is None: raise ImportError(f"ONNX export needs {o}: pip install 'noisy_student[export]'")
+        if find_spec(o) is None:
+            raise ImportError(f"ONNX export needs {o}: pip install '.[export]' in the clone of noisy_student")
     model, file = _plain(model), Path(file)
     modes, tmp = {m: m.training for m in model.modules()}, file.with_name(file.name + '.tmp')
     images = torch.zeros(2, c_in, size, size, device=next(model.parameters()).device)

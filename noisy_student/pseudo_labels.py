@@ -697,6 +697,11 @@ def _fetch_part(file, at, places, out): # the probabilities of these rows of one
 # %% ../nbs/05_pseudo_labels.ipynb #1bf7a230
 def _some(names): return ', '.join(names[:10]) + (', ...' if len(names) > 10 else '')
 
+def _too_low(threshold, n): # warnings of a threshold that filters nothing with n classes
+    if not 0 < threshold <= 1 / n: return []
+    return [f"threshold={threshold:g} filters nothing: with {n} classes the highest probability is always {1 / n:.2f} or "
+            "more; set a higher one, such as 0.8, or 0 to keep every label"]
+
 def _warn(classes, stats, threshold, target): # of what usually goes wrong
     if unseen := [c for c, n in zip(classes, stats.seen) if not n]:
         warnings.warn(f"the teacher gave no image the class {_some(unseen)}: train it longer or on more labels, or "
@@ -704,10 +709,7 @@ def _warn(classes, stats, threshold, target): # of what usually goes wrong
     if low := [c for c, s, n in zip(classes, stats.seen, stats.passed) if s and not n]:
         warnings.warn(f"no pseudo label of {len(low)} of {len(classes)} classes reaches threshold={threshold}: "
                       f"{_some(low)}")
-    if 0 < threshold <= 1 / len(classes):
-        warnings.warn(f"threshold={threshold} filters nothing: with {len(classes)} classes the highest probability is "
-                      "always "
-                      f"{1 / len(classes):.2f} or more")
+    for o in _too_low(threshold, len(classes)): warnings.warn(o)
     if rare := [f"{c} ({n})" for c, n in zip(classes, stats.passed) if target and 0 < n <= target / 10]:
         warnings.warn(f"few pseudo labels are copied 10 times or more to reach {target} per class: {_some(rare)}")
 
@@ -815,14 +817,18 @@ def relabel_pseudo_labels(
     new = dict({k: v for k, v in meta.items() if k != 'sha256'}, temperature=float(T), teacher=t.hash, view=t.spec,
                version=__version__)
     def tables():
-        done = 0
-        for c in _batches(path, max(1, 8192 // bs) * bs, ['item', 'copies']):
-            chunk = c['item'].to_pylist() if named else pool.take(c['item'].to_numpy(), axis=0)
+        done, rows = 0, min(2**17, 2**24 // len(t.classes)) if named else 8192
+        for c in _batches(path, max(1, rows // bs) * bs, ['item', 'copies']):
+            # sorted, as the images of an archive are then read together, and its table of contents once
+            items = c['item'].to_numpy(zero_copy_only=False)
+            order = np.argsort(items, kind='stable')
+            chunk = items[order].tolist() if named else pool.take(items[order], axis=0)
             tick = progress and (lambda n: progress(done + n, total))
             probs, _, bad = _predict(t, chunk, 0, len(chunk), bs, T, tick)
             if bad: raise PseudoLabelError(f"a selected image can no longer be read: {': '.join(bad[0])}. Put it back "
                                            "or select again")
             done += len(chunk)
+            probs[order] = probs.copy()
             yield _table(c['item'], probs, new, copies=c['copies'])
     with t.evaluating(): _write(tables(), out, new)
     summary = _summary(out, t.classes)

@@ -7,12 +7,12 @@ __all__ = ['SCHEDULES', 'RECIPES', 'Recipe', 'get_recipe', 'recipe_table']
 
 # %% ../nbs/08b_recipes.ipynb #4ef1a208
 from dataclasses import asdict, dataclass, fields, replace
-from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import get_args
 
 import pandas as pd
 
+from .datasets import _did_you_mean
 from .learner import Noise
 from .models import EFFICIENTNETS
 from .training import OPTIMIZERS
@@ -174,14 +174,14 @@ def get_recipe(recipe: str | Recipe, # A name in `RECIPES`, or a recipe
     "The named recipe with some fields changed. Raises ValueError for an unknown name or field."
     if isinstance(recipe, str):
         if recipe not in RECIPES:
-            near = get_close_matches(recipe, RECIPES, n=1)
-            raise ValueError(f"unknown recipe {recipe!r}: there are "
-                             f"{', '.join(RECIPES)}{f' (did you mean {near[0]}?)' if near else ''}")
+            raise ValueError(f"unknown recipe {recipe!r}: there are {', '.join(RECIPES)}"
+                             f"{_did_you_mean(recipe, RECIPES)}")
         recipe = RECIPES[recipe]
     if not isinstance(recipe, Recipe): raise ValueError(f"a recipe is a name or a Recipe, not {type(recipe).__name__}")
     known = [f.name for f in fields(Recipe)]
     for k in changes:
-        if k not in known: raise ValueError(f"unknown setting {k!r}: a recipe has {', '.join(known)}")
+        if k not in known:
+            raise ValueError(f"unknown setting {k!r}{_did_you_mean(k, known)}: a recipe has {', '.join(known)}")
     return replace(recipe, **changes)
 
 # %% ../nbs/08b_recipes.ipynb #33bdbd9d

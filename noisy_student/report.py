@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['BINS', 'INK', 'SOFT', 'LINE', 'C1', 'C2', 'C3', 'C4', 'GOOD', 'BAD', 'CARD', 'MAX_CLASSES', 'PER_CLASS',
            'MAX_PICTURES', 'SIDE', 'RoundLabels', 'RunRecord', 'read_run', 'skewed_classes', 'difference_interval',
-           'leak_warnings', 'run_warnings', 'round_warnings', 'extremes', 'report_html', 'write_report']
+           'leak_warnings', 'chance_warnings', 'run_warnings', 'round_warnings', 'extremes', 'report_html',
+           'write_report']
 
 # %% ../nbs/11_report.ipynb #804699d0
 import base64, io, json, re, warnings
@@ -25,7 +26,7 @@ from PIL import Image
 from .datasets import ImageFileError, Splits, load_image, square
 from .files import altered, best_round, read_metrics, unsealed
 from .metrics import wilson
-from .pseudo_labels import _batches, _duckdb, _parquet
+from .pseudo_labels import _batches, _duckdb, _parquet, _too_low
 from .suspects import flipped_labels
 
 # %% ../nbs/11_report.ipynb #ab4440de
@@ -74,7 +75,7 @@ class RunRecord:
     @property
     def things(self) -> str:
         "What a pool consists of."
-        return 'rows' if 'y_name' in self.config else 'images'
+        return _things(self.config)
     def size(self, pile: str # 'labeled', 'unlabeled', 'valid' or 'test'
             ) -> int | None:
         "Number of images, None if the run does not say."
@@ -189,10 +190,30 @@ def leak_warnings(found: list[dict] # What leaks.json holds
 
 def _tail(item): return f'number {item}' if isinstance(item, int) else '/'.join(Path(item).parts[-3:])
 
+def chance_warnings(last: dict, # metrics.json of the last round
+                    about: dict # run.json
+                   ) -> list[str]: # A sentence, or none
+    "Whether the network that a finished run ends with can be told from one that always gives the same answer."
+    config, sizes, p = about['config'], about.get('sizes') or {}, last['valid_accuracy']
+    n, classes = sizes.get('valid'), config['classes']
+    if not n or last['round'] < config['recipe'].get('rounds', 0): return []
+    counts = sizes.get('valid_per_class')
+    share, answer = (max(counts) / n, f'answering always {_short(classes[int(np.argmax(counts))], 40)}') if counts else (1 / len(classes), 'guessing')
+    low, high = wilson(round(p * n), n)
+    if low > share: return []
+    return [f"The {'last ' if last['round'] else ''}{last['role']} {'is' if p <= share else 'may be'} no better than chance: {100 * p:.1f} % ({100 * low:.1f} to {100 * high:.1f}) of {n:,} validation "
+            f"{_things(config)} are right, {100 * share:.1f} % by {answer}. More epochs or more labels may help; more validation {_things(config)} would tell more surely."]
+
+def _short(name, n=16): return name if len(name) <= n else name[:n - 1] + '…'
+
+def _things(config): return 'rows' if 'y_name' in config else 'images'
+
 def run_warnings(run: RunRecord # From `read_run`
                 ) -> list[str]: # Sentences, the most serious first; none if all is well
-    "What looks wrong with a run: leaks, students below their teachers, classes that collapse, a threshold that does nothing."
-    return leak_warnings(run.leaks) + [o for m in run.metrics for o in round_warnings(run, m['round'])]
+    "What looks wrong with a run: leaks, a network at chance level, students below their teachers, classes that collapse, a threshold that does nothing."
+    last = chance_warnings(run.metrics[-1], run.about) if run.metrics else []
+    low = _too_low(run.recipe.get('threshold', 0), len(run.classes)) if run.labels else []
+    return leak_warnings(run.leaks) + last + low + [o for m in run.metrics for o in round_warnings(run, m['round'])]
 
 def round_warnings(run: RunRecord, # From `read_run`
                    k: int # Round
@@ -216,7 +237,7 @@ def _collapsed(run, k): # classes with far more or fewer pseudo labels than labe
     def describe(i): return f"{run.classes[i]} ({100 * o.seen[i] / total:.1f} % of the pseudo labels, {100 * labeled[i] / n:.1f} % of the labeled {run.things})"
     out = []
     for many, text in ((True, "one class takes over: {}"), (False, "classes collapse: {}")):
-        if not (these := [i for i, m in skewed if m == many]): continue
+        if not (these := [i for i, m in skewed if m == many]) or out and len(run.classes) == 2: continue # of two, both say the same
         text = text.replace('one class takes', 'some classes take') if many and len(these) > 1 else text.replace('classes collapse', 'a class collapses') if len(these) == 1 else text
         more = f", and {len(these) - 3} more" if len(these) > 3 else ''
         out.append(f"Round {k}: {text.format(', '.join(map(describe, these[:3])) + more)}. If the pool does not really have so {'many' if many else 'few'}, its teacher is biased: "
@@ -225,7 +246,7 @@ def _collapsed(run, k): # classes with far more or fewer pseudo labels than labe
 
 def _idle_threshold(run, k): # a filter that keeps almost nothing or everything
     o, t = run.labels[k], run.recipe.get('threshold', 0)
-    if o.everything is None or not t: return []
+    if o.everything is None or not t or _too_low(t, len(run.classes)): return [] # the last is said once, of the run
     share, n = o.passed.sum() / max(o.seen.sum(), 1), o.seen.sum()
     if share < .05: return [f"Round {k}: the threshold {t:g} keeps {o.passed.sum():,} of {n:,} pseudo labels ({100 * share:.1f} %): a lower one would leave more to learn from."]
     if share > .995: return [f"Round {k}: the threshold {t:g} keeps {'all' if o.passed.sum() == n else f'{o.passed.sum():,} of'} {n:,} pseudo labels: as a filter it does nothing."]
@@ -262,8 +283,6 @@ def _thousands(v, _): return f'{v:,.0f}' if v < 1e4 else f'{v / 1000:,.0f}k' if 
 def _legend(ax): # one line above the chart, where nothing is in its way
     n = len(ax.get_legend_handles_labels()[1])
     if n: ax.legend(loc='lower left', bbox_to_anchor=(-.02, 1.), ncols=n if n < 5 else 5, borderaxespad=0, handlelength=1.2, handletextpad=.5, columnspacing=1.)
-
-def _short(name, n=16): return name if len(name) <= n else name[:n - 1] + '…'
 
 # %% ../nbs/11_report.ipynb #18884b7e
 def _draw_accuracy(ax, run): # with intervals
@@ -429,9 +448,9 @@ p { margin: 4px 0 12px; } .sub { color: var(--soft); max-width: 78ch; overflow-w
 .notes h2 { margin: 0 0 4px; font-size: 16px; color: var(--warn); } .notes ul { margin: 0; padding-left: 18px; } .notes li { margin: 5px 0; overflow-wrap: anywhere; }
 .fine { background: var(--ok-bg); border-left-color: var(--good); } .fine h2 { color: var(--good); } .fine p { margin: 0; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
-th { text-align: right; color: var(--soft); font-weight: 500; padding: 6px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { text-align: right; color: var(--soft); font-weight: 500; padding: 6px 10px; border-bottom: 1px solid var(--line); vertical-align: bottom; text-wrap: balance; }
 td { text-align: right; padding: 7px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; } tr:last-child td { border-bottom: 0; }
-th.text, td.text { text-align: left; } td.text { max-width: 420px; overflow: hidden; text-overflow: ellipsis; } tr.best td { font-weight: 650; }
+th.text, td.text { text-align: left; } td.text { max-width: 420px; min-width: 90px; white-space: normal; overflow-wrap: anywhere; } tr.best td { font-weight: 650; }
 .pics { display: flex; flex-wrap: wrap; gap: 8px; } .pic { margin: 0; width: 74px; } .pic img, .gone { width: 74px; height: 74px; border-radius: 8px; display: block;
   object-fit: cover; image-rendering: pixelated; border: 2px solid var(--line); background: var(--line); } .smooth .pic img { image-rendering: auto; }
 .pic.bad img { border-color: var(--bad); } .pic.good img { border-color: var(--good); } .gone { font-size: 11px; color: var(--soft); text-align: center; padding: 22px 4px; }
@@ -439,15 +458,23 @@ figcaption { font-size: 11.5px; line-height: 1.3; color: var(--soft); margin-top
 .classes { display: grid; gap: 22px 28px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 580px), 1fr)); } .class h3 { overflow-wrap: anywhere; }
 .ends { display: flex; flex-wrap: wrap; gap: 10px 22px; } .ends .pics { gap: 6px; } .ends .pics::before { content: attr(data-kind); flex-basis: 100%; font-size: 12px; color: var(--soft); margin-bottom: -3px; }
 .ends .pic, .ends .pic img, .ends .gone { width: 64px; } .ends .pic img, .ends .gone { height: 64px; } .ends .pics { width: 274px; align-content: flex-start; } .pair { display: flex; gap: 2px; margin-right: 8px; }
-@media (min-width: 1250px) { .two { grid-column: span 2; } }
+.two { grid-column: 1 / -1; } @media (min-width: 1250px) { .two { grid-column: span 2; } }
+@media (max-width: 1250px) { td .sub { display: block; } }
 @media (max-width: 760px) { main { padding: 18px 12px 40px; } h1 { font-size: 25px; } .card { padding: 12px; } .tile b { font-size: 22px; } }
+@media (max-width: 960px) { .many thead { display: none; } .many tr { display: block; padding: 6px 0; border-bottom: 1px solid var(--line); } .many tr:last-child { border-bottom: 0; }
+  .many td, .many td.text { display: flex; justify-content: space-between; gap: 16px; max-width: none; padding: 3px 0; border: 0; white-space: normal; text-align: right; }
+  .many td::before { content: attr(data-label); color: var(--soft); font-weight: 400; text-align: left; } .many td:empty { display: none; } td .sub { display: inline; } }
 details summary { cursor: pointer; color: var(--soft); padding: 4px 0; } footer { margin-top: 40px; color: var(--soft); font-size: 13px; }
 """
 
 def _html_table(columns, rows, best=None): # columns: (title, is text); cells are HTML; the row `best` stands out
     head = ''.join(f'<th{" class=text" if text else ""}>{escape(title)}</th>' for title, text in columns)
-    def line(i, r): return f'<tr{" class=best" if i == best else ""}>' + ''.join(f'<td{" class=text" if text else ""}>{c}</td>' for (_, text), c in zip(columns, r)) + '</tr>'
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(line(i, r) for i, r in enumerate(rows))}</tbody></table></div>'
+    many = len(columns) > 3 # on a phone a row is a list of its cells
+    def cell(title, text, c):
+        label = f' data-label="{escape(title)}"' if many else ''
+        return f'<td{" class=text" if text else ""}{label}><span>{c}</span></td>' if c else '<td></td>'
+    def line(i, r): return f'<tr{" class=best" if i == best else ""}>' + ''.join(cell(*o, str(c)) for o, c in zip(columns, r)) + '</tr>'
+    return f'<div class="wide"><table{" class=many" if many else ""}><thead><tr>{head}</tr></thead><tbody>{"".join(line(i, r) for i, r in enumerate(rows))}</tbody></table></div>'
 
 def _card(title, text, body): return f'<section class="card"><h3>{escape(title)}</h3><p>{text}</p>{body}</section>'
 def _percent(x, digits=1): return '' if x is None or x != x else f'{100 * x:.{digits}f} %'
@@ -466,10 +493,12 @@ def _tiles(run):
     if best.get('test_accuracy') is not None: tiles.append((_percent(best['test_accuracy']), 'test, same round'))
     if rounds:
         name = 'test' if best.get('test_accuracy') is not None else 'valid'
-        gain = 100 * (best[f'{name}_accuracy'] - first[f'{name}_accuracy'])
+        (p, q), n = (o[f'{name}_accuracy'] for o in (best, first)), run.size(name)
+        gain, chance = 100 * (p - q), False
+        if n: low, high = difference_interval((round(p * n), n), (round(q * n), n)); chance = low <= 0 <= high
         if not best['round']: tiles.append(('none', f"of {rounds} student{'s' if rounds > 1 else ''} is better on validation"))
-        else: tiles.append((f'<span class="{"good" if gain > 0 else "bad" if gain < 0 else ""}">{gain:+.1f}</span>',
-                      f"points over the teacher, {'test' if name == 'test' else 'validation'}"))
+        else: tiles.append((f'<span class="{"" if chance else "good" if gain > 0 else "bad"}">{gain:+.1f}</span>',
+                      f"points over the teacher, {'test' if name == 'test' else 'validation'}{', within chance' if chance else ''}"))
     if (known := run.metrics[-1].get('pseudo_label_accuracy')) is not None: tiles.append((_percent(known), 'of the last pseudo labels are right'))
     tiles.append((_duration(total), 'in all'))
     return '<div class="tiles">' + ''.join(f'<div class="tile"><b>{b}</b><span>{escape(s)}</span></div>' for b, s in tiles) + '</div>'
@@ -637,7 +666,7 @@ def _settings_section(run):
             f'<section class="card"><h3>Settings</h3><details><summary>All {len(rows)} settings</summary>{_html_table(both, rows)}</details></section></div>')
 
 def _notes(found):
-    if not found: return '<section class="notes fine"><h2>Nothing looks wrong</h2><p>No leak, no class that collapses, no student worse than its teacher, no idle threshold.</p></section>'
+    if not found: return '<section class="notes fine"><h2>Nothing looks wrong</h2><p>No leak, no class that collapses, no student worse than its teacher, no network at chance level, no idle threshold.</p></section>'
     return f'<section class="notes"><h2>What looks wrong</h2><ul>{"".join(f"<li>{escape(o)}</li>" for o in found)}</ul></section>'
 
 # %% ../nbs/11_report.ipynb #5c62463f

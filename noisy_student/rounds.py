@@ -42,7 +42,7 @@ from .files import (altered, best_round, locked, read_metrics, sealed, stoppable
 from .leaks import find_leaks
 from .learner import Noise, noisy_student_learner
 from .losses import SoftLabelCrossEntropy
-from .models import create_model, load_tensors, load_weights, n_parameters, save_weights
+from .models import _resolved, create_model, load_tensors, load_weights, n_parameters, save_weights
 from .pretrained import Trained
 from .pseudo_labels import (PseudoLabelError, Selection, _half, predict_pseudo_labels, read_selection,
                                          relabel_pseudo_labels, select_pseudo_labels)
@@ -172,7 +172,7 @@ class NoisyStudent:
         seed: int = 0, # Decides initial weights, order, noise
         recipe: str | Recipe = 'default', # A name in `RECIPES`, or a recipe
         device: str | torch.device | None = None, # 'cpu', 'cuda', ...; None: a GPU if there is one
-        progress: Callable[[str, int, int], None] | None = None, # Called with (stage, done, total); None: one line in notebooks and terminals
+        progress: Callable[[str, int, int], None] | None = None, # Called with (stage, done, total), the stage with its unit; None: one line in notebooks and terminals
         pseudo_labels: str | Path | Selection | None = None, # A selection made elsewhere: round 0 is then a student of that teacher
         cbs: Callable[[int, Path], list] | None = None, # Called anew with (round, its folder) for every training: more fastai callbacks, such as a logger
         auto_batch: bool = False, # Out of memory: compute the batch in halves, whose gradients are added, instead of giving up
@@ -241,13 +241,14 @@ class NoisyStudent:
         OSError if something cannot be written; MemoryError if the device has too little, see `auto_batch`; `InUseError`
         if another process works in the directory; `Stopped` on SIGTERM and Ctrl-C. What was written stays, and `fit`
         again goes on from there."""
-        with self._alone(), stoppable():
+        with self._alone(), stoppable(), warnings.catch_warnings():
             with first_rank_first():
                 self._open()
                 self._check_weights()
             self._check_leaks()
             old = not _is_whole(self.path/'report.html')
             for k in range(self.recipe.rounds + 1):
+                if k > 1: warnings.filterwarnings('ignore', 'threshold=.* filters nothing') # once is enough
                 with first_rank_first(): self._check_round(k)
                 barrier() # all processes see the same files
                 new = not (self._round(k)/'metrics.json').exists()
@@ -324,6 +325,7 @@ def _open(self: NoisyStudent): # make the directory, or check that it holds this
                 for k2, v2 in (flat(v, f'{pre}{k}.') if isinstance(v, dict) else {pre + k: v}).items()}
     a, b = flat(old), flat(config)
     diff = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+    if 'archs' in diff and _networks(old) == _networks(config): diff.remove('archs')
     free = {'recipe.rounds'} if b['recipe.rounds'] > a['recipe.rounds'] else set()
     if not list(self.path.glob('round_*/selected.parquet')):
         free |= {f'recipe.{o}' for o in ('threshold', 'per_class', 'strict', 'binned')}
@@ -337,19 +339,24 @@ def _open(self: NoisyStudent): # make the directory, or check that it holds this
                          "with it")
     if diff: self._write_run(config)
 
+def _networks(config): # of the rounds, by one name for all spellings
+    names = [_resolved(o, config['recipe'].get('pretrained')) for o in config.get('archs', [])]
+    while len(names) > 1 and names[-1] == names[-2]: names.pop() # the last one serves all further rounds
+    return names
+
 @patch
 def _write_run(self: NoisyStudent, config):
     versions = {o: version(o) for o in ('noisy_student', 'torch', 'fastai', 'timm', 'numpy', 'pillow')}
     sizes = {o: 0 if getattr(self.data, o) is None else len(getattr(self.data, o))
              for o in ('labeled', 'unlabeled', 'valid', 'test')}
     run = dict(config=config, versions=versions, python=platform.python_version(), device=str(self.device),
-               sizes=dict(sizes, labeled_per_class=self._labeled_per_class()), source=self.source)
+               sizes=dict(sizes, **{f'{o}_per_class': self._per_class(o) for o in ('labeled', 'valid')}),
+               source=self.source)
     _write_text(self.path/'run.json', sealed(run))
 
 @patch
-def _labeled_per_class(self: NoisyStudent):
-    assert self.data.labeled.labels is not None
-    return np.bincount(self.data.labeled.labels, minlength=len(self.data.classes)).tolist()
+def _per_class(self: NoisyStudent, pile): # images of 'labeled' or 'valid'
+    return np.bincount(getattr(self.data, pile).labels, minlength=len(self.data.classes)).tolist()
 
 # %% ../nbs/09_rounds.ipynb #318aab92
 _RESULTS = ('model.safetensors', 'history.csv', 'selected.parquet', 'metrics.json')
@@ -459,7 +466,7 @@ def _leaks_between(self: NoisyStudent, pile, exams): # a dict per leak
         return int(i) if isinstance(images, np.ndarray) else images[i]
     d, total, found = self._images(pile), len(exams) * len(self._images(pile).images), []
     for n, (exam, e) in enumerate(exams.items()):
-        tell = lambda done, of: pile == 'unlabeled' and self._tell('looking for leaks', n * of + done, total)
+        tell = lambda done, of: pile == 'unlabeled' and self._tell('looking for leaks (images)', n * of + done, total)
         for o in find_leaks(d.images, e.images, tell).itertuples():
             i, j = int(d.good[o.position]), int(e.good[o.other])
             found.append(dict(pile=pile, position=i, item=name(pile, i), also_in=exam, other=name(exam, j), kind=o.kind,
@@ -602,7 +609,7 @@ def _rows(self: NoisyStudent, items): # positions in the decoded pool of the ite
 @patch
 def _label(self: NoisyStudent, k): # the pseudo labels for round k, made by the network of round k - 1
     out, before = self._round(k)/'selected.parquet', self._round(k - 1)/'selected.parquet'
-    tell, items = lambda done, total: self._tell(f'round {k}: labeling', done, total), self.data.unlabeled.images
+    tell, items = lambda done, total: self._tell(f'round {k}: labeling (images)', done, total), self.data.unlabeled.images
     there = out.exists()
     barrier() # all have looked before the first process writes
     if there:
@@ -660,7 +667,7 @@ def _fit_round(self: NoisyStudent, k): # everything of round k that is not there
     labeling = time.perf_counter() - labeling
     role = 'teacher' if selection is None and fly is None else 'student'
     noise = r.teacher_noise if role == 'teacher' and r.teacher_noise is not None else r.noise
-    stage = f"round {k}: training the {role} {self.arch(k)}"
+    stage = f"round {k}: training the {role} {self.arch(k)} (batches)"
     epochs = r.teacher_epochs if role == 'teacher' and r.teacher_epochs else r.epochs
     with _seeded(self.seed * 1000 + k): # from here on: labeling, which may be done already, must not shift the numbers
         learn = self._learner(k, selection, noise, r.pretrained, fly)
@@ -692,8 +699,8 @@ def _fit_round(self: NoisyStudent, k): # everything of round k that is not there
 # %% ../nbs/09_rounds.ipynb #5bbeecba
 @patch
 def _warn(self: NoisyStudent, k): # of what looks wrong since round k is there
-    from noisy_student.report import read_run, round_warnings
-    try: found = round_warnings(read_run(self.path), k)
+    from noisy_student.report import chance_warnings, read_run, round_warnings
+    try: found = round_warnings(run := read_run(self.path), k) + chance_warnings(run.metrics[-1], run.about)
     except Exception as e:
         return warnings.warn(f"round {k} could not be looked through ({type(e).__name__}: {e}); the run goes on")
     for o in found: warnings.warn(o)
@@ -788,7 +795,7 @@ def suspects(self: NoisyStudent, # After `fit`
         raise ValueError("suspects are found by a network trained on unlabeled images alone, and there are none")
     # before the training
     if find_spec('cleanlab') is None:
-        raise ImportError("finding suspects needs cleanlab: pip install 'noisy_student[eval]'")
+        raise ImportError("finding suspects needs cleanlab: pip install '.[eval]' in the clone of noisy_student")
     k = int(self.summary['round'].max())
     folder, names, images = self.path/'suspects'/f'round_{k}', np.array(self.data.classes), self.data.labeled.images
     with locked(self.path/'.lock'), stoppable(): probs = self._unseen_probs(k, folder)
@@ -811,7 +818,7 @@ def suspects(self: NoisyStudent, # After `fit`
 @patch
 def _unseen_probs(self: NoisyStudent, k, folder):
     # float32 (N, K) of the labeled images, by a network that was not trained on them
-    r, seed, tell = self._recipe(k), self.seed * 1000 + 999, lambda done, total: self._tell('suspects: labeling', done, total)
+    r, seed, tell = self._recipe(k), self.seed * 1000 + 999, lambda done, total: self._tell('suspects: labeling (images)', done, total)
     sel = (read_selection(folder/'selected.parquet') if (folder/'selected.parquet').exists()
            else self._label_pool(k, folder, tell))
     pool = _Rows(self._images('unlabeled').images, self._rows(sel.items))
@@ -824,7 +831,7 @@ def _unseen_probs(self: NoisyStudent, k, folder):
             self.data.classes, copies=sel.copies, bs=r.bs // parts, steps=(r.steps or -(-pile // r.bs)) * parts,
             augment=_student_view(r), stats=self._stats(k), seed=seed, device=self.device)
         learn = self._network(k, dls, r.noise, r.pretrained)
-        stage = 'suspects: training a network without the labeled images'
+        stage = 'suspects: training a network without the labeled images (batches)'
         _train(learn, r.epochs, r, folder, lambda done, total: self._tell(stage, done, total))
     return _logits(learn, self._images('labeled').images).softmax(1).numpy()
 

@@ -344,11 +344,12 @@ class TabularNoisyStudent(NoisyStudent):
         if not (out := folder/'selected.parquet').exists():
             predict_pseudo_labels(self.learner(k - 1), self.data.unlabeled, folder/'pseudo_labels', bs=1024,
                                   temperature=r.temperature, classes=self.data.classes,
-                                  progress=partial(self._tell, f'round {k}: labeling'))
+                                  progress=partial(self._tell, f'round {k}: labeling (rows)'))
             select_pseudo_labels(folder/'pseudo_labels', out, threshold=r.threshold, per_class=r.per_class)
         return read_selection(out)
 
-    def _labeled_per_class(self): return [int((self.data.labeled[self.data.y_name] == v).sum()) for v in self.data.vocab]
+    def _per_class(self, pile): # rows of 'labeled' or 'valid'
+        return [int((getattr(self.data, pile)[self.data.y_name] == v).sum()) for v in self.data.vocab]
 
     def _accuracy(self, learn, df): # share of right answers on labeled rows, None where there are none
         if df is None or not len(df): return None
@@ -365,7 +366,7 @@ class TabularNoisyStudent(NoisyStudent):
             if k and n_parameters(learn.model) < self.summary.parameters[k - 1]:
                 warnings.warn(f"round {k}: the student {arch} is smaller than its teacher {self.arch(k - 1)}: this is "
                               "distillation, Noisy Student wants an equal or larger student")
-            tell = partial(self._tell, f"round {k}: training the {role} {arch}")
+            tell = partial(self._tell, f"round {k}: training the {role} {arch} (batches)")
             history, _ = _train(learn, r.epochs, r, folder, tell)
         _write_text(folder/'history.csv', pd.DataFrame(history).to_csv(index=False))
         save_weights(learn.model, folder/'model.safetensors', dict(layers=arch, classes=json.dumps(self.data.classes)))

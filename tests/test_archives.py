@@ -11,9 +11,10 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch import nn
 
+from noisy_student import archives
 from noisy_student.archives import ArchiveError, list_archive
 from noisy_student.cli import main
-from noisy_student.pseudo_labels import predict_pseudo_labels, read_selection
+from noisy_student.pseudo_labels import predict_pseudo_labels, read_selection, relabel_pseudo_labels, select_pseudo_labels
 
 SMALL = '--arch resnet9_8 --epochs 1 --size 16 --device cpu'.split()
 
@@ -75,6 +76,27 @@ def test_from_the_shell_a_pool_in_archives_does_what_a_folder_does(mine, capsys)
     call('run', mine/'data', '--unlabeled', mine/'tars', '--out', mine/'run', '--rounds', 1, '--threshold', 0, *SMALL)
     assert all('.tar/' in o for o in read_selection(mine/'run'/'round_1'/'selected.parquet').items)
     call('predict', mine/'teacher', mine/'tars'/'pool-0000.tar')
+
+
+def test_relabeling_reads_each_table_of_contents_once(mine, tmp_path, monkeypatch):
+    "In whatever order a selection names the images, and when only one table fits into memory; the order of the result is the selection's."
+    torch.manual_seed(0)
+    first, second = (nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 2)) for _ in range(2))
+    tars = sorted(map(str, (mine/'tars').glob('*.tar')))
+    predict_pseudo_labels(first, tars, tmp_path/'labels', size=20)
+    old = select_pseudo_labels(tmp_path/'labels', tmp_path/'old.parquet', threshold=0, per_class=None).to_pandas()
+    files = [o.split('.tar/')[0] for o in old['item']]
+    assert sum(a != b for a, b in zip(files, files[1:])) > 4 # back and forth
+    opened, real = [], archives._Tar.__init__
+    def init(self, file): opened.append(file); real(self, file)
+    monkeypatch.setattr(archives._Tar, '__init__', init)
+    monkeypatch.setattr(archives, 'MAX_INDEXED', 1)
+    archives._contents.clear()
+    new = relabel_pseudo_labels(second, tmp_path/'old.parquet', tmp_path/'new.parquet', bs=5, size=20).to_pandas()
+    assert opened == tars and new['item'].tolist() == old['item'].tolist() and new['copies'].tolist() == old['copies'].tolist()
+    predict_pseudo_labels(second, tars, tmp_path/'again', size=20)
+    probs = pd.read_parquet(tmp_path/'again').set_index('item').probs
+    np.testing.assert_allclose(np.stack(new.probs).astype(float), np.stack(probs[new['item']]).astype(float), atol=1e-3)
 
 
 def test_mistakes_name_the_archive(mine, capsys):

