@@ -128,11 +128,12 @@ def modssc(ns, seed, budget) -> list[dict]:
     return rows
 
 
-def with_others(table, file): # and after it the rows of the file that were not measured again
+def with_others(table, file): # after the rows of the file that were not measured again
     if not file.exists(): return table
     keys = ["machine", "seed", "method"]
     old = pd.read_csv(file)
-    return pd.concat([table, old[~pd.MultiIndex.from_frame(old[keys]).isin(pd.MultiIndex.from_frame(table[keys]))]], ignore_index=True)
+    both = pd.concat([old[~pd.MultiIndex.from_frame(old[keys]).isin(pd.MultiIndex.from_frame(table[keys]))], table], ignore_index=True)
+    return both.astype({"iterations": "Int64"}) if "iterations" in both else both
 
 
 METHODS = ["supervised", "modssc", "semilearn", "svc"]

@@ -11,7 +11,7 @@ since a mirrored 2 is no digit. Its RandAugment draws a rectangle of three color
 Version 0.3.2 runs on a GPU only. On a GPU nothing of it is changed. On a CPU `on_cpu` stands in for what is not there:
 `.cuda()` returns the tensor or network itself, torch.cuda.Event is a clock, torch.cuda.set_device and synchronize do
 nothing; and packages that are imported but not used for images (torchaudio, transformers, aim, wandb) are empty modules if
-they are missing. Loaders have no worker processes on a CPU, whose seconds would not be counted.
+they are missing or do not load. Loaders have no worker processes on a CPU, whose seconds would not be counted.
 
 Two networks are there at the end, the last one, which `Trainer.evaluate` takes by default, and the average, which semilearn's
 own training script takes. The one that is better on the validation images counts; after few iterations an average with .999 is
@@ -19,13 +19,14 @@ still close to where it began.
 
 These methods are made for 2**20 iterations on a GPU. What a minute or two of a CPU allows is far from that.
 """
-import importlib.util
+import importlib
 import io
 import logging
 import sys
 import tempfile
 import time
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from unittest.mock import patch
 
@@ -69,18 +70,24 @@ def empty(name): # a module that has every name
         if o.startswith("__"): raise AttributeError(o)
         return object
     module = ModuleType(name)
-    module.__getattr__, module.__path__ = get, []
+    module.__getattr__, module.__path__, module.__spec__ = get, [], ModuleSpec(name, None)
     return module
+
+
+def loads(name):
+    try: importlib.import_module(name)
+    except Exception: return False # also torchaudio's RuntimeError if it is for another version of CUDA than torch
+    return True
 
 
 def package(device):
     "The package; for a CPU empty modules stand in for what it imports and images do not need. Raises ImportError."
-    missing = [o for o in UNUSED if device.type == "cpu" and importlib.util.find_spec(o.split(".")[0]) is None]
+    missing = [] if device.type != "cpu" else [o for o in UNUSED if not loads(o.split(".")[0])]
     sys.modules.update({o: empty(o) for o in missing})
     try: import semilearn
-    except Exception as e: raise ImportError(f"semilearn cannot be imported: {e}") from e # torchaudio for another CUDA version: RuntimeError
+    except Exception as e: raise ImportError(f"semilearn cannot be imported: {e}") from e
     finally:
-        for o in missing: del sys.modules[o]
+        for o in missing: sys.modules.pop(o, None)
     return semilearn
 
 
@@ -158,10 +165,10 @@ def semilearn(ns, seed, budget, clock) -> list[dict]:
             return spent, max(ends, key=lambda o: o["valid_accuracy"])
     rows = []
     for name in ALGORITHMS:
-        n = 8
-        timed(name, 1) # what happens only once is no part of the speed
-        while (trial := timed(name, n)[0]) < budget / 30: n *= 2
-        n = max(1, round(n * budget / trial))
+        timed(name, 1) # what happens once in a process
+        once, n = timed(name, 1)[0], 8 # what happens once in a training: loaders, evaluation, files
+        while (trial := timed(name, n)[0] - once) < budget / 30: n *= 2
+        n = max(1, round(1 + (budget - once) / trial * (n - 1)))
         spent, accuracies = timed(name, n)
         rows.append(dict(method=NAMES[name], seconds=spent, **accuracies, iterations=n))
     return rows
