@@ -17,7 +17,10 @@ Two networks are there at the end, the last one, which `Trainer.evaluate` takes 
 own training script takes. The one that is better on the validation images counts; after few iterations an average with .999 is
 still close to where it began.
 
-These methods are made for 2**20 iterations on a GPU. What a minute or two of a CPU allows is far from that.
+These methods are made for 2**20 iterations on a GPU. What a minute or two of a CPU allows is far from that: about a hundred of
+FixMatch's, three fifths of whose seconds go into Pillow's augmentation.
+
+Tried on a CPU only. On a GPU torchaudio has to be for the same version of CUDA as torch, or it does not import.
 """
 import importlib
 import io
@@ -38,11 +41,12 @@ from torchvision import transforms as T
 from noisy_student.models import create_model
 from noisy_student.rounds import _seeded
 
-COMMON = dict(batch_size=64, eval_batch_size=256, ulb_loss_ratio=1., p_cutoff=.95, ema_m=.999, optim="SGD", lr=.03, momentum=.9,
-              weight_decay=5e-4, layer_decay=1., crop_ratio=.875, amp=False, use_cat=True)
+COMMON = dict(batch_size=64, eval_batch_size=256, ulb_loss_ratio=1., p_cutoff=.95, ema_m=.999, optim="SGD", lr=.03,
+              momentum=.9, weight_decay=5e-4, layer_decay=1., crop_ratio=.875, amp=False, use_cat=True)
 ALGORITHMS = dict(pseudolabel=dict(uratio=1, unsup_warm_up=.4), fixmatch=dict(uratio=7, hard_label=True, T=.5))
 NAMES = dict(pseudolabel="semilearn pseudolabel", fixmatch="semilearn FixMatch")
-UNUSED = ("torchaudio", "aim", "wandb", "transformers", "transformers.data", "transformers.file_utils", "transformers.tokenization_utils_base")
+UNUSED = ("torchaudio", "aim", "wandb", "transformers", "transformers.data", "transformers.file_utils",
+          "transformers.tokenization_utils_base")
 
 
 class Event: # for torch.cuda.Event
@@ -115,25 +119,27 @@ def fit(ns, name, iterations, seed, folder):
     from semilearn import BasicDataset, Trainer, get_algorithm, get_config, get_data_loader
     data, gpu = ns.data, ns.device.type == "cuda"
     images = {o: np.asarray(ns._images(o).images[:]) for o in ("labeled", "unlabeled", "valid", "test")}
-    c_in, n_out = images["labeled"].shape[-1], len(data.classes)
+    labels = {o: np.asarray(getattr(data, o).labels, dtype=np.int64) for o in ("labeled", "valid", "test")}
+    c_in, n_out, size = images["labeled"].shape[-1], len(data.classes), images["labeled"].shape[1]
     if c_in == 1: images = {k: v.repeat(3, axis=-1) for k, v in images.items()}
     config = get_config(dict(
-        COMMON, **ALGORITHMS[name], algorithm=name, dataset="own", num_classes=n_out, num_labels=len(data.labeled), img_size=images["labeled"].shape[1],
-        epoch=1, num_train_iter=iterations, num_eval_iter=iterations, num_log_iter=0, num_workers=4 if gpu else 0, save_dir=folder,
-        save_name=f"{name}_{iterations}", seed=seed, gpu=ns.device.index or 0, rank=0, world_size=1, distributed=False))
+        COMMON, **ALGORITHMS[name], algorithm=name, dataset="own", num_classes=n_out, num_labels=len(data.labeled),
+        img_size=size, epoch=1, num_train_iter=iterations, num_eval_iter=iterations, num_log_iter=0,
+        num_workers=4 if gpu else 0, save_dir=folder, save_name=f"{name}_{iterations}", seed=seed,
+        gpu=ns.device.index or 0, rank=0, world_size=1, distributed=False))
     weak, strong, plain = views(ns)
     pile = np.concatenate([images["labeled"], images["unlabeled"]])
-    labeled = BasicDataset(name, images["labeled"], np.asarray(data.labeled.labels, dtype=np.int64), n_out, weak, False, strong)
+    labeled = BasicDataset(name, images["labeled"], labels["labeled"], n_out, weak, False, strong)
     unlabeled = BasicDataset(name, pile, None, n_out, weak, True, strong)
-    def held(o): return get_data_loader(config, BasicDataset(name, images[o], np.asarray(getattr(data, o).labels, dtype=np.int64), n_out, plain),
-                                        config.eval_batch_size, data_sampler=None, num_workers=config.num_workers, drop_last=False)
-    loaders = {o: held(o) for o in ("valid", "test")}
+    workers, bs = config.num_workers, config.batch_size
+    loaders = {o: get_data_loader(config, BasicDataset(name, images[o], labels[o], n_out, plain), config.eval_batch_size,
+                                  data_sampler=None, num_workers=workers, drop_last=False) for o in ("valid", "test")}
     def net(num_classes, pretrained=False, pretrained_path=None): return Net(ns.archs[-1], num_classes, c_in)
     algorithm = get_algorithm(config, net, tb_log=None, logger=None)
     trainer = Trainer(config, algorithm)
     algorithm.ema_model.to(ns.device) # Trainer moves the network only
-    trainer.fit(get_data_loader(config, labeled, config.batch_size, num_workers=config.num_workers, pin_memory=gpu),
-                get_data_loader(config, unlabeled, config.batch_size * config.uratio, num_workers=2 * config.num_workers, pin_memory=gpu),
+    trainer.fit(get_data_loader(config, labeled, bs, num_workers=workers, pin_memory=gpu),
+                get_data_loader(config, unlabeled, bs * config.uratio, num_workers=2 * workers, pin_memory=gpu),
                 loaders["valid"])
     for o in trainer.logger.handlers[:]: o.close(), trainer.logger.removeHandler(o)
     return trainer, loaders
@@ -160,7 +166,7 @@ def semilearn(ns, seed, budget, clock) -> list[dict]:
             trainer, loaders = fit(ns, name, iterations, seed, folder)
             spent, ends = clock(ns.device) - begun, []
             for average in (False, True):
-                parts = {o: trainer.predict(loader, use_ema_model=average, return_gt=True) for o, loader in loaders.items()}
+                parts = {o: trainer.predict(v, use_ema_model=average, return_gt=True) for o, v in loaders.items()}
                 ends.append({f"{o}_accuracy": float((y == truth).mean()) for o, (y, _, truth) in parts.items()})
             return spent, max(ends, key=lambda o: o["valid_accuracy"])
     rows = []
