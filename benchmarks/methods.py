@@ -1,10 +1,11 @@
 """Noisy Student beside other methods: the same images, the same network, equal seconds of computing.
 
     python benchmarks/methods.py digits --seeds 0 1 2 --threads 1
+    python benchmarks/methods.py digits --seeds 0 1 2 --threads 1 --methods semilearn
     python benchmarks/methods.py cifar10 --seeds 0 1 2 --device cuda
 
-Ours runs first, with the settings of `noisy-student run`; its seconds are the budget of every other method that trains
-the network: the number of epochs follows from the speed of a short trial. On a CPU these are seconds of the processor,
+Ours always runs first, with the settings of `noisy-student run`; its seconds are the budget of every other method that trains
+the network: the number of epochs or iterations follows from the speed of a short trial. On a CPU these are seconds of the processor,
 which a busy machine does not stretch. No method has been tuned on these data but ours (whose recipe was chosen on
 validation images of other seeds); none chooses anything by test images; the last network counts. Methods:
 
@@ -13,12 +14,12 @@ validation images of other seeds); none chooses anything by test images; the las
 - scikit-learn's SelfTrainingClassifier around a support vector machine (digits only): no network, about a second.
 - modssc (pip install modssc), where it is installed: its NoisyStudentMethod and FixMatchMethod with their defaults. It takes arrays, not augmentations: labeled images come in 20 augmented versions, unlabeled ones in 20 pairs of
   a clean and a RandAugmented view. AdamW at a constant rate, since it takes no schedule that knows its end.
-- semilearn's pseudolabel and FixMatch are left out. Version 0.3.2 does not run on a CPU: every batch goes through
-  `.cuda(self.gpu)` (core/algorithmbase.py) and every step is timed with torch.cuda.Event (core/hooks/timer.py); it
-  also has to be given torchaudio, transformers, aim and wandb before it can be imported.
+- semilearn (pip install semilearn), where it is installed: its pseudolabel and FixMatch, twice; semilearn_methods.py says how,
+  and what stands in on a CPU for the GPU that it needs.
 - scikit-learn's self-training around the network makes no sense at equal seconds: it trains anew up to ten times.
 
-Writes results/methods_DATA.csv, a row per seed and method, with the machine, the versions and the commit.
+Writes results/methods_DATA.csv, a row per machine, seed and method, with the versions and the commit. Rows of other machines,
+seeds and methods stay as they are. Seconds of two machines are different budgets: compare the methods of one machine.
 """
 import argparse
 import tempfile
@@ -43,8 +44,8 @@ VERSIONS = 20 # augmented versions of every image, for methods that take arrays
 def seconds(device): return time.perf_counter() if device.type == "cuda" else time.process_time()
 
 
-def network(data, recipe, path, seed, device) -> tuple[list[dict], float, object]:
-    "Ours, and the same network on labeled images alone for as long."
+def network(data, recipe, path, seed, device, supervised) -> tuple[list[dict], float, object]:
+    "Ours, and if wanted the same network on labeled images alone for as long."
     def run(name, **settings):
         r = get_recipe(recipe, **settings)
         ns = NoisyStudent(data, None, path / name, seed=seed, recipe=r, device=device, progress=lambda *_: None)
@@ -54,11 +55,21 @@ def network(data, recipe, path, seed, device) -> tuple[list[dict], float, object
     ns, last, rest = run("ours") # goes on from the teacher
     budget, last_arch = first + rest, ns.archs[-1]
     rows = [dict(method="Noisy Student", seconds=budget, valid_accuracy=last.valid_accuracy, test_accuracy=last.test_accuracy)]
+    if not supervised: return rows, budget, ns
     _, _, trial = run("trial", rounds=0, archs=(last_arch,), teacher_noise=recipe.noise, teacher_epochs=2)
     for name, noise in (("supervised, same augmentation", recipe.noise), ("supervised, no noise", Noise.none())):
         _, o, spent = run(name, rounds=0, archs=(last_arch,), teacher_noise=noise, teacher_epochs=max(1, round(2 * budget / trial)))
         rows.append(dict(method=name, seconds=spent, valid_accuracy=o.valid_accuracy, test_accuracy=o.test_accuracy))
     return rows, budget, ns
+
+
+def usb(ns, seed, budget) -> list[dict]:
+    "semilearn's methods, for as many iterations as fit into the budget."
+    from semilearn_methods import semilearn
+    try: return semilearn(ns, seed, budget, seconds)
+    except ImportError as e:
+        warnings.warn(f"semilearn is left out: {e}")
+        return []
 
 
 def augmented(ns, images, noised): # float (VERSIONS * N, C, S, S), normalized
@@ -117,10 +128,21 @@ def modssc(ns, seed, budget) -> list[dict]:
     return rows
 
 
+def with_others(table, file): # after the rows of the file that were not measured again
+    if not file.exists(): return table
+    keys = ["machine", "seed", "method"]
+    old = pd.read_csv(file)
+    both = pd.concat([old[~pd.MultiIndex.from_frame(old[keys]).isin(pd.MultiIndex.from_frame(table[keys]))], table], ignore_index=True)
+    return both.astype({"iterations": "Int64"}) if "iterations" in both else both
+
+
+METHODS = ["supervised", "modssc", "semilearn", "svc"]
+
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("data", choices=["digits", "cifar10"])
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="beside ours; default: all")
     p.add_argument("--device")
     p.add_argument("--threads", type=int, help="of torch; default: its own choice")
     a = p.parse_args()
@@ -129,14 +151,15 @@ if __name__ == "__main__":
     for seed in a.seeds:
         data = load_data(a.data, seed=seed)
         with tempfile.TemporaryDirectory() as tmp:
-            mine, budget, ns = network(data, get_recipe(DATA[a.data].recipe), Path(tmp), seed, a.device)
-            mine += modssc(ns, seed, budget)
-            if a.data == "digits":
+            mine, budget, ns = network(data, get_recipe(DATA[a.data].recipe), Path(tmp), seed, a.device, "supervised" in a.methods)
+            if "modssc" in a.methods: mine += modssc(ns, seed, budget)
+            if "semilearn" in a.methods: mine += usb(ns, seed, budget)
+            if "svc" in a.methods and a.data == "digits":
                 begun = time.process_time()
                 o = svc(data)
                 mine.append(dict(method=o.pop("role"), seconds=time.process_time() - begun, **o))
         rows += [dict(data=a.data, seed=seed, **o) for o in mine]
         table = pd.DataFrame(rows)
-        table.assign(**about).to_csv(out, index=False)
+        with_others(table.assign(**about), out).to_csv(out, index=False)
         print(table[table.seed == seed].round(4).to_string(index=False), flush=True)
     print((100 * table.groupby("method", sort=False).test_accuracy.agg(["mean", "std", "min"])).round(2).to_string())
