@@ -23,7 +23,7 @@ twice that; memory outside of the cache, page faults of the output and calls are
 
 Notes on a GPU. For a batch of 2048 images of 32 px a million images per second allow 2.0 ms. By groups, the host draws
 (.7 ms), prepares tables and positions in numpy (1.8 ms) and issues some 440 small tensor operations. Fused, it draws,
-prepares ten numbers per image (.75 ms), and issues one copy and four kernels, all of it while the GPU computes what came
+prepares eleven numbers per image (.75 ms), and issues one copy and four kernels, all of it while the GPU computes what came
 before. These are CPU times of machine B; what a GPU reaches with either is not measured.
 """
 import argparse, time

@@ -95,9 +95,13 @@ class RunState(Callback):
         return self.start
 
     def _put_back(self, state, learn):
-        learn.model.load_state_dict(state['model']); learn.opt.opt.load_state_dict(state['opt'])
+        learn.model.load_state_dict(state['model'])
+        opt, here = learn.opt.opt, ('fused', 'foreach', 'capturable') # how to compute, which is this device's affair
+        own = [{k: g[k] for k in here if k in g} for g in opt.param_groups]
+        opt.load_state_dict(state['opt'])
+        for g, o in zip(opt.param_groups, own): g.update(o)
         # the fused step reads memory in order, so averages need the strides of their weights
-        for p, s in learn.opt.opt.state.items():
+        for p, s in opt.state.items():
             s.update({k: torch.empty_like(p).copy_(v) for k, v in s.items()
                       if isinstance(v, torch.Tensor) and v.shape == p.shape})
         kept = ('rng', 'history', 'seconds', 'smooth', 'cbs')

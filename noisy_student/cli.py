@@ -354,12 +354,12 @@ def label(
                                      help="Folder for the table; shards of one pool may share it.")] = 'pseudo_labels',
     shard: Annotated[int, typer.Option(metavar='I', min=0, help="Which share of the pool to label, 0 to N-1.")] = 0,
     num_shards: Annotated[int, typer.Option(metavar='N', min=1, help="Number of shares.")] = 1,
-    temperature: Annotated[float, typer.Option(metavar='T', help="Of the softmax, above 0; below 1 makes it surer.")] = 1.,
+    temperature: Annotated[float, typer.Option(metavar='T', help="Of the softmax, above 0; below 1 sharpens.")] = 1.,
     bs: BatchOpt = None, labels: LabelsOpt = None, recipe: RecipeOpt = None, seed: SeedOpt = 0,
     device: DeviceOpt = None,
     ray: Annotated[bool, typer.Option('--ray', help="Spread the work over the Ray cluster of $RAY_ADDRESS, else over "
                                                     "the cores of this machine. All workers must see POOL and DIR "
-                                                    "under the same names. Needs pip install '.[ray]'.")] = False,
+                                                    "under the same names. Needs pip install '.[ray]' in the clone of noisy_student.")] = False,
 ):
     """Let a trained network label a pool of images, without noise. If POOL is DATA, --labels, --recipe and --seed say which of its images are unlabeled, as in run.
 
@@ -733,7 +733,7 @@ def export(
     model: ModelArg,
     out: Annotated[str, typer.Option(metavar='FILE',
                                      help="File to write: .safetensors for timm, .onnx for everything else (needs "
-                                          "pip install '.[export]').")] = 'model.onnx',
+                                          "pip install '.[export]' in the clone of noisy_student).")] = 'model.onnx',
 ):
     """Write a trained network as weights for timm, or as ONNX with images (B, C, size, size) in and logits (B, K) out.
 

@@ -68,6 +68,7 @@ def label_on_ray(
     if gpus and all(p.dtype == torch.float32 for p in teacher.parameters()): # as on one machine with such a GPU
         half = ray.get(ray.remote(num_gpus=1)(_half).remote(torch.device('cuda')))
     t, items, folder, meta = _labeling(teacher, items, Path(out).absolute(), 1, temperature, bs, size, mean, std, classes, None, 'cpu', part_size, half)
+    meta.pop('precision') # whatever the GPUs are fast at
     replicas = replicas or gpus or max(1, int(cores // cpus))
     name, n = _share(1, 0, 1)[0], len(items) if _is_streamed(items) else -(-len(items) // part_size)
     with locked(folder/f'.lock-{name}'), stoppable():

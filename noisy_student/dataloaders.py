@@ -211,9 +211,9 @@ class PadCropFlip(RandTransform):
     def before_call(self, b, split_idx): self.do = True
     def encodes(self, x: TensorImage):
         (B, _, H, W), d, p = x.shape, x.device, self.pad
-        dy, dx = torch.randint(-p, p + 1, (2, B, 1)).to(d, non_blocking=True)
+        dy, dx = torch.randint(-p, p + 1, (2, B, 1)).to(d, non_blocking=x.is_cuda)
         rows, cols = torch.arange(H, device=d) + dy, torch.arange(W, device=d) + dx
-        if self.flip: cols = torch.where(torch.rand(B, 1).to(d, non_blocking=True) < .5, cols.flip(1), cols)
+        if self.flip: cols = torch.where(torch.rand(B, 1).to(d, non_blocking=x.is_cuda) < .5, cols.flip(1), cols)
         def reflect(i, n): return (n - 1) - ((n - 1) - i.abs()).abs()
         rows, cols = reflect(rows, H), reflect(cols, W)
         y = x.permute(0, 2, 3, 1)[torch.arange(B, device=d)[:, None, None], rows[:, :, None], cols[:, None, :]]
@@ -236,7 +236,7 @@ class ResizedCropFlip(RandTransform):
         sign = torch.where(torch.rand(B) < .5, -1., 1.) if self.flip else 1.
         zero = torch.zeros(B)
         theta = torch.stack([torch.stack([w * sign, zero, cx], 1), torch.stack([zero, h, cy], 1)], 1)
-        theta = theta.to(x.device, non_blocking=True)
+        theta = theta.to(x.device, non_blocking=x.is_cuda)
         grid = nn.functional.affine_grid(theta, x.shape, align_corners=False)
         return TensorImage(nn.functional.grid_sample(x.as_subclass(torch.Tensor).float(), grid,
                                                      padding_mode='reflection', align_corners=False).clamp(0, 1))
@@ -258,7 +258,7 @@ class NoisyStudentDataLoaders(DataLoaders):
                   ) -> torch.Tensor: # float (B, C, H, W) on the loaders' device, as the model takes it
         "The batch as a teacher sees it: no augmentation, normalized."
         x = images if isinstance(images, torch.Tensor) else torch.from_numpy(np.array(images)).permute(0, 3, 1, 2)
-        x = TensorImage(x.as_subclass(torch.Tensor)).to(self.device, non_blocking=True)
+        x = TensorImage(x.as_subclass(torch.Tensor)).to(self.device, non_blocking=self.device.type == 'cuda')
         return self.valid.after_batch((x,))[0].as_subclass(torch.Tensor)
 
     def test_dl(self, test_items: list | np.ndarray, # Image files, or uint8 (N, H, W, C) of any size

@@ -312,20 +312,25 @@ def _beside(path): # the folders where `path` was looked for
     folder = Path(path).parent
     return sorted(str(o) for o in folder.iterdir() if o.is_dir()) if folder.is_dir() else []
 
+_NO_PICTURES = ('PDF', 'MPEG', 'HDF5', 'GRIB', 'BUFR', 'EPS') # formats that Pillow knows
+
 def _is_image(name): # by its suffix; also of a format that Pillow cannot read, which loading it will say
-    return (os.path.splitext(name)[1].lower() in Image.registered_extensions()
-            or (mimetypes.guess_type(name)[0] or '').startswith('image/'))
+    if (kind := Image.registered_extensions().get(os.path.splitext(name)[1].lower())): return kind not in _NO_PICTURES
+    return (mimetypes.guess_type(name)[0] or '').startswith('image/')
 
 def list_files(folder: str | Path # A folder; links to folders are followed
               ) -> list[str]: # Sorted paths at any depth, hidden ones left out; dangling links are kept
     "Every image and archive under `folder`, by suffix. Archives are not opened. Raises `ArchiveError` for a compressed one."
-    found, seen = [], set()
+    found, bare, seen = [], [], set()
     for root, dirs, files in os.walk(folder, followlinks=True):
         dirs[:] = sorted(d for d in dirs if not d.startswith('.'))
         if (real := os.path.realpath(root)) in seen: dirs[:] = []; continue # a link that leads back up
         seen.add(real)
         found += [os.path.join(root, f) for f in files if not f.startswith('.')
                   and (_is_image(f) or is_archive(os.path.join(root, f)))]
+        bare += [f for f in files if '.' not in f]
+    if len(bare) > len(found):
+        warnings.warn(f"{len(bare)} files in {folder} have no suffix and are left out ({bare[0]}, ...): images need one, such as .png")
     return sorted(found)
 
 def list_images(folder: str | Path # A folder, or one archive

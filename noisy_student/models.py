@@ -159,7 +159,7 @@ def _package_file(name): # the one weight file of an installed package
     try: files = metadata.files(name) or []
     except metadata.PackageNotFoundError:
         near = _did_you_mean(name, {o.name for o in metadata.distributions() if o.name})
-        raise ValueError(f"package:{name} is not installed: pip install {name}{near}") from None
+        raise ValueError(f"package:{name} is not installed{near or f': pip install {name}'}") from None
     found = [o for o in files if o.suffix in ('.safetensors', '.pth', '.pt')]
     if len(found) == 1: return Path(found[0].locate())
     raise ValueError(f"package:{name} has {len(found)} weight files where one is expected: give the path of a file")

@@ -93,8 +93,8 @@ def _meta(path): # parquet metadata of a pseudo-label file as a dict; {} for a t
     except ValueError as e:
         raise PseudoLabelError(f"{path} has metadata that are no JSON: if it is one of pseudo labels, make it again") from e
 
-_PLAIN = ('teacher', 'version', 'sha256') # stored as they are, everything else as JSON
-_KEYS = [o.encode() for o in ('sha256 classes temperature teacher version view pool num_shards part_size items skipped '
+_PLAIN = ('teacher', 'version', 'precision', 'sha256') # stored as they are, everything else as JSON
+_KEYS = [o.encode() for o in ('sha256 classes temperature teacher version view precision pool num_shards part_size items skipped '
                               'left_out threshold strict per_class binned seed').split()]
 
 # %% ../nbs/05_pseudo_labels.ipynb #d56c754a
@@ -135,7 +135,7 @@ class _Teacher:
             self.spec = dict(size=size, mean=[float(o) for o in mean or ()], std=[float(o) for o in std or ()])
         self.most = 2 ** 30 # images per forward pass, until the memory of a GPU is full
         self.half = (_half(self.device) if self.dtype == torch.float32 else None) if half == 'auto' else half
-        if self.half: self.spec['bf16' if self.half == torch.bfloat16 else 'fp16'] = True
+        self.precision = str(self.half or self.dtype).removeprefix('torch.')
         self.hash = model_hash(self.model)
         self.classes = [str(o) for o in classes] if classes is not None else self._count_classes(items)
 
@@ -156,11 +156,11 @@ class _Teacher:
         return x.permute(0, 3, 1, 2), good, bad
 
     def _normalized(self, images): # an array, or a tensor on its way to the GPU
-        if isinstance(images, Tensor): x = images.to(self.device, non_blocking=True)
+        if isinstance(images, Tensor): x = images.to(self.device, non_blocking=self.on_gpu)
         else: x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
         x = x.float().div_(255)
         for op, name in ((x.sub_, 'mean'), (x.div_, 'std')):
-            if self.spec[name]: op(torch.tensor(self.spec[name])[:, None, None].to(x.device, non_blocking=True))
+            if self.spec[name]: op(torch.tensor(self.spec[name])[:, None, None].to(x.device, non_blocking=self.on_gpu))
         return x
 
     def _fastai_view(self, chunk): # any other DataLoaders: the transforms of its validation set
@@ -204,7 +204,7 @@ class _Teacher:
             x = self.ready(xs[0]) if self.ready and self.on_gpu else xs[0]
             xs = (torch.as_tensor(x).as_subclass(Tensor).to(self.dtype),)
         with torch.autocast(self.device.type, self.half or torch.bfloat16, enabled=self.half is not None):
-            y = self.model(*(o.to(self.device, non_blocking=True) for o in xs))
+            y = self.model(*(o.to(self.device, non_blocking=self.on_gpu) for o in xs))
         if not isinstance(y, Tensor) or y.dim() != 2:
             raise PseudoLabelError("a teacher must return logits of shape (images, classes), got "
                                    f"{getattr(y, 'shape', type(y))}")
@@ -368,7 +368,7 @@ def _label_part(t, part, meta, names, bs, tick=None, known={}, leave_out={}, sav
         return done, pq.read_metadata(part.file).num_rows
     probs, pos, bad = _predict(t, part.items, part.start, part.stop, bs, meta['temperature'], tick)
     if gone: stay = ~np.isin(pos, gone); probs, pos, bad = probs[stay], pos[stay], [*bad, *mine['left_out']]
-    done = dict(mine, skipped=bad, version=__version__)
+    done = dict(mine, skipped=bad, version=__version__, precision=t.precision)
     (save or _save)(part.file, pos if label_of is None else [label_of[j] for j in pos], probs, done)
     return done, len(pos)
 
@@ -409,7 +409,7 @@ def predict_pseudo_labels(
     device: str | torch.device | None = None, # Where to compute; default: where the model is
     part_size: int = 8192, # Rows per file; a crash loses two files at most, and so many are in memory
     progress: Callable[[int, int], None] | None = None, # Called with (done, total) images of this shard; for archives, megabytes
-    bf16: bool | None = None, # Compute in bfloat16 or not; default, if the teacher is float32: on GPUs that have it, on older ones in float16
+    bf16: bool | None = None, # True: compute in bfloat16; False: as the teacher is; default: a float32 teacher on a GPU in bfloat16, from before it in float16
     leave_out: dict[int, str] | None = None, # Positions in `items` (images, not archives) that get no label, and why
 ) -> Path: # `out`
     """Label `items` with the un-noised teacher, restartably, and return the folder of parquet files.
@@ -453,6 +453,7 @@ def _labeling(teacher, items, out, num_shards, temperature, bs, size, mean, std,
     t = _Teacher(teacher, items, classes, size, mean, std, device, half)
     meta = dict(classes=t.classes, temperature=float(temperature), teacher=t.hash, view=t.spec,
                 pool=_pool_digest(items), num_shards=num_shards, part_size=part_size)
+    if half != 'auto': meta['precision'] = t.precision # else another kind of device may go on
     for other in sorted(out.glob('part-*.parquet'))[:1]: _usable(other, meta)
     return t, items, out, meta
 
@@ -699,7 +700,7 @@ def _some(names): return ', '.join(names[:10]) + (', ...' if len(names) > 10 els
 
 def _too_low(threshold, n): # warnings of a threshold that filters nothing with n classes
     if not 0 < threshold <= 1 / n: return []
-    return [f"threshold={threshold:g} filters nothing: with {n} classes the highest probability is always {1 / n:.2f} or "
+    return [f"threshold={threshold:g} filters nothing: with {n} classes the highest probability is always {1 / n:.3g} or "
             "more; set a higher one, such as 0.8, or 0 to keep every label"]
 
 def _warn(classes, stats, threshold, target): # of what usually goes wrong

@@ -9,6 +9,7 @@ __all__ = ['OP_TABLE', 'OPS', 'PAPER_OPS', 'KERAS_OPS', 'PIL_OPS', 'KERNELS', 'F
 # %% ../nbs/01_randaugment.ipynb #1b2b744f
 import math
 from functools import cache
+from importlib.util import find_spec
 from typing import Callable, NamedTuple, TypeVar
 from warnings import warn
 
@@ -140,7 +141,7 @@ def _on_cpu(x): return x.device.type == 'cpu'
 
 def _send(a, x):
     "Host array to the device of `x`, without waiting for it"
-    return torch.as_tensor(a).to(x.device, non_blocking=True)
+    return torch.as_tensor(a).to(x.device, non_blocking=x.is_cuda)  # elsewhere `a` may be gone before it is copied
 
 
 def _bytes(x): return x.clamp_(0, 255).to(torch.int16).to(torch.uint8)  # on a CPU a third of the time of one step
@@ -324,16 +325,19 @@ def _augment_groups(x, draws, reference=False):
 
 
 @cache
-def _fused(device):
-    "`fused.augment`, if it works on this GPU, which is tried once: all operations on random pixels; else None"
-    if device.type != 'cuda': return None
+def _fused(device, dtype):
+    "`fused.augment`, if it works on this GPU, which is tried once: all operations on a few images; else None"
+    if device.type != 'cuda' or dtype == torch.float64 or find_spec('triton') is None: return None
     try:
         from noisy_student.fused import augment
-        x = torch.rand(16, 32, 32, 3, generator=torch.Generator().manual_seed(0)).permute(0, 3, 1, 2)
-        draws = Draws(np.stack([np.arange(16), np.arange(16)[::-1]]), np.full((2, 16), 1.9), np.full((2, 16, 2), 5))
+        x = torch.rand(48, 48, 32, 3, generator=torch.Generator().manual_seed(0)).permute(0, 3, 1, 2)
+        x[16:32] = x[16:32] / 8 + .3  # of a narrow range
+        x[32:] = .7
+        x = x.to(dtype) if dtype.is_floating_point else (x * 255).to(dtype)
+        op = np.tile(np.arange(16), 3)
+        draws = Draws(np.stack([op, op[::-1]]), np.full((2, 48), 1.9), np.full((2, 48, 2), 5))
         if torch.equal(augment(x.to(device), draws).cpu(), _augment_groups(x, draws)): return augment
         reason = "their result is wrong"
-    except ImportError: return None  # Triton is not made for this system
     except Exception as e: reason = f"{type(e).__name__}: {e}".splitlines()[0]  # what GPU, driver or compiler lack
     warn(f"RandAugment's fused kernels do not work on {device} ({reason}); "
          "it goes on with torch's operations, which are slower and give the same")
@@ -341,8 +345,8 @@ def _fused(device):
 
 
 def _augment(x, draws, reference):
-    fused = _fused(x.device) if len(x) and x.dtype != torch.float64 else None
-    return (fused or _augment_groups)(x, draws, reference)
+    if draws.op.shape[1] != len(x): raise ValueError(f"draws for {draws.op.shape[1]} images, but there are {len(x)}")
+    return (len(x) and _fused(x.device, x.dtype) or _augment_groups)(x, draws, reference)
 
 # %% ../nbs/01_randaugment.ipynb #9ee4e409
 _Img = TypeVar('_Img', bound=Image.Image | Tensor)

@@ -198,7 +198,7 @@ def chance_warnings(last: dict, # metrics.json of the last round
     n, classes = sizes.get('valid'), config['classes']
     if not n or last['round'] < config['recipe'].get('rounds', 0): return []
     counts = sizes.get('valid_per_class')
-    share, answer = (max(counts) / n, f'answering always {_short(classes[int(np.argmax(counts))], 40)}') if counts else (1 / len(classes), 'guessing')
+    share, answer = (max(counts) / n, f'always answering {_short(classes[int(np.argmax(counts))], 40)}') if counts else (1 / len(classes), 'guessing')
     low, high = wilson(round(p * n), n)
     if low > share: return []
     return [f"The {'last ' if last['round'] else ''}{last['role']} {'is' if p <= share else 'may be'} no better than chance: {100 * p:.1f} % ({100 * low:.1f} to {100 * high:.1f}) of {n:,} validation "

@@ -77,6 +77,14 @@ class _Half(MixedPrecision): # float16 with scaled gradients, whose scale is par
         if not getattr(opt, '_step_supports_amp_scaling', False): return super().before_step()
         self.scaler.unscale_(opt)
         opt.grad_scale, (opt.found_inf,) = None, self.scaler._found_inf_per_device(opt).values()
+    def after_step(self):
+        super().after_step()
+        self._forget()
+    def after_fit(self):
+        super().after_fit()
+        self._forget()
+    def _forget(self): # what the optimizer was told of this step
+        for o in ('grad_scale', 'found_inf'): vars(getattr(self.opt, 'opt', self.opt)).pop(o, None)
     def state_dict(self): return self.scaler.state_dict()
     def load_state_dict(self, state): self.scaler.load_state_dict(state)
 
@@ -89,11 +97,11 @@ def _fit(learn, epochs, recipe, state, more):
     device = learn.dls.device
     cbs = [state, *([] if recipe.ema is None else [EMA(recipe.ema)]), *more]
     if world() > 1: cbs.append(MeanGradients(learn.dls.train.seed))
-    if recipe.bf16 and device.type == 'cuda' and not _has_fast_bf16(device): cbs.append(_Half())
+    if recipe.bf16 and _half(device) == torch.float16: cbs.append(_Half())
     if recipe.accumulate > 1: cbs.append(GradientAccumulation(learn.dls.train.bs * recipe.accumulate))
     wd = [recipe.wd * (2 if recipe.wd_on == 'shortcuts' else 1), 0.] # of the groups that the splitter makes
     fit = dict(wd=wd, start_epoch=state.load(learn)) # also if no epoch is left: the average may still have to be taken
-    # labels and figures stay float32
+    # labels and figures stay float32; so does a teacher on the fly beside a student in float16, which it might not fit
     networks = learn.model, *(o.teacher for o in learn.dls.train.after_batch.fs if isinstance(o, TeacherTargets))
     with ExitStack() as fast, learn.no_bar(), learn.no_logging():
         if recipe.bf16 and _has_fast_bf16(device):

@@ -67,7 +67,7 @@ from triton.compiler import ASTSource
 from noisy_student import fused
 
 constants = dict(C=3, BLOCK=1024, REFERENCE=False)
-for capability, read, write in ((75, '*u8', '*u8'), (90, '*fp32', '*bf16')): # T4; H100 and H200
+for capability, read, write in ((75, '*u8', '*fp16'), (90, '*fp32', '*bf16')): # T4; H100 and H200
     for kernel in (fused._tables_kernel, fused._pixels_kernel):
         names = inspect.signature(kernel.fn).parameters
         pointers = dict(x=read, out=write, tables='*u8', plan='*i64')
@@ -94,6 +94,6 @@ def test_kernels_that_do_not_work_are_named_and_replaced(monkeypatch, fails):
     monkeypatch.setattr(torch.Tensor, 'to', lambda x, *a, **kw: x if a[:1] == (torch.device('cuda:0'),) else to(x, *a, **kw))
     randaugment._fused.cache_clear()
     with pytest.warns(UserWarning, match='C compiler' if fails else 'wrong'):
-        assert randaugment._fused(torch.device('cuda:0')) is None
+        assert randaugment._fused(torch.device('cuda:0'), torch.float32) is None
     randaugment._fused.cache_clear()
 

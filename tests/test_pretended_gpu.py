@@ -137,6 +137,7 @@ def test_float16_trains_as_fastai_does_and_waits_less(name):
                     if self.training: waits.append([str(o) for o in gpu.waits])
                     seen.append(self.learn.scaler._scale.clone())
             with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=[cb(init_scale=2. ** 34), Note()])
+            assert not {"grad_scale", "found_inf"} & set(vars(learn.opt.opt))
             return waits[-1][len(waits[0]):], [o.item() for o in seen], [o.detach().cpu().clone() for o in learn.model.parameters()]
     (ours, seen, weights), (_, expected, other) = train(_Half), train(MixedPrecision)
     assert seen == expected and {2. ** 33, 2. ** 32} < set(seen)
@@ -229,7 +230,19 @@ def test_labeling_takes_the_half_precision_that_a_gpu_is_fast_at(tmp_path, bf16)
         half = labels("half", device="cuda")
         off = labels("off", device="cuda", bf16=False)
     assert np.array_equal(off, exact) and 0 < np.abs(half - exact).max() < .03
-    assert _meta(next((tmp_path/"half").glob("*.parquet")))["view"] == dict(size=16, mean=[], std=[], **{"bf16" if bf16 else "fp16": True})
+    assert _meta(next((tmp_path/"half").glob("*.parquet")))["precision"] == ("bfloat16" if bf16 else "float16")
+
+
+def test_another_kind_of_device_goes_on_with_a_labeling(tmp_path):
+    teacher, kwargs = create_model("resnet9_4", 3), dict(size=16, classes=CLASSES, part_size=12)
+    def stop(done, total):
+        if done >= 24: raise KeyboardInterrupt
+    with PretendedGPU(), pytest.raises(KeyboardInterrupt): predict_pseudo_labels(teacher, IMAGES, tmp_path/"a", device="cuda", bs=12, progress=stop, **kwargs)
+    with PretendedGPU(bf16=False): predict_pseudo_labels(teacher, IMAGES[:], tmp_path/"a", device="cuda", **kwargs)
+    predict_pseudo_labels(teacher, IMAGES, tmp_path/"a", **kwargs)
+    found = [_meta(o)["precision"] for o in sorted((tmp_path/"a").glob("*.parquet"))]
+    assert len(found) == 4 and set(found) == {"bfloat16", "float16"}
+    with pytest.raises(PseudoLabelError, match="precision"): predict_pseudo_labels(teacher, IMAGES, tmp_path/"a", bf16=False, **kwargs)
 
 
 def test_what_float16_cannot_hold_is_labeled_in_float32(tmp_path):

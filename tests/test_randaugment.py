@@ -90,6 +90,12 @@ def test_pil_and_batch_transforms_share_their_draws():
     for _ in range(20): assert torch.equal(tensor(item(imgs[0])), whole(batch[:1])[0])
 
 
+def test_draws_for_other_images_are_refused():
+    batch, _ = images(32, 32, 3)
+    tfm = BatchRandAugment(seed=0)
+    with pytest.raises(ValueError, match='draws for 1 images'): tfm.apply(batch[:2], tfm.draw(1, (32, 32)))
+
+
 def test_only_images_are_touched():
     mask = PILMask.create(np.eye(8, dtype=np.uint8))
     assert RandAugment(ops=('Invert',))((images(8, 8, 3)[1][0], mask))[1] is mask
