@@ -17,7 +17,7 @@ from noisy_student.rounds import NoisyStudent, _shortcuts, _student_view, unpack
 TINY = dict(recipe="digits", epochs=2, teacher_epochs=2, steps=6, bs=16, ratio=2, size=8, threshold=0.0, rounds=1, noise=Noise(1, 3, 0.1, 0.95))
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_page")
 
 
 @pytest.fixture(scope="module")
@@ -255,13 +255,13 @@ def test_learning_rate_goes_with_the_batch():
 
 
 @pytest.mark.parametrize("name, changes", [
-    ("keras-cifar10", dict(epochs=2, bs=10, size=16, threshold=0.05)), ("svhn", dict(epochs=1, bs=10, ratio=2, per_class=8, threshold=0.05)),
+    ("keras-cifar10", dict(epochs=1, bs=10, size=16, threshold=0.05)), ("svhn", dict(epochs=1, bs=10, ratio=2, per_class=8, threshold=0.05)),
     ("paper-b0", dict(epochs=1, bs=10, accumulate=2, per_class=8, size=32, threshold=0.05))])
 def test_published_recipes_run_end_to_end(name, changes, tmp_path):
     from noisy_student.datasets import Split, Splits
-    rng, labels = np.random.default_rng(0), np.arange(40) % 2
-    images = (rng.integers(0, 60, (40, 32, 32, 3)) + 150 * labels[:, None, None, None]).astype(np.uint8)
-    data = Splits(Split(images[:20], labels[:20]), Split(images[20:]), Split(images[:10], labels[:10]), None, ["dark", "bright"])
+    rng, labels = np.random.default_rng(0), np.arange(20) % 2
+    images = (rng.integers(0, 60, (20, 32, 32, 3)) + 150 * labels[:, None, None, None]).astype(np.uint8)
+    data = Splits(Split(images[:10], labels[:10]), Split(images[10:]), Split(images[:10], labels[:10]), None, ["dark", "bright"])
     summary = NoisyStudent(data, None, tmp_path / "run", recipe=name, **changes).fit()
     assert summary.role.tolist() == ["teacher", "student"] and summary.arch.tolist() == [RECIPES[name].archs[0]] * 2
     assert summary.test_accuracy.isna().all() and summary.pseudo_labeled[1] > 0
