@@ -201,11 +201,13 @@ def test_suspects_find_flipped_labels(tmp_path):
     wrong = rng.choice(100, 10, replace=False)
     labels[wrong] = (labels[wrong] + rng.integers(1, 10, 10)) % 10
     data = replace(full, labeled=Split(full.labeled.images, labels), test=None)
-    ns = NoisyStudent(data, None, tmp_path / "a", recipe="digits", rounds=1, steps=40)
+    mild = Noise(1, 5, 0.2, 0.95)
+    ns = NoisyStudent(data, "resnet9_8", tmp_path / "a", recipe="digits", rounds=1, steps=20, epochs=4, teacher_epochs=10, threshold=0.5,
+                      noise=mild, teacher_noise=mild)
     ns.fit()
     table = ns.suspects()
     mine = table[table.kind == "labeled"]
-    # benchmarks/suspects.py measures 9 or 10 with the whole recipe; one less leaves room for other processors
+    # 9 with this small network, 9 or 10 with the whole recipe (benchmarks/suspects.py); one less leaves room for other processors
     assert np.isin(mine["item"].head(15), wrong).sum() >= 8 and mine.quality.is_monotonic_increasing and (mine.label != mine.predicted).all()
     pd.testing.assert_frame_equal(ns.suspects(pictures=0), table)  # not trained again: the checkpoint is whole
     assert (ns.path / "suspects" / "round_1" / "suspects.csv").exists()
