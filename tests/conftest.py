@@ -21,3 +21,10 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(n)
+
+
+@pytest.fixture
+def no_page(monkeypatch):
+    "For tests of runs, not of their pages: drawing report.html takes longer than a small run."
+    from noisy_student import report
+    monkeypatch.setattr(report, "report_html", lambda *_: "<html></html>\n")

@@ -22,8 +22,7 @@ CHROME = next((o for o in map(shutil.which, ("chromium", "chromium-browser", "go
 NASTY = ["<script>document.title='hacked'</script>", "a & b", 'quo"te', "it's", "$x^2$", "<b>", "日本", "é", "x" * 90, "-->"]
 PROBE = """<script>
 window.errors = 0; window.onerror = () => { window.errors++ };
-(async () => {
-  await Promise.all([...document.images].map(o => o.decode().catch(() => 0)));
+window.onload = () => {  // the pictures are in the page: they are there now, and the browser prints the page after this
   const d = {
     pictures: document.images.length, loaded: [...document.images].filter(o => o.complete && o.naturalWidth > 0).length,
     tables: document.querySelectorAll('table').length, cells: document.querySelectorAll('td').length,
@@ -35,7 +34,7 @@ window.errors = 0; window.onerror = () => { window.errors++ };
     out: [...document.querySelectorAll('[src],[href]')].map(o => o.getAttribute('src') || o.getAttribute('href')).filter(o => !o.startsWith('data:') && !o.startsWith('#')).length,
   };
   const e = document.createElement('pre'); e.id = 'probe'; e.textContent = 'PROBE' + JSON.stringify(d) + 'EBORP'; document.body.append(e);
-})();
+};
 </script>"""
 
 
@@ -66,9 +65,11 @@ def browse(page, tmp_path, width):
     "What a browser says of a page."
     (tmp_path / "probe.html").write_text(page.read_text().replace("</body>", PROBE + "</body>"))
     dom = subprocess.run([CHROME, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage",
-                          f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000", "--virtual-time-budget=8000", "--dump-dom",
-                          (tmp_path / "probe.html").as_uri()], capture_output=True, text=True, timeout=120).stdout
-    return json.loads(re.search("PROBE({.*})EBORP", dom)[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
+                          f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000", "--dump-dom",
+                          (tmp_path / "probe.html").as_uri()], capture_output=True, text=True, timeout=120)
+    found = re.search("PROBE({.*})EBORP", dom.stdout)
+    assert found, f"the browser ended with {dom.returncode} and said nothing of the page: {dom.stderr[-2000:]}"
+    return json.loads(found[1].replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">"))
 
 
 @pytest.mark.skipif(CHROME is None, reason="no chromium or chrome is installed")
