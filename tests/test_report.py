@@ -146,7 +146,7 @@ def test_a_gain_within_chance_is_no_praise(tmp_path):
 
 
 @pytest.mark.parametrize("p, counts, said", [
-    (.5, [50, 50], "is no better than chance: 50.0 % (40.4 to 59.6) of 100 validation images are right, 50.0 % by answering always cat"),
+    (.5, [50, 50], "is no better than chance: 50.0 % (40.4 to 59.6) of 100 validation images are right, 50.0 % by always answering cat"),
     (.8, [20, 80], "is no better than chance"), (.55, [50, 50], "may be no better than chance"), (.85, [20, 80], "may be no better than chance"),
     (.5, None, "50.0 % by guessing"), (.7, [50, 50], None), (.95, [20, 80], None)])
 def test_chance_level_of_the_last_network_is_named(tmp_path, p, counts, said):
