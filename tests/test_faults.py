@@ -9,6 +9,7 @@ from faults import add_tables, damage, is_readable, kinds, make_pictures, noisy_
 from noisy_student.files import unsealed
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+no_page = pytest.mark.usefixtures("no_page")
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +30,7 @@ def whole(context, pictures, tmp_path_factory):
     return path/"run", seconds, outcome(path/"run")
 
 
+@pytest.mark.once
 def test_killed_at_any_instant(context, pictures, whole, tmp_path):
     rng, killed, path = np.random.default_rng(0), 0, tmp_path/"run"
     _, seconds, expected = whole
@@ -54,6 +56,7 @@ def test_checkpoints_within_epochs_change_nothing(context, pictures, whole, tmp_
 class Stop(Exception): pass
 
 
+@no_page
 @pytest.mark.parametrize("batch", [1, 4, 8, 11, 16, 23])
 def test_resumed_at_any_batch(pictures, tmp_path, batch):
     kw = dict(rounds=0, ema=0.9)
@@ -79,6 +82,7 @@ def test_signals_checkpoint_and_leave(context, pictures, whole, tmp_path, sig, c
     assert outcome(tmp_path/"run") == expected
 
 
+@no_page
 def test_a_signal_waits_for_the_step_and_loses_none(pictures, tmp_path):
     from noisy_student.files import Stopped
     from noisy_student.models import load_tensors
@@ -93,6 +97,7 @@ def test_a_signal_waits_for_the_step_and_loses_none(pictures, tmp_path):
     assert outcome(tmp_path/"a") == outcome(tmp_path/"b")
 
 
+@no_page
 def test_other_threads_are_left_alone(pictures, tmp_path):
     ended = []
     t = threading.Thread(target=lambda: ended.append(noisy_student(pictures, tmp_path/"a", rounds=0).fit()))
@@ -140,6 +145,7 @@ def noisy_student_again(pictures, path, seen):
     ns.fit()
 
 
+@no_page
 def test_damaged_checkpoint_in_the_middle(pictures, tmp_path):
     "The one before is used, with a warning; without either, training starts again: the result is the same."
     def stop(stage, done, total):
@@ -178,6 +184,7 @@ def test_two_processes_on_one_shard(tmp_path):
         predict_pseudo_labels(model, images, tmp_path, 1, 2)  # another shard is free
 
 
+@no_page
 def test_divergence_names_the_step_and_keeps_good_weights(pictures, tmp_path):
     from noisy_student.models import load_tensors
     calls = []
@@ -195,6 +202,7 @@ def test_divergence_names_the_step_and_keeps_good_weights(pictures, tmp_path):
     assert outcome(tmp_path/"a") == outcome(tmp_path/"b")
 
 
+@no_page
 def test_out_of_memory_halves_the_batch_when_asked(pictures, tmp_path):
     def too_large(module, args):
         if module.training and len(args[0]) > limit: raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
@@ -220,6 +228,7 @@ def test_parts_of_a_batch_are_the_same_images():
     assert (a.get_idxs() == b.get_idxs()).all()
 
 
+@no_page
 @pytest.mark.parametrize("limit", [300, 3_000, 30_000])
 def test_file_size_limit(pictures, whole, tmp_path, limit):
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -236,6 +245,7 @@ def test_file_size_limit(pictures, whole, tmp_path, limit):
     assert outcome(tmp_path/"run") == whole[2]
 
 
+@no_page
 def test_a_file_in_place_of_a_folder(pictures, tmp_path):
     (tmp_path/"run").mkdir(); (tmp_path/"file").write_text("")
     for path in (tmp_path/"file", tmp_path/"file"/"run"):
@@ -250,6 +260,7 @@ def test_a_file_in_place_of_a_folder(pictures, tmp_path):
         assert len(noisy_student(pictures, path, rounds=0).fit()) == 1
 
 
+@no_page
 def test_lost_gpu(pictures, tmp_path):
     def lost(module, args):
         if module.training and calls.pop() == 0: raise RuntimeError("CUDA error: unspecified launch failure")
@@ -263,6 +274,7 @@ def test_lost_gpu(pictures, tmp_path):
     assert outcome(tmp_path/"a") == outcome(tmp_path/"b")
 
 
+@no_page
 def test_clock_going_backwards(pictures, tmp_path, monkeypatch):
     real = time.time
     calls = []

@@ -92,6 +92,7 @@ VARIANTS = dict(
 class Stop(Exception): pass
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", VARIANTS)
 def test_interrupted_ends_the_same(name, data, tmp_path):
     settings = {**TINY, **VARIANTS[name]}

@@ -9,6 +9,8 @@ from PIL import Image
 
 SETTINGS = dict(recipe="digits", epochs=2, teacher_epochs=3, steps=10, size=8, temperature=0.5, threshold=0.3, rounds=2, lr=1e-2, seed=3)
 
+pytestmark = pytest.mark.usefixtures("no_page")
+
 
 def miniature():
     "50 labeled digits, 200 unlabeled ones."
@@ -69,6 +71,7 @@ def assert_same(path, whole):
     for (a, b, x), (c, d, y) in zip(w, weights, strict=True): assert (a, b) == (c, d) and x.equal(y)
 
 
+@pytest.mark.once
 def test_killed_at_any_moment_ends_the_same(processes, tmp_path):
     for name in ("whole", "again"):  # the first one also waits for the server's imports
         begun = time.perf_counter()
@@ -83,7 +86,8 @@ def test_killed_at_any_moment_ends_the_same(processes, tmp_path):
     assert killed >= 4  # a busy or a fast machine may let one finish first
 
 
-def test_killed_before_any_file_is_in_place_ends_the_same(no_page, tmp_path, monkeypatch):
+@pytest.mark.once
+def test_killed_before_any_file_is_in_place_ends_the_same(tmp_path, monkeypatch):
     "The directory as a kill just before each rename would leave it."
     real, left = os.replace, []
 
