@@ -10,24 +10,18 @@ the first repetition, by the clock on the wall, less that of a later one. A comp
 """
 import copy, time
 
-import numpy as np
 import torch
 from common import arguments, in_turns, save
-from step import CASES, bare
+from step import CASES, bare, made
 
-from noisy_student.models import create_model
 from noisy_student.rounds import _has_fast_bf16
 
 
 def case(device, arch, size, batch, steps, budget):
-    torch.manual_seed(0)
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (batch * steps, size, size, 3), dtype=np.uint8)
-    labels = torch.from_numpy(rng.integers(0, 10, len(images)))
-    model = create_model(arch, 10).to(device, memory_format=torch.channels_last)
-    made = dict(eager=copy.deepcopy(model), compiled=torch.compile(copy.deepcopy(model)))
+    model, images, labels = made(device, arch, size, batch, steps)
+    networks = dict(eager=copy.deepcopy(model), compiled=torch.compile(copy.deepcopy(model)))
     half = _has_fast_bf16(torch.device(device))
-    fs = {k: bare(m, images, labels, batch, steps, False, device, half) for k, m in made.items()}
+    fs = {k: bare(m, images, labels, batch, steps, False, device, half) for k, m in networks.items()}
     def wall(f):
         start = time.monotonic()
         f()

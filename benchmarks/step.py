@@ -83,12 +83,18 @@ def fastai(model, images, labels, batch, steps, device):
     return run
 
 
-def case(device, arch, size, batch, steps, augment, budget):
+def made(device, arch, size, batch, steps):
+    "A network, and as many images and labels as it takes steps with"
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (batch * steps, size, size, 3), dtype=np.uint8)
     labels = torch.from_numpy(rng.integers(0, 10, len(images)))
     model = create_model(arch, 10).to(device, memory_format=torch.channels_last)
+    return model, images, labels
+
+
+def case(device, arch, size, batch, steps, augment, budget):
+    model, images, labels = made(device, arch, size, batch, steps)
     make = partial(copy.deepcopy, model)
     fs = dict(bare=bare(make(), images, labels, batch, steps, augment, device), ours=ours(make(), images, labels, batch, steps, augment, device))
     if augment: fs["ours with noise"] = ours(make(), images, labels, batch, steps, augment, device, Noise(2, 10, .5, .8))
