@@ -5,23 +5,34 @@
 # %% ../nbs/03_losses.ipynb #4a011386
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, GatherPredsCallback
 from fastai.learner import Recorder
+from fastai.torch_core import TensorCategory
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['SoftLabelCrossEntropy', 'temperature_softmax', 'temperature_probs', 'HardTargets']
+__all__ = ['SoftLabelCrossEntropy', 'class_weights', 'temperature_softmax', 'temperature_probs', 'HardTargets']
 
 # %% ../nbs/03_losses.ipynb #2ea425ec
+def _positive(x): return x.clamp(min=torch.finfo(x.dtype).tiny)  # a batch may have labels of weight 0 alone
+
+def _total(losses, sizes, rows):  # what a part's sum is divided by; a part without rows gets 0 rather than nan
+    return max(len(losses), 1) if sizes is None else _positive(sizes[rows].sum())
+
+def _part(losses, sizes, rows): return losses.sum() / _total(losses, sizes, rows)
+
 class SoftLabelCrossEntropy(nn.Module):
     """Cross-entropy against labels (int) or distributions (float), computed in float32 at least.
 
     `loss(pred, targ)` takes `pred`, logits of shape (B, K), and `targ`, int of shape (B,) or float of shape (B, K) with
     rows that sum to 1 (not checked: that would wait for the GPU in every step). It returns a scalar, or shape (B,) if
     `reduction` is 'none', and raises `ValueError` if the shapes do not fit. Soft pseudo labels are never smoothed
-    (arXiv 1911.04252, section 3.1).
+    (arXiv 1911.04252, section 3.1). Class weights are those of `nn.CrossEntropyLoss`; its mean over labels, which is
+    divided by the sum of their weights, holds for distributions too.
     """
     y_int = True  # tells fastai's MixUp to mix two losses: integer targets cannot be mixed
 
@@ -31,6 +42,7 @@ class SoftLabelCrossEntropy(nn.Module):
         labeled: int | None = None,  # leading rows of a float target with true labels: they are smoothed; None: none
         unlabeled_weight: float | None = None,  # r of mean(labeled) + r * mean(others); None: one mean; needs `labeled`
         reduction: str = 'mean',  # 'mean', 'sum' or 'none'; `unlabeled_weight` acts on 'mean' only
+        weight: Tensor | None = None,  # float (K,), at least 0: weight of every class, see `class_weights`; None: all 1
     ):
         super().__init__()
         if not 0 <= label_smoothing < 1: raise ValueError(f'label_smoothing is {label_smoothing}: it lies in [0, 1).')
@@ -42,7 +54,11 @@ class SoftLabelCrossEntropy(nn.Module):
         if reduction not in ('mean', 'sum', 'none'):
             raise ValueError(f"reduction is {reduction!r}: use 'mean', 'sum' or 'none'.")
         self.label_smoothing, self.labeled, self.unlabeled_weight = label_smoothing, labeled, unlabeled_weight
-        self.reduction = reduction
+        self.reduction = self._chosen = reduction
+        if weight is not None and not (weight.ndim == 1 and bool((weight >= 0).all()) and bool(weight.any())):
+            raise ValueError(f'weight must be a tensor (K,) of numbers from 0 on, not all 0, got {weight}: use '
+                             'class_weights(labels, n_classes).')
+        self.register_buffer('weight', None if weight is None else weight.detach().float())
 
     def forward(self, pred: Tensor, targ: Tensor) -> Tensor:
         # fastai's tensor subclasses do not mix (an image model's output with a category), plain tensors do.
@@ -53,23 +69,40 @@ class SoftLabelCrossEntropy(nn.Module):
             kind = 'float' if soft else 'int'
             raise ValueError(f'Predictions of shape {tuple(pred.shape)} and {kind} targets of shape '
                              f'{tuple(targ.shape)} do not fit: use (B, K) with int (B,) or float (B, K) targets.')
+        weight = self._weight_for(pred)
         if not soft:
-            losses = F.cross_entropy(pred, targ.long(), reduction='none', label_smoothing=self.label_smoothing)
-            return self._reduce(losses, len(losses))
+            losses = F.cross_entropy(pred, targ.long(), weight, reduction='none', label_smoothing=self.label_smoothing)
+            sizes = None if weight is None else weight[targ.long()]
+            return self._reduce(losses, sizes, len(losses), pred.requires_grad)
         n = min(self.labeled or 0, len(targ))
         targ = targ.to(pred.dtype)
+        sizes = None if weight is None else targ @ weight  # of labels before smoothing, as in PyTorch
         if n and self.label_smoothing:
             smooth = torch.lerp(targ[:n], torch.full_like(targ[:n], 1 / targ.shape[1]), self.label_smoothing)
             targ = torch.cat([smooth, targ[n:]])
-        return self._reduce(F.cross_entropy(pred, targ, reduction='none'), n)
+        losses = F.cross_entropy(pred, targ, weight, reduction='none')
+        return self._reduce(losses, sizes, n, pred.requires_grad)
 
-    def _reduce(self, losses, n):
+    def _weight_for(self, pred):  # class weights like `pred`, which stay where they were needed once
+        if self.weight is None: return None
+        if len(self.weight) != pred.shape[1]:
+            raise ValueError(f'weight must have a number for each of {pred.shape[1]} classes, got {len(self.weight)}.')
+        if self.weight.device != pred.device: self.weight = self.weight.to(pred.device)
+        return self.weight.to(pred.dtype)
+
+    def _reduce(self, losses, sizes, n, trains):  # sizes: weight of every row, None: all 1
+        # fastai's MixUp and CutMix ask for rows, mix them and take their plain mean: it shall be the mean asked for.
+        if self.reduction == 'none' and self._chosen == 'mean' and trains: return self._rows(losses, sizes, n)
         if self.reduction == 'none': return losses
         if self.reduction == 'sum': return losses.sum()
-        if self.unlabeled_weight is None: return losses.mean()
-        # Sums over at least one row: a batch without rows of one kind gets 0 for it rather than nan.
-        first, others = losses[:n], losses[n:]
-        return first.sum() / max(len(first), 1) + self.unlabeled_weight * others.sum() / max(len(others), 1)
+        if self.unlabeled_weight is None: return losses.mean() if sizes is None else losses.sum() / _positive(sizes.sum())
+        return _part(losses[:n], sizes, slice(n)) + self.unlabeled_weight * _part(losses[n:], sizes, slice(n, None))
+
+    def _rows(self, losses, sizes, n):  # rows whose mean is the reduced loss
+        if self.unlabeled_weight is None:
+            return losses if sizes is None else losses * (len(losses) / _positive(sizes.sum()))
+        parts = (losses[:n], sizes, slice(n), 1.), (losses[n:], sizes, slice(n, None), self.unlabeled_weight)
+        return torch.cat([r * part * (len(losses) / _total(part, s, rows)) for part, s, rows, r in parts])
 
     def activation(self, x: Tensor) -> Tensor:
         "Probabilities, for `get_preds`"
@@ -81,7 +114,25 @@ class SoftLabelCrossEntropy(nn.Module):
 
     def extra_repr(self):
         return (f'label_smoothing={self.label_smoothing}, labeled={self.labeled}, '
-                f'unlabeled_weight={self.unlabeled_weight}, reduction={self.reduction!r}')
+                f'unlabeled_weight={self.unlabeled_weight}, reduction={self.reduction!r}'
+                + ('' if self.weight is None else f', weight={[round(o, 4) for o in self.weight.tolist()]}'))
+
+# %% ../nbs/03_losses.ipynb #c7a2d9e4
+def class_weights(
+    labels: Tensor | Sequence[int],  # Class indices of the training images, int (N,)
+    n_classes: int,  # Number of classes, K
+    how: str = 'balanced',  # 'balanced': N / (K n_k), as scikit-learn; 'sqrt': the square root of that, a milder one
+) -> Tensor:  # float32 (K,), to be given to `SoftLabelCrossEntropy(weight=...)`
+    """A weight for every class, the higher the rarer it is; a class without an image counts as one with a single image.
+
+    Raises `ValueError` for labels that are no class indices, and for an unknown `how`."""
+    if how not in ('balanced', 'sqrt'): raise ValueError(f"how must be 'balanced' or 'sqrt', got {how!r}.")
+    y = torch.as_tensor(labels)
+    if y.ndim != 1 or not len(y) or y.is_floating_point() or not bool(((y >= 0) & (y < n_classes)).all()):
+        raise ValueError(f'labels must be integers (N,) from 0 to {n_classes - 1}, got {y.dtype} of shape '
+                         f'{tuple(y.shape)}: give class indices, not names or probabilities.')
+    balanced = len(y) / (n_classes * torch.bincount(y.long(), minlength=n_classes).clamp(min=1).float())
+    return balanced if how == 'balanced' else balanced.sqrt()
 
 # %% ../nbs/03_losses.ipynb #ad6129a0
 def _check_temperature(temperature):
@@ -105,9 +156,14 @@ def temperature_probs(
 
 # %% ../nbs/03_losses.ipynb #ed54d111
 class HardTargets(Callback):
-    "Show the `Recorder`'s metrics, such as `accuracy`, the most probable class of each soft target."
+    """Show metrics, such as `accuracy`, the most probable class of each soft target; with `gathered`, show it to
+    `get_preds` too, from which fastai's `ClassificationInterpretation` takes its targets."""
     order = Recorder.order - 1
+
+    def __init__(self, gathered: bool = False  # `get_preds` returns class indices where targets are soft
+                ):
+        if gathered: self.order = GatherPredsCallback.order - 1
 
     def after_batch(self):
         for y in self.learn.yb[:1]:
-            if y.is_floating_point() and y.ndim == 2: self.learn.yb = (y.as_subclass(Tensor).argmax(-1),)
+            if y.is_floating_point() and y.ndim == 2: self.learn.yb = (y.as_subclass(TensorCategory).argmax(-1),)

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from noisy_student.losses import HardTargets, SoftLabelCrossEntropy, temperature_probs, temperature_softmax
+from noisy_student.losses import (HardTargets, SoftLabelCrossEntropy, class_weights, temperature_probs,
+                                  temperature_softmax)
 
 
 @given(b=st.integers(1, 9), k=st.integers(2, 12), eps=st.floats(0, .9), seed=st.integers(0, 999),
@@ -135,3 +136,54 @@ def test_mixup():
     assert learn.loss_func.reduction == 'mean' and not torch.equal(weights(learn), before)
     soft = learner(MixUp(.4), train_metrics=False)
     soft.fit(1)
+
+def _mixed_batch(seed=0, n=4, m=8, k=5):
+    g = torch.Generator().manual_seed(seed)
+    z, y = torch.randn(n + m, k, generator=g), torch.randint(k, (n,), generator=g)
+    return z, torch.cat([F.one_hot(y, k).float(), torch.randn(m, k, generator=g).softmax(-1)]), y
+
+@given(b=st.integers(1, 9), k=st.integers(2, 12), eps=st.floats(0, .9), seed=st.integers(0, 999),
+       reduction=st.sampled_from(['mean', 'sum', 'none']))
+def test_class_weights_are_those_of_torch(b, k, eps, seed, reduction):
+    "For labels, and for one-hot rows that say the same: value and gradient"
+    g = torch.Generator().manual_seed(seed)
+    z, y, w = torch.randn(b, k, generator=g), torch.randint(k, (b,), generator=g), torch.rand(k, generator=g) + .1
+    theirs = nn.CrossEntropyLoss(w, reduction=reduction, label_smoothing=eps)
+    for labeled, targ in ((None, y), (b, F.one_hot(y, k).float())):
+        a, c = z.clone().requires_grad_(), z.clone().requires_grad_()
+        ours, want = SoftLabelCrossEntropy(eps, labeled, reduction=reduction, weight=w)(a, targ), theirs(c, y)
+        torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-5)
+        ours.sum().backward()
+        want.sum().backward()
+        torch.testing.assert_close(a.grad, c.grad, rtol=1e-4, atol=1e-5)
+
+@pytest.mark.parametrize('unlabeled_weight', [None, 3.])
+@pytest.mark.parametrize('weight', [None, torch.tensor([.5, 1., 2., 0., 4.])])
+@pytest.mark.parametrize('hard', [True, False])
+def test_rows_for_mixup_have_the_mean_that_was_asked_for(unlabeled_weight, weight, hard):
+    "fastai sets `reduction` to 'none' in training and averages; a user's own 'none', and `get_preds`, get plain rows"
+    z, q, y = _mixed_batch()
+    if hard: z, q = z[:4], y
+    loss = SoftLabelCrossEntropy(.1, 4, unlabeled_weight, weight=weight)
+    rows = SoftLabelCrossEntropy(.1, 4, unlabeled_weight, reduction='none', weight=weight)
+    want, plain = loss(z, q), rows(z, q)
+    loss.reduction = 'none'
+    torch.testing.assert_close(loss(z.clone().requires_grad_(), q).mean(), want)
+    assert torch.equal(loss(z, q), plain) and torch.equal(rows(z.clone().requires_grad_(), q), plain)
+
+def test_a_batch_of_labels_without_weight_costs_nothing():
+    z = torch.randn(3, 2, requires_grad=True)
+    loss = SoftLabelCrossEntropy(weight=torch.tensor([0., 1.]))(z, torch.zeros(3, dtype=torch.long))
+    loss.backward()
+    assert loss == 0 and torch.equal(z.grad, torch.zeros(3, 2))
+
+def test_weights_of_classes_like_scikit_learn():
+    skl = pytest.importorskip('sklearn.utils.class_weight')
+    y = torch.randint(4, (50,), generator=torch.Generator().manual_seed(0))
+    want = skl.compute_class_weight('balanced', classes=torch.arange(4).numpy(), y=y.numpy())
+    torch.testing.assert_close(class_weights(y, 4), torch.tensor(want).float())
+    for bad, word in ((torch.rand(3), 'class indices'), ([0, 4], '0 to 3'), ([], 'integers')):
+        with pytest.raises(ValueError, match=word): class_weights(bad, 4)
+    with pytest.raises(ValueError, match="'balanced'"): class_weights(y, 4, 'rare')
+    for bad in (torch.tensor([1., -1.]), torch.zeros(3), torch.ones(2, 2)):
+        with pytest.raises(ValueError, match='weight'): SoftLabelCrossEntropy(weight=bad)
