@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['EFFICIENTNETS', 'ResidualPair', 'ResNet9', 'EfficientNetSize', 'save_weights', 'save_tensors', 'load_tensors',
-           'load_weights', 'read_checkpoint', 'load_pretrained', 'create_model', 'n_parameters']
+           'load_weights', 'read_checkpoint', 'load_pretrained', 'head', 'split_head', 'fine_tuning_groups',
+           'n_parameters', 'arch_name', 'create_model']
 
 # %% ../nbs/04_models.ipynb #0069c39f
-import hashlib, json, os, re, socket, warnings
-from contextlib import contextmanager, nullcontext
+import hashlib, inspect, json, os, re, socket, threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
-from urllib.request import getproxies
+from urllib.request import Request, getproxies, urlopen
 
 import torch
 from torch import nn
@@ -205,30 +208,113 @@ def _timm_names(tensors, model): # tensors named as in efficientnet_pytorch, und
 
 # %% ../nbs/04_models.ipynb #2248b8fc
 def _is_head(key, model): # whether a tensor belongs to the classifier
-    names = getattr(model, 'pretrained_cfg', {}).get('classifier') or ('classifier', 'fc', 'head')
+    names = getattr(model, 'pretrained_cfg', {}).get('classifier') or _HEADS
     return key.startswith(tuple(f'{o}.' for o in ([names] if isinstance(names, str) else names)))
 
 def load_pretrained(
     model: nn.Module, # A network from `create_model`; changed in place
     weights: str | Path, # As in `read_checkpoint`
-) -> list[str]: # Parameters that keep their random start: none, or those of the classifier
+) -> list[str]: # Parameters that keep their start: none, or those of the classifier
     """Load weights that were made elsewhere, except for a classifier of other classes.
 
     Raises ValueError, naming the file, if they are of another architecture; the model is then unchanged."""
     tensors, file = read_checkpoint(weights)
-    tensors, own = _timm_names(tensors, model), model.state_dict()
+    return _load_body(model, _timm_names(tensors, model), file)
+
+def _load_body(model, tensors, source): # and the head, if it fits
+    own = model.state_dict()
     counts = {k: v for k, v in own.items() if k.endswith('num_batches_tracked')} # which older files do not have
     tensors = {**counts, **tensors}
-    head = {k for k in {*own, *tensors} if _is_head(k, model)}
+    top = {k for k in {*own, *tensors} if _is_head(k, model)}
     wrong = {k for k in {*own, *tensors} if k not in own or k not in tensors or own[k].shape != tensors[k].shape}
-    if body := sorted(wrong - head):
+    if body := sorted(wrong - top):
         have, want = (f"{tuple(o[body[0]].shape)}" if body[0] in o else 'nothing' for o in (tensors, own))
-        raise ValueError(f"{file} is not of this architecture ({type(model).__name__}): {len(body)} of its tensors do "
-                         f"not fit, {body[0]} first ({have} in the file, {want} in the model). Choose the architecture "
-                         "and the input channels that the file was made for")
-    skip = head if wrong & head else set()
+        raise ValueError(f"{source} is not of this architecture ({type(model).__name__}): {len(body)} of its tensors "
+                         f"do not fit, {body[0]} first ({have} in the file, {want} in the model). Choose the "
+                         "architecture and the input channels that the file was made for")
+    skip = top if wrong & top else set()
     model.load_state_dict({**own, **{k: v for k, v in tensors.items() if k not in skip}})
     return sorted(skip & {*own})
+
+# %% ../nbs/04_models.ipynb #a85c02d6
+def _plain(model): # without the wrappers of parallel training and torch.compile
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
+    return getattr(model, '_orig_mod', model)
+
+_HEADS = ('classifier', 'fc', 'heads', 'head', 'last_linear')
+
+def _has_parameters(module): return any(True for _ in module.parameters())
+
+def head(
+    model: nn.Module, # A classifier of timm, torchvision, fastai, this notebook, or your own
+) -> nn.Module: # Its classifier; of several, as in distilled transformers, a ModuleList
+    """The layers that turn features into class scores. Raises ValueError if there are none."""
+    model = _plain(model)
+    found = _find_head(model)
+    if isinstance(found, (tuple, list)): found = nn.ModuleList(found)
+    if found is None or not _has_parameters(found):
+        raise ValueError(f"a network must end in a classifier, but {type(model).__name__} has none: make it with n_out "
+                         "of at least 1, or name its last layers fc, classifier or head")
+    return found
+
+def _find_head(model): # None if it is nowhere
+    if hasattr(model, 'get_classifier'): return model.get_classifier()
+    named = [o for name in _HEADS if isinstance(o := getattr(model, name, None), nn.Module)]
+    if named: return named[0]
+    if isinstance(model, nn.Sequential):
+        parts = [o for o in model if _has_parameters(o)]
+        return _find_head(parts[0]) if len(parts) == 1 and any(True for _ in parts[0].children()) else (parts or [None])[-1]
+    return (_scorers(model) or [None])[-1]
+
+def _scorers(module): # linear layers and 1x1 convolutions, in order
+    return [m for m in module.modules() if isinstance(m, nn.Linear) or
+            isinstance(m, nn.Conv2d) and set(m.kernel_size) == {1}]
+
+def split_head(
+    model: nn.Module, # As in `head`
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]: # Parameters of the body, parameters of the head
+    "All parameters of a network, in two parts. Raises ValueError if there is no classifier."
+    top = list(head(model).parameters())
+    known = {id(p) for p in top}
+    return [p for p in model.parameters() if id(p) not in known], top
+
+# %% ../nbs/04_models.ipynb #5c80b9f1
+def _last_layers(model): # of the classifier: those whose outputs are the class scores
+    top = head(model)
+    ends = [_scorers(o) for o in (top if isinstance(top, nn.ModuleList) else [top])]
+    return [o[-1] for o in ends if o]
+
+@torch.no_grad()
+def _start_head(model, zero): # at zero, or no wider than nn.Linear starts
+    for layer in _last_layers(model):
+        bound = layer.weight[0].numel() ** -.5
+        if zero: layer.weight.zero_()
+        elif layer.weight.device.type != 'meta' and layer.weight.abs().max() > bound: layer.weight.uniform_(-bound, bound)
+        if zero and layer.bias is not None: layer.bias.zero_()
+
+# %% ../nbs/04_models.ipynb #2e5b8d07
+def _stage(module): # holds a row of blocks
+    rows = [o for o in module.children() if isinstance(o, (nn.Sequential, nn.ModuleList)) and len(o) > 1]
+    return any(len({type(block) for block in row}) == 1 for row in rows)
+
+def _blocks(module): # the parts of a network in order; stages are opened, residual blocks are not
+    for o in module.children():
+        if isinstance(o, (nn.Sequential, nn.ModuleList)) or _stage(o): yield from _blocks(o)
+        else: yield o
+
+def fine_tuning_groups(
+    model: nn.Module, # Any network
+) -> list[list[nn.Parameter]]: # Early body, late body, head; without a classifier, everything in one
+    "The parameter groups for a fastai `Learner`, as its `splitter`: for `freeze`, `fine_tune` and rates per group."
+    try: body, top = split_head(model)
+    except ValueError: return [list(model.parameters())]
+    rest, late, layers = {id(p) for p in body}, set(), 0
+    for block in _blocks(_plain(model)):
+        own = [p for p in block.parameters() if id(p) in rest]
+        if layers >= sum(p.ndim > 1 for p in body) / 2: late |= {id(p) for p in own}
+        layers += sum(p.ndim > 1 for p in own)
+    groups = [p for p in body if id(p) not in late], [p for p in body if id(p) in late], top
+    return [o for o in groups if o]
 
 # %% ../nbs/04_models.ipynb #6cac7d70
 _OLD_NAME = re.compile(r'(tf_efficientnet_(?:b[0-7]|l2))_ns(?:(?<=l2_ns)(_475))?') # of the Noisy Student weights
@@ -286,27 +372,97 @@ def _hub_cache_if_unreachable(): # without a network the hub's library tries aga
     try: yield
     finally: constants.HF_HUB_OFFLINE = before
 
-def create_model(
-    arch: str | nn.Module, # timm name, a name of this notebook, or a module, which is returned as it is
-    n_out: int, # Number of classes; 0 for pooled features (B, F) instead of logits
-    c_in: int = 3, # Input channels
-    pretrained: bool | str | Path = False, # True: timm's weights; else a weight file or `package:NAME`
-) -> nn.Module:
-    """A network with `n_out` outputs and *no noise*: dropout and stochastic depth are added by callbacks.
-
-    Raises ValueError for an unknown name, and for weights that do not exist, cannot be loaded or do not fit. Warns if a
-    weight file has another number of classes, so that the classifier starts at random."""
-    if isinstance(arch, nn.Module):
-        if not isinstance(pretrained, bool):
-            raise ValueError("pretrained is a file and arch a module: call load_pretrained(module, file) instead")
-        return arch
-    model = _build(arch, n_out, c_in, pretrained is True)
-    if not isinstance(pretrained, bool) and (new := load_pretrained(model, pretrained)):
-        warnings.warn(f"{pretrained} is for another number of classes than {n_out}: {', '.join(new)} start at random",
-                      stacklevel=2)
-    return model
-
 def n_parameters(model: nn.Module # Any module
                 ) -> int:
     "Number of parameters, in scalars."
     return sum(p.numel() for p in model.parameters())
+
+# %% ../nbs/04_models.ipynb #f2b06e84
+def arch_name(
+    arch: str | nn.Module | Callable[..., nn.Module], # As in `create_model`
+) -> str: # The name itself; of a function, class or module, `module.name`
+    "What an architecture is called in tables, files and messages."
+    if isinstance(arch, str): return arch
+    if isinstance(arch, partial):
+        given = [*map(repr, arch.args), *(f'{k}={v!r}' for k, v in arch.keywords.items())]
+        return f"{arch_name(arch.func)}({', '.join(given)})"
+    named = arch if hasattr(arch, '__qualname__') else type(arch)
+    return f'{named.__module__}.{named.__qualname__}'
+
+_N_OUT = ('n_out', 'num_classes', 'n_classes', 'c_out', 'out_features')
+_N_IN = ('c_in', 'n_in', 'in_chans', 'in_channels')
+
+def _arguments(factory, n_out, c_in): # of a call that makes the network, as its signature wants them
+    try: params = inspect.signature(factory).parameters
+    except (TypeError, ValueError): return [n_out], {}
+    free = any(o.kind is o.VAR_KEYWORD for o in params.values())
+    required = [k for k, o in params.items() if o.default is o.empty and o.kind in (o.POSITIONAL_ONLY, o.POSITIONAL_OR_KEYWORD)]
+    named = {k: c_in for k in _N_IN if k in params}
+    if free and 'pretrained' in params and not named and c_in != 3: named = dict(in_chans=c_in) # one of timm's
+    required = [k for k in required if k not in named]
+    if k := next((k for k in _N_OUT if k in params), None): return [], {**named, k: n_out}
+    if len(required) == 1: return [n_out], named
+    return [], {**named, **(dict(num_classes=n_out) if free and not required else {})}
+
+def _call(factory, n_out, c_in, pretrained): # the network that a function makes
+    name, (args, kwargs) = arch_name(factory), _arguments(factory, n_out or 1, c_in)
+    known = inspect.signature(factory).parameters if callable(factory) and pretrained else {}
+    if pretrained and 'pretrained' in known: kwargs['pretrained'] = True
+    elif pretrained and 'weights' not in known:
+        raise ValueError(f"pretrained=True must be known to {name}, got a function with neither pretrained nor weights "
+                         "among its arguments: load the weights inside of it, or give their file")
+    try: model = factory(*args, **kwargs)
+    except TypeError as e:
+        raise ValueError(f"{name} must make a network when it is called with the number of classes, got {e}: give a "
+                         "function of one argument, such as lambda n_out: Net(n_out)") from e
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{name} must return an nn.Module, got {type(model).__name__}")
+    found = {o.weight.shape[0] for o in _last_layers(model)}
+    if n_out and found and found != {n_out}:
+        raise ValueError(f"{name} must make {n_out} outputs, one per class, got {', '.join(map(str, sorted(found)))}: "
+                         "give it an argument num_classes")
+    if 'weights' in known: _load_torchvision(model, factory, name)
+    return model if n_out else _without_head(model)
+
+def _load_torchvision(model, factory, name): # the best published weights, and their normalization where timm has its own
+    from torchvision.models import get_model_weights
+    try:
+        best = get_model_weights(factory).DEFAULT
+        tensors, view = best.get_state_dict(progress=False), best.transforms()
+    except Exception as e: # whatever the download or the name raise
+        why = ' '.join(f"{type(e).__name__}: {e}".split())[:300]
+        raise ValueError(f"cannot load pretrained weights of {name} ({why}): give a weight file, or none") from e
+    model.pretrained_cfg = dict(mean=tuple(view.mean), std=tuple(view.std), num_classes=len(best.meta['categories']))
+    _load_body(model, tensors, best)
+
+def _without_head(model): # pooled features instead of class scores
+    top = head(model)
+    name = next(k for k, m in model.named_modules() if m is top)
+    parent = model.get_submodule(name.rpartition('.')[0])
+    setattr(parent, name.rpartition('.')[2], nn.Identity())
+    return model
+
+# %% ../nbs/04_models.ipynb #70d8f5ce
+def create_model(
+    arch: str | nn.Module | Callable[..., nn.Module], # timm name, a name of this notebook, a function that makes a network, or a module, which is returned as it is
+    n_out: int, # Number of classes; 0 for pooled features (B, F) instead of logits
+    c_in: int = 3, # Input channels
+    pretrained: bool | str | Path = False, # True: timm's or torchvision's weights; else a weight file or `package:NAME`
+) -> nn.Module: # Its attribute `new_head` says whether the classifier is new, that is, no weights were loaded into it
+    """A network with `n_out` outputs and *no noise*: dropout and stochastic depth are added by callbacks. A new
+    classifier on loaded weights starts at zero.
+
+    Raises ValueError for an unknown name, for weights that do not exist, cannot be loaded or do not fit, and for a
+    function that makes no network of `n_out` outputs."""
+    if isinstance(arch, nn.Module):
+        if not isinstance(pretrained, bool):
+            raise ValueError("pretrained is a file and arch a module: call load_pretrained(module, file) instead")
+        return arch
+    if not (isinstance(arch, str) or callable(arch)):
+        raise ValueError(f"arch must be a name, a module or a function that makes one, got {type(arch).__name__}")
+    model = (_build if isinstance(arch, str) else _call)(arch, n_out, c_in, pretrained is True)
+    if pretrained is True: new = getattr(model, 'pretrained_cfg', {}).get('num_classes', n_out) != n_out
+    else: new = not pretrained or bool(load_pretrained(model, pretrained))
+    if n_out and new and (pretrained or isinstance(arch, str)): _start_head(model, zero=bool(pretrained))
+    model.new_head = bool(n_out) and new # type: ignore[assignment]
+    return model

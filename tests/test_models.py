@@ -278,19 +278,20 @@ def test_containers(tmp_path, recwarn):
 
 @pytest.mark.parametrize('arch', ['resnet9_8', 'keras_resnet50', 'tf_efficientnet_b0', 'convnext_atto'])
 def test_other_classes(arch, tmp_path):
-    "Features are the file's; the classifier is as it would be without the file, and a warning names it"
+    "Features are the file's; the classifier is new and starts at zero, without a warning"
     teacher = lively(create_model(arch, 5))
     file = save_weights(teacher, tmp_path/'t.safetensors')
-    torch.manual_seed(3); fresh = create_model(arch, 3)
-    torch.manual_seed(3)
-    with pytest.warns(UserWarning, match='start at random'): model = create_model(arch, 3, pretrained=str(file))
-    head = load_pretrained(create_model(arch, 3), file)
-    own, want, start = model.state_dict(), teacher.state_dict(), fresh.state_dict()
-    assert len(head) == 2 and all(torch.equal(own[k], start[k] if k in head else want[k]) for k in own)
     with warnings.catch_warnings():
-        warnings.simplefilter('error') # without a classifier there is nothing to warn of
-        features = create_model(arch, 0, pretrained=file)
+        warnings.simplefilter('error')
+        model, same, features = (create_model(arch, n, pretrained=str(file)) for n in (3, 5, 0))
+    top = load_pretrained(create_model(arch, 3), file)
+    own, want = model.state_dict(), teacher.state_dict()
+    assert len(top) == 2 and all(not own[k].any() if k in top else torch.equal(own[k], want[k]) for k in own)
+    assert (model.new_head, same.new_head, features.new_head) == (True, False, False)
     assert load_pretrained(features, file) == []
+    with torch.inference_mode():
+        loss = nn.functional.cross_entropy(model(images()), torch.tensor([0, 1]))
+        assert loss.item() == pytest.approx(np.log(3), abs=1e-6) and torch.equal(same(images()), teacher.train()(images()))
 
 def test_weights_into_small_image(tmp_path):
     teacher = lively(create_model('tf_efficientnet_b0', 5))
