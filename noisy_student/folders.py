@@ -58,46 +58,99 @@ def list_images(folder: str | Path # A folder, or one archive
 def _inside(files): # with the images of archives in their place
     return [o for f in files for o in (list_archive(f) if is_archive(f) else [f])]
 
-def _labeled_folder(folder, classes=None): # Split of folder/<class>/**, names of its classes
-    names = sorted(o.name for o in folder.iterdir() if o.is_dir() and not o.name.startswith('.'))
+
+# %% ../nbs/00c_folders.ipynb #afa05b4b
+_BESIDE = ('unlabeled', 'test', 'valid', 'val') # what is no class where class folders lie directly in the folder
+_MEANT = {'training': 'train', 'labeled': 'train', 'labelled': 'train', 'testing': 'test', 'validation': 'valid',
+          'unlabelled': 'unlabeled', **{o: o for o in ('train', *_BESIDE)}} # by their name in small letters
+
+def _folders(folder): # names of those that are not hidden
+    return sorted(o.name for o in folder.iterdir() if o.is_dir() and not o.name.startswith('.'))
+
+def _loose(folder): # images directly in it
+    return [o.name for o in folder.iterdir() if not o.name.startswith('.') and _is_image(o.name) and not o.is_dir()]
+
+def _labeled_folder(folder, classes=None, leave=()): # Split of folder/<class>/**, names of its classes
+    names = [o for o in _folders(folder) if o not in leave]
     found = {o: list_images(folder/o) for o in names}
     if empty := [o for o in names if not found[o]]: # such as `models`, which lr_find makes
         warnings.warn(f"no image in {', '.join(str(folder/o) for o in empty)}: left out, as no class")
     if more := [o for o in names if found[o] and o not in (classes or names)]:
-        raise ValueError(f"{folder} has the class {more[0]!r}, which is not in {folder.parent/'train'}: the classes "
-                         "must be the same")
+        raise ValueError(f"{folder} has the class {more[0]!r}, which the training images do not have: the "
+                         "classes must be the same")
+    if any(found.values()) and (loose := _loose(folder)):
+        warnings.warn(f"{len(loose)} images in {folder} lie beside its class folders ({loose[0]}, ...): they are left "
+                      "out; move them into the folder of their class, or into unlabeled")
     classes = classes or [o for o in names if found[o]]
     files = [(f, i) for i, c in enumerate(classes) for f in found.get(c, [])]
     return Split([f for f, _ in files], np.array([i for _, i in files], dtype=np.int64)), classes
 
-# %% ../nbs/00c_folders.ipynb #afa05b4b
+def _test_folder(folder, classes): # Split of folder/<class>/**; None, with a word, where there are images and no classes
+    if not folder.is_dir(): return None
+    known = {o.casefold() for o in classes}
+    if any(o.casefold() in known for o in _folders(folder)): return _labeled_folder(folder, classes)[0]
+    if images := list_images(folder):
+        warnings.warn(f"{folder} has {len(images)} images and no class folders, so there is no test accuracy: predict "
+                      f"can label them, and unlabeled={str(folder)!r} makes them the pool")
+    return None
+
+# %% ../nbs/00c_folders.ipynb #daa3211b
+def _train_folder(path): # labeled images in path/train, or in class folders directly in it; names of the classes
+    if not path.is_dir():
+        raise FileNotFoundError(f"no folder {path}{_did_you_mean(path, _beside(path))}: {_layout(path)}")
+    where = path/'train' if (path/'train').is_dir() else path
+    if where == path:
+        for o in _folders(path):
+            if (meant := _MEANT.get(o.casefold(), o)) != o and list_images(path/o):
+                raise ValueError(f"{path/o} would be a class named {o!r}: rename the folder to {meant!r}, or give "
+                                 f"from_folder the folder whose class folders are meant; {_layout(path)}")
+    train, classes = _labeled_folder(where, leave=_BESIDE if where == path else ())
+    if where == path and not classes: raise FileNotFoundError(f"no folder {path/'train'}: {_layout(path)}")
+    if len(classes) < 2:
+        raise ValueError(f"{where} has {len(classes)} class folder(s) with images, at least 2 are needed: {_layout(path)}")
+    return train, classes
+
+def _layout(path): # what is expected in a folder, and what was found there; the end of a message
+    found = _describe(path) if path.is_dir() else ''
+    return (f"labeled images go to {path/'train'/'CLASS'}, one folder per class (or to {path/'CLASS'}), the others to "
+            f"{path/'unlabeled'}{found and f'; {path} holds '}{found}")
+
+def _describe(folder, n=3): # the content of a folder in words: "2 folders (a, b), 31 images (x.jpg, ...), labels.csv"
+    folders, images = _folders(folder), sorted(_loose(folder))
+    named = [f"{len(o)} {what} ({', '.join(o[:n])}{', ...' if len(o) > n else ''})"
+             for o, what in ((folders, 'folders'), (images, 'images')) if o]
+    tables = sorted(o.name for o in folder.iterdir() if o.suffix == '.csv')[:n]
+    return ', '.join([*named, *(f'{o} (a table: use from_csv)' for o in tables)]) or 'no image and no folder'
+
+def _hold_out_valid(train, valid_pct, classes, rng, where): # validation, training; nothing is held out for 0 or None
+    if not valid_pct: return train[:0], train
+    if not 0 < valid_pct < 1: raise ValueError(f"valid_pct must be in [0, 1), got {valid_pct}; 0 holds nothing out")
+    counts = np.bincount(train.labels, minlength=len(classes))
+    if counts.min() < 2:
+        raise ValueError(f"class {classes[counts.argmin()]!r} in {where} has one image and there is no valid folder: "
+                         "add images, make a valid folder, or hold nothing out with valid_pct=0")
+    return _hold_out(train, max(len(classes), round(len(train) * valid_pct)), rng)
+
+# %% ../nbs/00c_folders.ipynb #a2732e11
 def from_folder(
-    path: str | Path, # Folder with train/<class>/, and optionally valid/ (or val/), test/ and unlabeled/
+    path: str | Path, # Folder with train/<class>/ or <class>/, and optionally valid/ (or val/), test/ and unlabeled/
     n_labeled: int | None = None, # Keep this many labels of train (stratified), the rest joins the pool; None keeps all
     unlabeled: str | Path | list[str] | None = None, # Pool: a folder, an archive, a list of files, 'rest' (unused train images); None: path/unlabeled, if there, and the rest
-    valid_pct: float = 0.2, # Share of train held out where there is no valid folder, in (0, 1)
+    valid_pct: float | None = 0.2, # Share of train held out where there is no valid folder, in [0, 1); 0 or None: nothing
     seed: int = 0, # Which images land in which pile
 ) -> Splits:
     "Splits from a folder of images. Raises ValueError or FileNotFoundError, naming the folder, if the layout is not as above."
     path = Path(os.path.abspath(path)) # so that the names in a run mean the same from every folder
-    if not (path/'train').is_dir():
-        raise FileNotFoundError(f"no folder {path/'train'}: labeled images go to {path/'train'/'CLASS'}, one folder "
-                                "per class")
-    train, classes = _labeled_folder(path/'train')
-    if len(classes) < 2:
-        raise ValueError(f"{path/'train'} has {len(classes)} class folder(s) with images, at least 2 are needed")
+    train, classes = _train_folder(path)
     rng = np.random.default_rng(seed)
     valid_dir = next((path/o for o in ('valid', 'val') if (path/o).is_dir()), None)
-    if valid_dir: valid, _ = _labeled_folder(valid_dir, classes)
-    else:
-        if np.bincount(train.labels).min() < 2:
-            raise ValueError(f"class {classes[np.bincount(train.labels).argmin()]!r} in {path/'train'} has one image "
-                             "and there is no valid folder: add images, or make a valid folder")
-        valid, train = _hold_out(train, max(len(classes), round(len(train) * valid_pct)), rng)
-    if not len(valid): raise ValueError(f"no image in {valid_dir}: validation images choose the best round")
-    test = _labeled_folder(path/'test', classes)[0] if (path/'test').is_dir() else None
+    if valid_dir:
+        valid, _ = _labeled_folder(valid_dir, classes)
+        if not len(valid): raise ValueError(f"no class folder of {valid_dir} has an image: validation images choose the best round")
+    else: valid, train = _hold_out_valid(train, valid_pct, classes, rng, path/'train' if (path/'train').is_dir() else path)
     labeled, rest = _label_some(train, n_labeled, rng)
-    return _without_labeled(Splits(labeled, _pool(unlabeled, rest, path/'unlabeled'), valid, test, classes))
+    return _without_labeled(Splits(labeled, _pool(unlabeled, rest, path/'unlabeled'), valid,
+                                   _test_folder(path/'test', classes), classes))
 
 # %% ../nbs/00c_folders.ipynb #ee789fcd
 def _without_labeled(s): # Splits whose pool has no file that is labeled, or in validation or test: a pool may be a folder above them
