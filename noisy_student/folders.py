@@ -127,8 +127,8 @@ def _hold_out_valid(train, valid_pct, classes, rng, where): # validation, traini
     if not 0 < valid_pct < 1: raise ValueError(f"valid_pct must be in [0, 1), got {valid_pct}; 0 holds nothing out")
     counts = np.bincount(train.labels, minlength=len(classes))
     if counts.min() < 2:
-        raise ValueError(f"class {classes[counts.argmin()]!r} in {where} has one image and there is no valid folder: "
-                         "add images, make a valid folder, or hold nothing out with valid_pct=0")
+        raise ValueError(f"class {classes[counts.argmin()]!r} in {where} has one image, and no validation images are "
+                         "given: add images, give validation images, or hold nothing out with valid_pct=0")
     return _hold_out(train, max(len(classes), round(len(train) * valid_pct)), rng)
 
 # %% ../nbs/00c_folders.ipynb #a2732e11
@@ -171,6 +171,8 @@ def _pool(unlabeled, rest, default): # the unlabeled Split that the argument `un
         if near := get_close_matches(default.name, folders, 1, .8):
             warnings.warn(f"{default.parent/near[0]} is not used: unlabeled images are looked for in {default}")
         return rest
+    if not isinstance(unlabeled, (str, Path)):
+        raise ValueError(f"unlabeled must be a folder, an archive or a list of files, got a {type(unlabeled).__name__}")
     if unlabeled == 'rest': return rest
     if not Path(unlabeled).is_dir() and not (is_archive(unlabeled) and Path(unlabeled).exists()):
         raise FileNotFoundError(f"no folder or archive {unlabeled} with unlabeled images"
