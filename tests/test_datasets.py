@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from noisy_student import datasets
+from noisy_student import datasets, images
 from noisy_student.datasets import SVHN_STATS, Split, svhn
 
 SIZES = dict(train=60, test=20, extra=40)
@@ -193,8 +193,8 @@ def test_decoding_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     for i in range(3): Image.new("RGB", (12, 10), (80 * i, 10, 200)).save(tmp_path/f"{i}.png")
     (tmp_path/"broken.png").write_bytes(b"no image")
     files = [str(tmp_path/o) for o in ("0.png", "broken.png", "1.png", "2.png")] * 600  # more than two chunks
-    decode, count = datasets._decode, []
-    monkeypatch.setattr(datasets, "_decode", lambda *a: (count.append(1), decode(*a))[1])
+    decode, count = images._decode, []
+    monkeypatch.setattr(images, "_decode", lambda *a: (count.append(1), decode(*a))[1])
     def interrupt(done, total): raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): datasets.load_images(files, 8, tmp_path/"cache", interrupt)
     assert 0 < len(count) < len(files) and not list((tmp_path/"cache").glob("*.npy"))
