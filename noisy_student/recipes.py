@@ -24,6 +24,8 @@ def _is(value, kind): # of that type, where a whole number is a float too, and T
     numbers = {int: Integral, float: Real}
     return isinstance(value, numbers.get(kind, kind)) and not (isinstance(value, bool) and kind in numbers)
 
+def _shares(share): return tuple(share) if isinstance(share, (tuple, list)) else (share,)
+
 @dataclass(frozen=True)
 class Recipe:
     "Settings of a run. Raises ValueError for values out of range."
@@ -52,7 +54,9 @@ class Recipe:
     on_the_fly: bool = False # The teacher predicts every batch during training: no table, no filter, no balancing
     soft: bool = True # Soft pseudo labels; False: one-hot of the most probable class
     temperature: float = 1. # T > 0 of the teacher's softmax; below 1 sharpens
-    threshold: float = 0.3 # Least confidence of a pseudo label, inclusive, in [0, 1]
+    threshold: float = 0.3 # Least confidence of a pseudo label, inclusive, in [0, 1]; unused with `share`
+    share: float | tuple | None = None # Most confident share of the pool that is kept instead, in (0, 1]; a tuple: per student, the last one for all further
+    share_of: str = 'pool' # The share is of the 'pool', or of every predicted 'class'
     strict: bool = False # The threshold itself does not pass
     per_class: int | str | None = 'mean' # Pseudo labels per class: a number, 'mean', 'largest', None (no balancing)
     binned: bool = False # Balance as the reference does: by 0.01-wide bins of confidence, exact only on average
@@ -67,28 +71,35 @@ class Recipe:
     flip: bool = True # Student's view: mirror left and right
     cutout: int = 0 # Student's view: side of a gray square at a random place, in pixels; 0: none
     pretrained: bool | str = False # Start teacher and students from timm's weights (True), a file, or 'package:NAME'
+    head_rounds: int = 0 # First rounds that train the classifier alone, on frozen features; all others then start from such a classifier
+    body_lr: float = 1. # Learning rate of all but the classifier, as a share of `lr`, in (0, 1]
+    freeze_norm: bool = False # Batch normalization keeps the statistics it was pretrained with
     bf16: bool = True # Compute in bfloat16 where the hardware is fast at it
     source: str = '' # Where the numbers are from, and what came out there
 
     def __post_init__(self):
         object.__setattr__(self, 'archs', tuple(self.archs))
+        if isinstance(self.share, list): object.__setattr__(self, 'share', tuple(self.share)) # as JSON has it
         for f in fields(self):
             kinds, value = get_args(f.type) or (f.type,), getattr(self, f.name)
             if not any(_is(value, k) for k in kinds):
                 wanted = ' or '.join('None' if k is type(None) else k.__name__ for k in kinds)
                 raise ValueError(f"{f.name}={value!r} must be {wanted}, not {type(value).__name__}")
         at_least = dict(rounds=0, epochs=1, teacher_epochs=1, steps=1, bs=1, ratio=1, accumulate=1, lr_per=1, warmup=0,
-                        wd=0, size=1, unlabeled_weight=0, pad=0, rotate=0, zoom=1, cutout=0)
+                        wd=0, size=1, unlabeled_weight=0, pad=0, rotate=0, zoom=1, cutout=0, head_rounds=0)
         above = dict(lr=0, temperature=0, decay_every=0)
         below_one = ('label_smoothing', 'ema')
         one_of = dict(optimizer=tuple(OPTIMIZERS), schedule=SCHEDULES, wd_on=('weights', 'shortcuts'),
-                      init=('scratch', 'teacher'), relabel=('all', 'selected'))
+                      init=('scratch', 'teacher'), relabel=('all', 'selected'), share_of=('pool', 'class'))
         for name, want, ok in [
             *((k, f'at least {v}', lambda x, v=v: x >= v) for k, v in at_least.items()),
             *((k, f'greater than {v}', lambda x, v=v: x > v) for k, v in above.items()),
             *((k, 'in [0, 1)', lambda x: 0 <= x < 1) for k in below_one),
             *((k, ' or '.join(map(repr, v)), lambda x, v=v: x in v) for k, v in one_of.items()),
-            ('threshold', 'in [0, 1]', lambda x: 0 <= x <= 1), ('min_scale', 'in (0, 1]', lambda x: 0 < x <= 1)]:
+            ('threshold', 'in [0, 1]', lambda x: 0 <= x <= 1), ('min_scale', 'in (0, 1]', lambda x: 0 < x <= 1),
+            ('body_lr', 'in (0, 1]', lambda x: 0 < x <= 1),
+            ('share', 'in (0, 1], or such a share for each student',
+             lambda x: bool(s := _shares(x)) and all(_is(o, float) and 0 < o <= 1 for o in s))]:
             value = getattr(self, name)
             if value is not None and not ok(value): raise ValueError(f"{name}={value!r} must be {want}")
         if not (self.per_class in ('mean', 'largest', None) or (type(self.per_class) is int and self.per_class > 0)):
@@ -111,12 +122,26 @@ class Recipe:
                                         for n in (self.noise, self.teacher_noise)):
             raise ValueError("ema averages weights that Noise(style='keras') rescales during training: leave ema=None, "
                              "or use another style")
+        if self.body_lr < 1 and self.schedule != 'one-cycle':
+            raise ValueError(f"body_lr={self.body_lr} needs schedule='one-cycle', which has a rate per group, not {self.schedule!r}")
+        if self.head_rounds and (self.on_the_fly or self.ratio is None):
+            raise ValueError("head_rounds trains a classifier on a table of pseudo labels beside the labels: set on_the_fly=False "
+                             "and a ratio")
+        if self.share is not None and (self.on_the_fly or self.strict):
+            raise ValueError("share keeps the most confident labels of a table, whatever their confidence: set on_the_fly=False and "
+                             "strict=False, or share=None")
         if self.binned and self.per_class is None: raise ValueError("binned=True is a way of balancing: set per_class")
 
     @property
     def rate(self) -> float:
         "The learning rate at this batch size."
         return self.lr * self.bs / (self.lr_per or self.bs)
+
+    def share_in(self, k: int # Round, from 1 on
+                ) -> float | None: # In (0, 1]; None: the threshold decides
+        "The share of the pool that the student of round k learns from."
+        shares = _shares(self.share)
+        return shares[min(k, len(shares)) - 1]
 
     def stairs(self, epochs: int # Of this round
               ) -> dict: # `every` and `warmup` of `staircase`
@@ -190,6 +215,10 @@ def _noise_text(n):
           if n.randaugment_n else 'no RandAugment')
     return f"{ra}; dropout {n.dropout:g}; last survival {n.survival:g}"
 
+def _filter_text(r):
+    if r.share is None: return f"confidence {'>' if r.strict else '>='} {r.threshold:g}"
+    return f"the most confident {', '.join(f'{100 * o:g}' for o in _shares(r.share))} %{' of each class' if r.share_of == 'class' else ''}"
+
 def _describe(r):
     def each(o):
         return (f'{o:,}' if isinstance(o, int)
@@ -217,7 +246,7 @@ def _describe(r):
         'weight decay': f"{r.wd:g}{' on shortcuts' if r.wd_on == 'shortcuts' else ''}",
         'EMA': f"{r.ema:g}" if r.ema else 'none',
         'loss': 'one mean' if r.unlabeled_weight is None else f"labeled + {r.unlabeled_weight:g} x pseudo-labeled",
-        'filter': 'none' if r.on_the_fly else f"confidence {'>' if r.strict else '>='} {r.threshold:g}",
+        'filter': 'none' if r.on_the_fly else _filter_text(r),
         'balance': 'none' if r.on_the_fly else f"{each(r.per_class)}{' per class' if isinstance(r.per_class, int) else ''}{' by bins' if r.binned else ''}",
         'targets': f"{'soft' if r.soft else 'hard'}{f', T={r.temperature:g}' if r.temperature != 1 else ''}{', on the fly' if r.on_the_fly else ''}{', by a noised teacher' if r.noised_teacher else ''}",
         'pool': r.unlabeled or "the data's own", 'size': f"{r.size} px" if r.size else "the data's",
