@@ -25,7 +25,8 @@ from .tables import read_table
 # %% ../nbs/00e_datasets.ipynb #92949264
 _all_ = ['Split', 'Splits', 'stratified', 'MAX_PIXELS', 'ImageFileError', 'BadImage', 'load_image', 'Decoded', 'square',
          'load_images', 'file_sha256', 'list_files', 'list_images', 'from_folder',
-         'image_files', 'from_df', 'from_csv', 'open_data', 'as_frame', 'pick_column', 'check_files', 'read_table', 'is_table']
+         'image_files', 'from_df', 'from_csv', 'open_data', 'as_frame', 'pick_column', 'check_files', 'read_table',
+         'is_table']
 
 # %% ../nbs/00e_datasets.ipynb #7fe2513a
 def digits(n_labeled: int | None = 100, # Labeled images; the others of the 1,100 training images become the pool; None: label all

@@ -96,7 +96,7 @@ def _parts(networks, images, bs): # (positions of images that could be read, the
         return start + good, {k: o.images[np.isin(o.good, good)] for k, o in read.items()}, first.bad
     yield from _ahead(read, range(0, len(images), part))
 
-def _mean_probabilities(networks, images, bs, progress): # float32 (N, K), NaN where it could not be read; list of BadImage
+def _mean_probabilities(networks, images, bs, progress): # float32 (N, K), NaN for what is in the list of BadImage
     probs = np.full((len(images), len(networks[0].classes)), np.nan, np.float32)
     bad = []
     for rows, pixels, lost in _parts(networks, images, bs):
@@ -104,8 +104,9 @@ def _mean_probabilities(networks, images, bs, progress): # float32 (N, K), NaN w
         if len(rows): probs[rows] = np.mean([_softmax(t, pixels[t.size], bs) for t in networks], axis=0)
         if not np.isfinite(probs[rows]).all():
             i = rows[~np.isfinite(probs[rows]).all(1)][0]
-            raise ValueError(f"the network's output for {images[i] if isinstance(images, list) else f'image {i}'} is not "
-                             "finite: check how it was trained (learning rate, loss)")
+            name = images[i] if isinstance(images, list) else f'image {i}'
+            raise ValueError(f"the network's output for {name} is not finite: check how it was trained (learning rate, "
+                             "loss)")
         if progress: progress(min(len(images), int(rows.max(initial=0)) + 1), len(images))
     return probs, bad
 
@@ -130,8 +131,8 @@ def predict_table(
     device: str | torch.device | None = None, # Where to compute; None: where each network is
     progress: Callable[[int, int], None] | None = None, # Called with (done, total) after every part
 ) -> pd.DataFrame: # Columns image, label, confidence, and one per class; a row per item, in order
-    """The label of every image and the probability of every class. An image that cannot be read has no label, and a warning
-    names it. Raises ValueError or FileNotFoundError for items or networks that cannot be used."""
+    """The label of every image and the probability of every class. An image that cannot be read has no label, and a
+    warning names it. Raises ValueError or FileNotFoundError for items or networks that cannot be used."""
     nets: list = [networks] if hasattr(networks, 'predict') else list(networks)
     if not nets: raise ValueError("networks must be at least one, got an empty list")
     if other := [t.classes for t in nets if list(t.classes) != list(nets[0].classes)]:
@@ -153,11 +154,12 @@ def _meaning(headers, table): # header -> column of `table`: first the image, th
     classes = list(table.columns[3:])
     names = {o.removesuffix(' (class)'): o for o in classes} | {o: o for o in classes}
     first, *others = headers
-    if len(others) == 1 and (others[0] == 'label' or others[0] not in names): return {first: 'image', others[0]: 'label'}
+    if len(others) == 1 and (others[0] == 'label' or others[0] not in names):
+        return {first: 'image', others[0]: 'label'}
     if not others or (odd := [o for o in others if o not in names]):
-        raise ValueError("columns must be the header of the image and that of the label, or the header of the image and "
-                         f"classes, got {', '.join(map(repr, headers))}; the classes are {', '.join(classes)}; {{header: "
-                         "column of the table}} means any others")
+        raise ValueError("columns must be the headers of image and label, or the header of the image and classes, got "
+                         f"{', '.join(map(repr, headers))}; the classes are {', '.join(classes)}; for any others give "
+                         "{header: column of the table}")
     return {first: 'image', **{o: names[o] for o in others}}
 
 def _short(names, stem): # file names without folders, and without suffix for `stem`; what is no text as it is
@@ -170,16 +172,17 @@ def _in_order(table, ids): # the rows of `table` for `ids`, which hold file name
         at = {str(o): i for i, o in enumerate(names)}
         if not (missing := [o for o in wanted if o not in at]): break
     if missing:
-        raise ValueError(f"{len(missing)} of {len(wanted)} ids of the sample submission have no prediction, the first is "
-                         f"{missing[0]!r}: predict all of its images; the table holds {table.image.iloc[0]!r}, ...")
-    if more := len(table) - len(set(wanted)): warnings.warn(f"{more} predictions are not in the sample submission: left out")
+        raise ValueError(f"{len(missing)} of {len(wanted)} ids of the sample submission have no prediction, the first "
+                         f"is {missing[0]!r}: predict all of its images; the table holds {table.image.iloc[0]!r}, ...")
+    if more := len(table) - len(set(wanted)):
+        warnings.warn(f"{more} predictions are not in the sample submission: they are left out")
     return table.iloc[[at[o] for o in wanted]].assign(image=list(ids))
 
 # %% ../nbs/05a_predictions.ipynb #76bb8669
 def write_submission(
     table: pd.DataFrame, # Of `predict_table`
     file: str | Path, # Target, .csv
-    columns: Sequence[str] | Mapping[str, str] | None = None, # Headers: of the image and the label, or of the image and classes; or {header: column}; None: those of `like`, or image and label
+    columns: Sequence[str] | Mapping[str, str] | None = None, # Headers, of image and label or of image and classes; or {header: column}
     stem: bool = False, # Image names without suffix
     like: str | Path | pd.DataFrame | None = None, # A sample submission: its headers, its ids, its order of rows
     fill: str | None = None, # Class of images that could not be read; None leaves their cells empty, with a warning
@@ -189,17 +192,20 @@ def write_submission(
     if list(table.columns[:3]) != ['image', 'label', 'confidence']:
         raise ValueError(f"table must be one of predict_table, got the columns {list(table.columns[:5])}")
     sample = None if like is None else read_table(like) if is_table(like) else as_frame(like, 'like')
-    headers = columns if columns is not None else ['image', 'label'] if sample is None else [str(o) for o in sample.columns]
+    default = ['image', 'label'] if sample is None else [str(o) for o in sample.columns]
+    headers = default if columns is None else columns
     meaning = dict(headers) if isinstance(headers, Mapping) else _meaning(list(headers), table)
-    if odd := [o for o in meaning.values() if o not in table]: raise ValueError(f"the table has no column {odd[0]!r}: it has {', '.join(table)}")
+    if odd := [o for o in meaning.values() if o not in table]:
+        raise ValueError(f"the table has no column {odd[0]!r}: it has {', '.join(table)}")
     if fill is not None: table = _filled(table, fill)
     elif n := table.label.isna().sum():
-        warnings.warn(f"{n} images could not be read: their cells are empty, which few competitions take; fill= names a class")
+        warnings.warn(f"{n} images could not be read: their cells are empty, which few competitions take; fill= names a "
+                      "class")
     out = (_in_order(table, sample.iloc[:, 0]) if sample is not None else
            table.assign(image=_short(table.image, stem)))[list(meaning.values())]
     if sample is None and (twice := out.image[out.image.duplicated()]).size:
-        raise ValueError(f"{len(twice)} images have the name of another one, the first is {twice.iloc[0]!r}: names must "
-                         "differ without their folders" + (" and suffixes: stem=False keeps those" if stem else ''))
+        raise ValueError(f"{len(twice)} images have the name of another one, the first is {twice.iloc[0]!r}: names "
+                         f"must differ without their folders{' and suffixes: stem=False keeps those' if stem else ''}")
     write_text(Path(file), out.set_axis(list(meaning), axis=1).to_csv(index=False, float_format='%.7g'))
     return Path(file)
 

@@ -77,7 +77,7 @@ def check_files(
     name = os.path.basename(missing[0])
     if not os.path.isdir(folder): remedy = f"there is no folder {folder}{_did_you_mean(folder, _beside(folder))}"
     elif name in known: remedy = f'add suffix="{known[name]}"'
-    elif Path(name).stem in content[os.path.dirname(missing[0])]: remedy = "leave suffix out: the names have one already"
+    elif Path(name).stem in content[os.path.dirname(missing[0])]: remedy = "leave suffix out: the names have one"
     elif Path(name).stem in known: remedy = f"the suffix there is {known[Path(name).stem]}"
     elif below := [o for o in sorted(Path(folder).iterdir()) if (o/os.path.relpath(missing[0], folder)).exists()]:
         remedy = f"it is in {below[0]}: give that as folder"
@@ -95,8 +95,8 @@ def _class_of(value): # of one label: its kind, and its name
                              "example with pandas.cut")
         return 'number', str(int(value))
     if isinstance(value, str): return 'text', value.strip()
-    several = "several labels for one image are not supported" if isinstance(value, (list, tuple, set, np.ndarray)) else (
-        "make it a text")
+    many = isinstance(value, (list, tuple, set, np.ndarray))
+    several = "several labels for one image are not supported" if many else "make it a text"
     raise ValueError(f"labels must be text, whole numbers or bools, got {_kind(value)} ({value!r}): {several}")
 
 def _labels(
@@ -129,8 +129,9 @@ def _check_alike(values, known): # labels that are one class to a reader
         if kind != first[name][0]:
             raise ValueError(f"the labels {first[name][1]!r} and {value!r} differ only in type: make the column one "
                              "type, for example with astype(str)")
-        if name: warnings.warn(f"the labels {first[name][1]!r} and {value!r} differ only in white space: they are taken "
-                               "for one class")
+        if not name: continue
+        warnings.warn(f"the labels {first[name][1]!r} and {value!r} differ only in white space: they are taken for one "
+                      "class")
     if unsure := [o for o in first if o.casefold() in ('na', 'n/a', '<na>', 'none', 'null', 'nan')]:
         warnings.warn(f"{unsure[0]!r} is taken for the name of a class: leave the label of an unlabeled image empty")
 
@@ -185,7 +186,8 @@ def _unlabeled_files(unlabeled, image, folder, suffix): # names of the files tha
 def _test_split(test, classes, image, label, folder, suffix): # Split that the argument `test` asks for, None for none
     if test is None: return None
     if isinstance(test, (str, Path)):
-        if not os.path.isdir(test): raise FileNotFoundError(f"no folder {test} with test images{_did_you_mean(test, _beside(test))}")
+        if not os.path.isdir(test):
+            raise FileNotFoundError(f"no folder {test} with test images{_did_you_mean(test, _beside(test))}")
         return _test_folder(Path(os.path.abspath(test)), classes)
     df = as_frame(test, 'test')
     if label not in df.columns and isinstance(label, str):
@@ -212,20 +214,20 @@ def from_df(
     image: str | int = 'image', # Column of file names, by name or number
     label: str | int = 'label', # Column of labels: text, whole numbers or bools; empty or NaN for an unlabeled image
     valid: str | int | None = None, # Column of bools, True for validation images; None: a part is held out
-    group: str | int | None = None, # Column of what belongs together, such as the patient; None: every image stands alone
+    group: str | int | None = None, # Column of what belongs together, such as a patient; None: nothing does
     suffix: str = '', # Put behind every file name, such as '.jpg'
-    unlabeled: str | Path | list[str] | pd.DataFrame | None = None, # More unlabeled images: a folder, an archive, files, a table
+    unlabeled: str | Path | list[str] | pd.DataFrame | None = None, # More of them: folder, archive, files, table
     test: str | Path | pd.DataFrame | None = None, # A folder with class folders, or a table as `df`
     valid_pct: float | None = 0.2, # Share held out where `valid` is None, in [0, 1); 0 or None: nothing
     seed: int = 0, # Which images are held out
 ) -> Splits:
-    """Splits from a table. Raises ValueError or FileNotFoundError, naming the column, row or file, for a table that cannot
-    be used."""
+    """Splits from a table. Raises ValueError or FileNotFoundError, naming the column, row or file, for a table that
+    cannot be used."""
     df = as_frame(df)
     codes, classes = _labels(pick_column(df, label, 'label'))
     if len(classes) < 2:
-        raise ValueError(f"column {label!r} has {f'the one class {classes[0]!r}' if classes else 'no label'}: at least 2 "
-                         "classes are needed")
+        found = f"the one class {classes[0]!r}" if classes else "no label"
+        raise ValueError(f"column {label!r} has {found}: at least 2 classes are needed")
     files = image_files(pick_column(df, image, 'image'), folder, suffix)
     check_files(files, folder)
     flags = np.zeros(len(files), bool) if valid is None else _flags(pick_column(df, valid, 'valid'))
@@ -238,7 +240,8 @@ def from_df(
     if valid is None:
         valid_split, train = _hold_out_valid(train, valid_pct, classes, np.random.default_rng(seed), 'the table')
     else:
-        if n := (held & ~labeled).sum(): warnings.warn(f"{n} rows marked as validation have no label: they are in the pool")
+        if n := (held & ~labeled).sum():
+            warnings.warn(f"{n} rows marked as validation have no label: they are in the pool")
         if not held[labeled].any(): raise ValueError(f"column {valid!r} marks no labeled row as validation image")
         if together is not None: _check_groups(train, held[labeled], together.iloc[keep[labeled]])
         valid_split, train = train[held[labeled]], train[~held[labeled]]
@@ -265,8 +268,8 @@ def read_table(file: str | Path # Columns separated by commas, semicolons or tab
         sep = max(',;\t', key=head.count)
         return pd.read_csv(file, sep=sep, dtype=str, keep_default_na=False, encoding='utf-8-sig', skipinitialspace=True)
     except UnicodeDecodeError:
-        raise ValueError(f"{file} is not UTF-8: save it as UTF-8, or read it with pandas.read_csv(file, encoding=...) and "
-                         "give the DataFrame") from None
+        raise ValueError(f"{file} is not UTF-8: save it as UTF-8, or read it with pandas.read_csv(file, encoding=...) "
+                         "and give the DataFrame") from None
     except (pd.errors.EmptyDataError, pd.errors.ParserError) as e:
         raise ValueError(f"{file} is not a table with a row per image ({str(e).strip()}): the first line must name its "
                          "columns") from None
@@ -283,10 +286,10 @@ def from_csv(
     folder: str | Path | None = None, # Where the file names begin; None: the folder of `file`
     image: str | int = 'image', # Column of file names, by name or number
     label: str | int = 'label', # Column of labels; empty for an unlabeled image
-    valid: str | int | None = None, # Column of True and False, or 1 and 0, True for validation images; None: a part is held out
-    group: str | int | None = None, # Column of what belongs together, such as the patient; None: every image stands alone
+    valid: str | int | None = None, # Column of True and False, or 1 and 0; None: a part is held out
+    group: str | int | None = None, # Column of what belongs together, such as a patient; None: nothing does
     suffix: str = '', # Put behind every file name, such as '.jpg'
-    unlabeled: str | Path | list[str] | pd.DataFrame | None = None, # More unlabeled images, as for `from_df`; or a .csv file
+    unlabeled: str | Path | list[str] | pd.DataFrame | None = None, # As for `from_df`; or a .csv file
     test: str | Path | pd.DataFrame | None = None, # As for `from_df`; or a .csv file
     valid_pct: float | None = 0.2, # Share held out where `valid` is None, in [0, 1); 0 or None: nothing
     seed: int = 0, # Which images are held out
@@ -319,7 +322,7 @@ def _labeled_csv(file, label): # with labels of their type
 # %% ../nbs/00d_tables.ipynb #3d6a2676
 def open_data(
     data: Any, # Splits, a folder as for `from_folder`, a .csv file, or a DataFrame
-    unlabeled: str | Path | list[str] | pd.DataFrame | None = None, # The pool, or more of it: as for `from_folder` and `from_df`
+    unlabeled: str | Path | list[str] | pd.DataFrame | None = None, # As for `from_folder`, `from_df`
     images: str | Path | None = None, # Where the file names of a table begin; None: the folder of the CSV file, or '.'
     valid_pct: float | None = 0.2, # Share held out where nothing else says what validation images are, in [0, 1)
     seed: int = 0, # Which images are held out
@@ -329,14 +332,15 @@ def open_data(
     FileNotFoundError for what cannot be used, and for a setting that the data have no use for."""
     def unused(kind, **given):
         if names := [k for k, v in given.items() if v is not None]:
-            raise ValueError(f"{', '.join(names)} cannot be given with {kind}: {_FOR[names[0]] if names[0] in _FOR else _TABLE}")
+            raise ValueError(f"{', '.join(names)} cannot be given with {kind}: {_FOR.get(names[0], _TABLE)}")
     if isinstance(data, Splits): unused('Splits', unlabeled=unlabeled, images=images, **columns); return data
     if is_table(data): return from_csv(data, images, unlabeled=unlabeled, valid_pct=valid_pct, seed=seed, **columns)
     if isinstance(data, (str, Path)):
         if not os.path.exists(data):
-            hint = f": {data} is a data set by name, NoisyStudent({data}()) with noisy_student.datasets" if data in _NAMED else ''
+            hint = data in _NAMED and f": {data} is a data set by name, NoisyStudent({data}()) with noisy_student.datasets"
             raise FileNotFoundError(f"no folder or .csv file {data}{hint or _did_you_mean(data, _around(data))}")
-        if not os.path.isdir(data): raise ValueError(f"data must be a folder, a .csv file, a DataFrame or Splits, got the file {data}")
+        if not os.path.isdir(data):
+            raise ValueError(f"data must be a folder, a .csv file, a DataFrame or Splits, got the file {data}")
         unused('a folder', images=images, **columns)
         return from_folder(data, unlabeled=unlabeled, valid_pct=valid_pct, seed=seed) # type: ignore[arg-type]
     if not hasattr(data, 'to_pandas') and not isinstance(data, pd.DataFrame):
