@@ -199,8 +199,8 @@ def write_submission(
         raise ValueError(f"the table has no column {odd[0]!r}: it has {', '.join(table)}")
     if fill is not None: table = _filled(table, fill)
     elif n := table.label.isna().sum():
-        warnings.warn(f"{n} images could not be read: their cells are empty, which few competitions take; fill= names a "
-                      "class")
+        warnings.warn(f"{n} images could not be read: their cells are empty, which few competitions take; fill= names "
+                      "a class")
     out = (_in_order(table, sample.iloc[:, 0]) if sample is not None else
            table.assign(image=_short(table.image, stem)))[list(meaning.values())]
     if sample is None and (twice := out.image[out.image.duplicated()]).size:
