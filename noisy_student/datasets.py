@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['IMAGENETTE_CLASSES', 'SVHN_STATS', 'digits', 'cifar10', 'imagenette', 'svhn', 'Split', 'Splits', 'stratified',
            'MAX_PIXELS', 'ImageFileError', 'BadImage', 'load_image', 'Decoded', 'square', 'load_images', 'file_sha256',
-           'list_files', 'list_images', 'from_folder', 'image_files', 'from_df', 'from_csv', 'open_data']
+           'list_files', 'list_images', 'from_folder', 'image_files', 'from_df', 'from_csv', 'open_data', 'as_frame',
+           'pick_column', 'check_files', 'read_table', 'is_table']
 
 # %% ../nbs/00e_datasets.ipynb #855f21fc
 import json, os, shutil, tarfile
@@ -18,12 +19,14 @@ from .folders import from_folder, list_files, list_images
 from .images import BadImage, Decoded, ImageFileError, MAX_PIXELS, file_sha256, load_image, load_images
 from .images import _new_array, square
 from .splits import Split, Splits, _hold_out, _label_some, stratified
-from .tables import from_csv, from_df, image_files, open_data
+from .tables import as_frame, check_files, from_csv, from_df, image_files, is_table, open_data, pick_column
+from .tables import read_table
 
 # %% ../nbs/00e_datasets.ipynb #92949264
 _all_ = ['Split', 'Splits', 'stratified', 'MAX_PIXELS', 'ImageFileError', 'BadImage', 'load_image', 'Decoded', 'square',
          'load_images', 'file_sha256', 'list_files', 'list_images', 'from_folder',
-         'image_files', 'from_df', 'from_csv', 'open_data']
+         'image_files', 'from_df', 'from_csv', 'open_data', 'as_frame', 'pick_column', 'check_files', 'read_table',
+         'is_table']
 
 # %% ../nbs/00e_datasets.ipynb #7fe2513a
 def digits(n_labeled: int | None = 100, # Labeled images; the others of the 1,100 training images become the pool; None: label all

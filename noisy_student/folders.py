@@ -85,7 +85,7 @@ def _labeled_folder(folder, classes=None, leave=()): # Split of folder/<class>/*
     files = [(f, i) for i, c in enumerate(classes) for f in found.get(c, [])]
     return Split([f for f, _ in files], np.array([i for _, i in files], dtype=np.int64)), classes
 
-def _test_folder(folder, classes): # Split of folder/<class>/**; None, with a word, where there are images and no classes
+def _test_folder(folder, classes): # Split of folder/<class>/**; None, with a warning, without class folders
     if not folder.is_dir(): return None
     known = {o.casefold() for o in classes}
     if any(o.casefold() in known for o in _folders(folder)): return _labeled_folder(folder, classes)[0]
@@ -107,7 +107,8 @@ def _train_folder(path): # labeled images in path/train, or in class folders dir
     train, classes = _labeled_folder(where, leave=_BESIDE if where == path else ())
     if where == path and not classes: raise FileNotFoundError(f"no folder {path/'train'}: {_layout(path)}")
     if len(classes) < 2:
-        raise ValueError(f"{where} has {len(classes)} class folder(s) with images, at least 2 are needed: {_layout(path)}")
+        raise ValueError(f"{where} has {len(classes)} class folder(s) with images, at least 2 are needed: "
+                         f"{_layout(path)}")
     return train, classes
 
 def _layout(path): # what is expected in a folder, and what was found there; the end of a message
@@ -136,18 +137,19 @@ def from_folder(
     path: str | Path, # Folder with train/<class>/ or <class>/, and optionally valid/ (or val/), test/ and unlabeled/
     n_labeled: int | None = None, # Keep this many labels of train (stratified), the rest joins the pool; None keeps all
     unlabeled: str | Path | list[str] | None = None, # Pool: a folder, an archive, a list of files, 'rest' (unused train images); None: path/unlabeled, if there, and the rest
-    valid_pct: float | None = 0.2, # Share of train held out where there is no valid folder, in [0, 1); 0 or None: nothing
+    valid_pct: float | None = 0.2, # Share of train held out without a valid folder, in [0, 1); 0 or None: nothing
     seed: int = 0, # Which images land in which pile
 ) -> Splits:
-    "Splits from a folder of images. Raises ValueError or FileNotFoundError, naming the folder, if the layout is not as above."
+    "Splits from a folder of images. Raises ValueError or FileNotFoundError, naming the folder, for another layout."
     path = Path(os.path.abspath(path)) # so that the names in a run mean the same from every folder
     train, classes = _train_folder(path)
     rng = np.random.default_rng(seed)
     valid_dir = next((path/o for o in ('valid', 'val') if (path/o).is_dir()), None)
     if valid_dir:
         valid, _ = _labeled_folder(valid_dir, classes)
-        if not len(valid): raise ValueError(f"no class folder of {valid_dir} has an image: validation images choose the best round")
-    else: valid, train = _hold_out_valid(train, valid_pct, classes, rng, path/'train' if (path/'train').is_dir() else path)
+        if not len(valid):
+            raise ValueError(f"no class folder of {valid_dir} has an image: validation images choose the best round")
+    else: valid, train = _hold_out_valid(train, valid_pct, classes, rng, path)
     labeled, rest = _label_some(train, n_labeled, rng)
     return _without_labeled(Splits(labeled, _pool(unlabeled, rest, path/'unlabeled'), valid,
                                    _test_folder(path/'test', classes), classes))

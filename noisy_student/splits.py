@@ -18,7 +18,7 @@ class Split:
     images: list[str] | np.ndarray # File names, or a uint8 array (N, H, W, C) with C = 1 or 3
     labels: np.ndarray | None = None # int64 (N,), an index into `Splits.classes`; None where labels are not known
     hidden: np.ndarray | None = None # int64 (N,): true labels of an unlabeled pile, for judging pseudo labels; never trained on
-    groups: np.ndarray | None = None # int64 (N,): images of one group never lie on both sides of a hold-out or fold; None: each stands alone
+    groups: np.ndarray | None = None # int64 (N,): no group lies on both sides of a hold-out or fold
 
     def __post_init__(self):
         if isinstance(self.images, np.ndarray):
@@ -93,7 +93,8 @@ def stratified(
 # %% ../nbs/00a_splits.ipynb #737dadb7
 def _proposals(labels, groups, n, rng): # sorted positions (m,) of whole groups, m near n
     from sklearn.model_selection import StratifiedGroupKFold
-    parts = min(max(2, round(len(labels) / n)), len(np.unique(groups)), int(np.unique(labels, return_counts=True)[1].max()))
+    most = min(len(np.unique(groups)), np.unique(labels, return_counts=True)[1].max()) # that scikit-learn can make
+    parts = min(max(2, round(len(labels) / n)), int(most))
     for _ in range(4):
         folds = StratifiedGroupKFold(parts, shuffle=True, random_state=int(rng.integers(2 ** 31)))
         with warnings.catch_warnings():
@@ -106,15 +107,16 @@ def grouped(
     n: int, # About how many to draw, in 1..N-1
     rng: np.random.Generator, # Source of randomness
 ) -> np.ndarray: # int64 (m,), sorted positions
-    """Positions of about `n` items in whole groups, with class shares near those of `labels`, that leave an item of every
-    class undrawn. Raises ValueError if groups make that impossible."""
+    """Positions of about `n` items in whole groups, with class shares near those of `labels`, that leave an item of
+    every class undrawn. Raises ValueError if groups make that impossible."""
     classes = np.unique(labels)
     lonely = [c for c in classes if len(np.unique(groups[labels == c])) < 2]
     def cost(held): # classes that are lost for training; for validation; then the distance to n
         kept = np.delete(labels, held)
         return (len(np.setdiff1d(classes, kept)), len(np.setdiff1d(classes, [*labels[held], *lonely])),
                 abs(len(held) - n))
-    if len(np.unique(groups)) < 2: raise ValueError("all images are of one group, and no group is divided: nothing can be held out")
+    if len(np.unique(groups)) < 2:
+        raise ValueError("all images are of one group, and no group is divided: nothing can be held out")
     best = min(_proposals(labels, groups, n, rng), key=cost)
     if not len(best) or cost(best)[0]:
         raise ValueError(f"no hold-out of whole groups leaves each of the {len(classes)} classes an image to train on "
@@ -130,7 +132,8 @@ def _hold_out(split: Split, # Labeled images
     "Cut a stratified part of `n` images off `split`, in whole groups if it has any."
     assert split.labels is not None
     held = np.zeros(len(split), dtype=bool)
-    held[stratified(split.labels, n, rng) if split.groups is None else grouped(split.labels, split.groups, n, rng)] = True
+    drawn = stratified(split.labels, n, rng) if split.groups is None else grouped(split.labels, split.groups, n, rng)
+    held[drawn] = True
     return split[held], split[~held]
 
 def _label_some(split: Split, # Training images, all labels known

@@ -1,0 +1,198 @@
+"Tables of predictions: order, broken files, several networks, and what is written for a competition."
+import os
+import warnings
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from noisy_student.datasets import Split, load_images
+from noisy_student.predictions import class_columns, predict_table, write_submission
+from noisy_student.pretrained import Trained
+
+N = 9
+
+
+def network(classes=("cat", "dog", "emu"), size=8, c=3, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Conv2d(c, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, len(classes)))
+        nn.init.normal_(model[-1].weight, std=9)
+    return Trained(model, "tiny", list(classes), size, [.5] * c, [.25] * c)
+
+
+def expected(net, images):
+    "By hand: evaluation mode, no batches."
+    x = (torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 255 - .5) / .25
+    state = net.model.training
+    net.model.eval()
+    with torch.no_grad(): p = net.model(x).softmax(1).numpy()
+    net.model.train(state)
+    return p
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(N): Image.fromarray(rng.integers(0, 256, (12, 10 + i, 3), dtype=np.uint8)).save(tmp_path/f"{i}.png")
+    return tmp_path
+
+
+def files(folder): return [str(folder/f"{i}.png") for i in range(N)]
+
+
+def said(f):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        result = f()
+    return result, [str(o.message) for o in seen]
+
+
+def test_every_form_of_items(folder):
+    "The same probabilities, in the order that was asked for, under the names that were given."
+    net, p = network(), expected(network(), load_images(files(folder), 8).images)
+    order = [3, 1, 8, 0]
+    frame = pd.DataFrame(dict(id=order), index=[7, 7, 9, 1])
+    frame.to_csv(folder/"ids.csv", index=False)
+    kwargs = dict(folder=folder, image="id", suffix=".png")
+    for items, given, rows, names in (
+            (folder, {}, range(N), files(folder)), (files(folder)[::-1], {}, range(N)[::-1], files(folder)[::-1]),
+            (folder/"4.png", {}, [4], [str(folder/"4.png")]), (frame, kwargs, order, order), (pa.Table.from_pandas(frame), kwargs, order, order),
+            (folder/"ids.csv", dict(image="id", suffix=".png"), order, list(map(str, order))), (Split(files(folder)[2:4]), {}, [2, 3], files(folder)[2:4]),
+            (load_images(files(folder), 8).images, {}, range(N), range(N))):
+        table = predict_table(net, items, bs=2, **given)
+        assert list(table) == ["image", "label", "confidence", "cat", "dog", "emu"] and table.image.tolist() == list(names)
+        np.testing.assert_allclose(table.iloc[:, 3:], p[list(rows)], atol=1e-5)
+        np.testing.assert_allclose(table.confidence, table.iloc[:, 3:].max(axis=1))
+        assert table.label.tolist() == [net.classes[i] for i in p[list(rows)].argmax(1)]
+    assert list(frame.merge(predict_table(net, frame, **kwargs), left_on="id", right_on="image").id) == order
+
+
+def test_network_is_left_as_it_was(folder):
+    net = network()
+    net.model[3].eval()
+    before = {k: v.clone() for k, v in net.model.state_dict().items()}
+    predict_table(net, folder)
+    assert net.model.training and not net.model[3].training
+    assert all(torch.equal(v, before[k]) for k, v in net.model.state_dict().items())
+    with pytest.raises(RuntimeError):
+        predict_table(net._replace(model=nn.Sequential(net.model, nn.Linear(7, 3))), folder)
+    assert net.model.training
+
+
+def test_mean_of_several(folder):
+    nets = [network(size=8, seed=0), network(size=12, seed=1), network(size=8, seed=2)]
+    p = np.mean([expected(t, load_images(files(folder), t.size).images) for t in nets], 0)
+    np.testing.assert_allclose(predict_table(nets, folder, bs=4).iloc[:, 3:], p, atol=1e-5)
+    for other in (network(("dog", "cat", "emu")), network(("cat", "dog"))):
+        with pytest.raises(ValueError, match="same classes in the same order"): predict_table([nets[0], other], folder)
+
+
+def test_gray_and_color(folder):
+    "A network for gray images sees the luminance of color ones, one for color images three times the gray."
+    color = load_images(files(folder), 8).images
+    gray = np.stack([np.asarray(Image.fromarray(o).convert("L")) for o in color])[..., None]
+    np.testing.assert_allclose(predict_table(network(c=1), folder).iloc[:, 3:], expected(network(c=1), gray), atol=.05)
+    np.testing.assert_allclose(predict_table(network(), gray).iloc[:, 3:], expected(network(), np.repeat(gray, 3, -1)), atol=1e-5)
+
+
+def test_broken_files_keep_their_rows(folder):
+    p = expected(network(), load_images(files(folder), 8).images)
+    for i in (0, 4, 5, 8): (folder/f"{i}.png").write_bytes(b"no image")
+    (folder/"6.png").unlink()
+    table, seen = said(lambda: predict_table([network(), network(size=16)][:1], files(folder), bs=2))
+    lost = table.label.isna()
+    assert lost.tolist() == [i in (0, 4, 5, 6, 8) for i in range(N)] and table.label[0] is None
+    assert table[lost].iloc[:, 2:].isna().all(axis=None)
+    np.testing.assert_allclose(table[~lost].iloc[:, 3:].astype(float), p[~lost], atol=1e-5)
+    assert len(seen) == 1 and "5 of 9 images" in seen[0] and "0.png: not an image" in seen[0] and seen[0].endswith("...")
+    table, seen = said(lambda: predict_table([network(), network(size=16)], files(folder)[4:6]))
+    assert table.label.tolist() == [None, None] and len(seen) == 1
+
+
+def test_memory_is_flat(folder, monkeypatch):
+    "Only a part of the images is decoded at a time, at most one part ahead."
+    from noisy_student import predictions
+    monkeypatch.setattr(predictions, "_BYTES", 3 * 8 * 8 * 4)
+    sizes, steps = [], []
+    load = predictions.load_images
+    monkeypatch.setattr(predictions, "load_images", lambda items, size: (sizes.append(len(items)), load(items, size))[1])
+    whole = predict_table(network(), files(folder) * 3, bs=2, progress=lambda *a: steps.append(a))
+    assert max(sizes) == 4 and sum(sizes) == 3 * N and steps[-1] == (27, 27) and len(steps) == 7
+    monkeypatch.undo()
+    np.testing.assert_allclose(whole.iloc[:, 3:], predict_table(network(), files(folder) * 3).iloc[:, 3:], atol=1e-5)
+
+
+def test_classes_named_like_columns(folder):
+    net = network(("label", "image", "confidence"))
+    table = predict_table(net, folder)
+    assert list(table) == ["image", "label", "confidence", "label (class)", "image (class)", "confidence (class)"]
+    assert table.label.tolist() == [net.classes[i] for i in table.iloc[:, 3:].to_numpy().argmax(1)]
+    assert class_columns(["a", "label", "label (class)"]) == ["a", "label (class) (class)", "label (class)"]
+    written = pd.read_csv(write_submission(table, folder/"s.csv", ("id", "label", "image", "confidence")))
+    np.testing.assert_allclose(written.iloc[:, 1:], table.iloc[:, 3:], rtol=1e-5)
+    assert pd.read_csv(write_submission(table, folder/"s.csv", ("id", "label"))).label.tolist() == table.label.tolist()
+
+
+@pytest.mark.parametrize("items, kwargs, text", [
+    ([], {}, "at least one image"), (np.zeros((2, 8, 8), np.uint8), {}, "must be uint8"), ("gone", {}, "no folder or file gone"),
+    (pd.DataFrame(dict(image=["0", "1"])), {}, 'add suffix=".png"'), (pd.DataFrame(dict(id=["0"])), {}, "no column 'image'"),
+    (["0.png"], dict(bs=0), "bs must be at least 1")])
+def test_mistakes(folder, monkeypatch, items, kwargs, text):
+    monkeypatch.chdir(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=text): predict_table(network(), items, **kwargs)
+    with pytest.raises(ValueError, match="at least one, got an empty list"): predict_table([], folder)
+
+
+def test_output_that_is_not_finite(folder):
+    net = network()
+    nn.init.constant_(net.model[-1].bias, float("nan"))
+    with pytest.raises(ValueError, match="0.png is not finite"): predict_table(net, folder)
+
+
+def written(*args, **kwargs): return pd.read_csv(write_submission(*args, **kwargs), dtype=str, keep_default_na=False)
+
+
+def test_submission(folder):
+    "Names without folders, then labels or probabilities, under the headers and in the order that are asked for."
+    table, out = predict_table(network(), folder), folder/"new"/"s.csv"
+    assert written(table, out).equals(pd.DataFrame(dict(image=[f"{i}.png" for i in range(N)], label=table.label.astype(str))).astype(written(table, out).dtypes))
+    assert written(table, out, ("id", "label"), stem=True).id.tolist() == [str(i) for i in range(N)]
+    assert list(written(table, out, ("id", "emu", "cat"))) == ["id", "emu", "cat"]
+    np.testing.assert_allclose(written(table, out, ("id", "emu")).emu.astype(float), table.emu, rtol=1e-5) # a class as header: its probability
+    np.testing.assert_allclose(written(table, out, {"id": "image", "p": "dog"}).p.astype(float), table.dog, rtol=1e-5)
+    assert not [o for o in os.listdir(out.parent) if o != "s.csv"]
+    for kwargs, text in ((dict(columns=("id",)), "columns must be"), (dict(columns=("id", "cat", "fox")), "'fox'"), (dict(columns={"id": "name"}), "no column 'name'"),
+                         (dict(fill="fox"), "fill must be a class")):
+        with pytest.raises(ValueError, match=text): write_submission(table, out, **kwargs)
+    with pytest.raises(ValueError, match="of predict_table"): write_submission(table[["image", "label"]], out)
+    with pytest.raises(ValueError, match="have the name of another one"): write_submission(pd.concat([table, table]), out)
+    (folder/"file").touch()
+    with pytest.raises(OSError, match="cannot write"): write_submission(table, folder/"file"/"s.csv")
+
+
+def test_like_a_sample(folder):
+    table = predict_table(network(), folder)
+    for ids in ([5, 0, 3], ["5", "0", "3"], ["5.png", "0.png", "3.png"], [str(folder/f"{i}.png") for i in (5, 0, 3)]):
+        sample = pd.DataFrame(dict(Id=ids, Category="?"))
+        sample.to_csv(folder/"sample.csv", index=False)
+        for like in (sample, folder/"sample.csv"):
+            got, seen = said(lambda: written(table, folder/"s.csv", like=like))
+            assert got.Id.tolist() == list(map(str, ids)) and got.Category.tolist() == table.label[[5, 0, 3]].tolist()
+            assert len(seen) == 1 and "6 predictions are not in the sample" in seen[0]
+    assert list(said(lambda: written(table, folder/"s.csv", like=pd.DataFrame(columns=["Id", "dog", "cat", "emu"], data=[["1", 0, 0, 0]])))[0]) == ["Id", "dog", "cat", "emu"]
+    with pytest.raises(ValueError, match="1 of 2 ids .* the first is '77'"): write_submission(table, folder/"s.csv", like=pd.DataFrame(dict(Id=[1, 77], c=0)))
+
+
+def test_unread_images_in_a_submission(folder):
+    (folder/"2.png").write_bytes(b"")
+    table, _ = said(lambda: predict_table(network(), folder))
+    got, seen = said(lambda: written(table, folder/"s.csv"))
+    assert got.label[2] == "" and len(seen) == 1 and "1 images could not be read" in seen[0]
+    got, seen = said(lambda: written(table, folder/"s.csv", fill="emu"))
+    assert got.label[2] == "emu" and not seen and table.label[2] is None
+    assert written(table, folder/"s.csv", ("id", "cat", "dog", "emu"), fill="emu").iloc[2, 1:].astype(float).tolist() == [0, 0, 1]
