@@ -34,6 +34,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .archives import split_item
 from .auto import Stage, duration, reasons_table, round_weights, seconds, steps_for, with_steps
+from .checks import against_before, against_chance, majority
 from .checkpoints import RunState, _seeded, pack, unpack # pack and unpack for those who import them here
 from .configure import channels, configure, default_size
 from .dataloaders import PadCropFlip, ResizedCropFlip, mixed_dataloaders
@@ -47,6 +48,7 @@ from .learner import Noise, noisy_student_learner
 from .losses import SoftLabelCrossEntropy
 from .models import (_resolved, create_model, load_tensors, load_weights, n_parameters, save_tensors,
                                   save_weights, split_head)
+from .predictions import predict_table
 from .pretrained import Trained
 from .pseudo_labels import (PseudoLabelError, PseudoLabels, Selection, _half, predict_pseudo_labels, read_selection,
                                          relabel_pseudo_labels, select_pseudo_labels)
@@ -913,6 +915,18 @@ def _warn(self: NoisyStudent, k): # of what looks wrong since round k is there
         return warnings.warn(f"round {k} could not be looked through ({type(e).__name__}: {e}); the run goes on")
     for o in found: warnings.warn(o)
 
+@patch
+def _not_in_vain(self: NoisyStudent, k): # stop at chance level, and say when a student loses
+    y, scores = self._valid_labels(), self.summary.valid_accuracy
+    found = against_chance(round(scores[k] * len(y)), len(y), len(self.data.classes), majority(y).share, f'round {k}')
+    if found.stop and not self.force and k < self.recipe.rounds: raise ValueError(f"round {k}: {found.text}")
+    if k and not isinstance(self.data, Splits) or not k or scores[k] >= scores[k - 1]: return
+    probs = [_logits(self.learner(i), self._images('valid').images).numpy() for i in (k, k - 1)]
+    if not (found := against_before(y, *probs, f'the student of round {k}')).ok: warnings.warn(f"{found.text} Round {self.best} is used.")
+
+@patch
+def _valid_labels(self: NoisyStudent): return self.data.valid.labels
+
 def _is_whole(page): # whether a page is there to its end
     return page.exists() and page.read_bytes().endswith(b'</html>\n')
 
@@ -1066,3 +1080,14 @@ def load_model(path: str | Path, # A run directory (its best round), a round_K f
     model = create_model(meta['arch'], len(classes), len(mean))
     load_weights(model, file)
     return Trained(model.eval().to(device), meta['arch'], classes, int(meta['size']), mean, std)
+
+# %% ../nbs/09_rounds.ipynb #54d7e353
+@patch
+def predict(self: NoisyStudent, # After `fit`
+            items: str | Path | list | np.ndarray | pd.DataFrame, # A folder, a file or a list of them, a table or .csv file with a column of file names, or uint8 (N, H, W, C)
+            k: int | None = None, # Round; None: the best
+            **kwargs # To `predict_table`: folder, image, suffix, bs
+           ) -> pd.DataFrame: # image, label, confidence, and one column per class; a row per item, in order
+    "The label of every image. Unreadable images have none, and a warning names them. Raises ValueError before the first round is done."
+    network = load_model(self._round(self.best if k is None else k), self.device)
+    return predict_table(network, items, progress=lambda done, total: self._tell('predicting (images)', done, total), **kwargs)

@@ -348,6 +348,10 @@ class TabularNoisyStudent(NoisyStudent):
             select_pseudo_labels(folder/'pseudo_labels', out, threshold=r.threshold, per_class=r.per_class)
         return read_selection(out)
 
+    def _valid_labels(self): return self.data.valid[self.data.y_name].map({v: i for i, v in enumerate(self.data.vocab)}).to_numpy()
+
+    def _tell_plan(self): pass # rows take no time
+
     def _per_class(self, pile): # rows of 'labeled' or 'valid'
         return [int((getattr(self.data, pile)[self.data.y_name] == v).sum()) for v in self.data.vocab]
 
