@@ -28,6 +28,7 @@ class Facts(NamedTuple):
     pretrained: bool = False # Whether it starts from pretrained weights
     device: str = 'cpu' # 'cpu', 'cuda', 'mps'
     color: bool = True # Whether the images have three channels
+    seconds: float | None = None # Time limit of the run; None: as long as it takes
 
 class Auto(NamedTuple):
     "A recipe, and why."
@@ -66,11 +67,18 @@ def _noise(f):
                       "of 27 is for a hundred million and more"),
         min_scale=((.5 if f.pretrained else .35) if f.size > 40 else 1., "crops of photographs; small pictures are shifted instead"),
         pad=(0 if f.size > 40 else max(1, f.size // 8), "an eighth of a small picture"),
-        flip=(f.color, "photographs have no left and right; gray pictures may be text" ))
+        flip=(f.color, "photographs have no left and right; gray pictures may be text"),
+        **({} if f.color else dict(rotate=(15., "gray pictures may be text: turned a little instead of mirrored"),
+                                   zoom=(1.2, "gray pictures have no color to change: made larger and smaller instead"))))
+
+def _short(f): return f.seconds is not None and f.seconds < 900
+
+def _because(f): return ", as two would be too short in this time" if _short(f) else ""
 
 def _from_weights(f): # fine-tuning
     return dict(
-        rounds=(3, "a classifier on frozen features learns from its own labels first; then two students train all of the network"),
+        rounds=(2 if _short(f) else 3, "a classifier on frozen features learns from its own labels first; then "
+                + ("one student trains" if _short(f) else "two students train") + " all of the network" + _because(f)),
         head_rounds=(2, "pretrained weights: teacher and first student train the classifier alone, in seconds"),
         share=((.3, .6, .9), "the most confident labels first, more in each round"),
         lr=(1e-3, "of the classifier"),
@@ -82,7 +90,7 @@ def _from_weights(f): # fine-tuning
 
 def _from_scratch(f):
     return dict(
-        rounds=(2, "a student on half of the pool, one on most of it"),
+        rounds=(1 if _short(f) else 2, ("one student" if _short(f) else "a student on half of the pool, one on most of it") + _because(f)),
         share=((.5, .9), "the most confident labels first, more in each round"),
         lr=(4e-3 if f.size <= 64 else 2e-3, "AdamW, one cycle"),
         ema=(.99, "averaged weights, from which noise and the last batches have gone"),

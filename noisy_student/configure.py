@@ -39,8 +39,8 @@ def native_size(data: Splits # Whose labeled images are looked at
 def default_size(data: Splits, # Whose images
                  pretrained: bool | str = False # Weights of photographs want at least 96 px
                 ) -> int: # In pixels
-    "That of the images, at most 128."
-    return max(min(native_size(data), 128), 96 if pretrained else 1)
+    "That of the images, at most 128; tiny ones are enlarged to 12, as a network halves them three times."
+    return max(min(native_size(data), 128), 96 if pretrained else 12)
 
 def channels(data: Splits # Whose images
             ) -> int: # 1 or 3; files are read as color
@@ -61,6 +61,7 @@ def configure(
     recipe: str | Recipe = 'auto', # A name in `RECIPES`, a recipe, or 'auto'
     noise: Noise | None = None, # Of the students; None: the recipe's
     device: torch.device = torch.device('cpu'), # Where it trains
+    seconds: float | None = None, # Time limit of the run
     **settings # Fields of `Recipe` to change
 ) -> Configured:
     "Architectures and recipe. Raises ValueError for a setting that does not exist or is out of range."
@@ -73,7 +74,7 @@ def configure(
     with torch.device('meta'): largest = max((create_model(o, len(data.classes), channels(data)) for o in names), key=n_parameters)
     size = given.get('size') or default_size(data, pretrained)
     facts = Facts(len(data.labeled), len(data.classes), len(data.unlabeled), size, n_parameters(largest), bool(pretrained),
-                  device.type, channels(data) == 3)
+                  device.type, channels(data) == 3, seconds)
     made, why = auto_recipe(facts)
     changes = {**_consequences(made, given), **given, 'pretrained': pretrained, 'archs': names}
     made = replace(made, **changes)

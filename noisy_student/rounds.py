@@ -204,7 +204,7 @@ class NoisyStudent:
         self.path, data = _run_folder(data, path), open_data(data, seed=seed)
         self.data, self.seed, self.force = data, seed, force
         self.device = own_device(device)
-        self.archs, self.recipe, self.why = configure(data, archs, recipe, noise, self.device, **settings)
+        self.archs, self.recipe, self.why = configure(data, archs, recipe, noise, self.device, self.limit, **settings)
         self.archs: list[str]
         if not self.archs or not all(isinstance(o, str) for o in self.archs):
             raise ValueError("archs must be names, teacher first, such as ['resnet18', 'resnet34']: every round builds "
@@ -331,7 +331,7 @@ class NoisyStudent:
 # %% ../nbs/09_rounds.ipynb #0c07cbd0
 @patch
 def _check_folder(self: NoisyStudent): # before anything is put into it
-    own = ('run.json.tmp', '.lock', '.lock.txt')
+    own = ('run.json.tmp', '.lock', '.lock.txt', 'cache', 'skipped.csv') # a plan decodes the images
     if (self.path/'run.json').exists() or not self.path.is_dir(): return
     if any(o.name not in own for o in self.path.iterdir()):
         raise ValueError(f"{self.path} is not empty and holds no run (there is no run.json in it): choose another "
