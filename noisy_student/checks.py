@@ -86,17 +86,18 @@ def against_chance(
     if max(p, p_most) < LEVEL:
         return Verdict(True, False, f"{right}: {who} is better than chance ({by}; {_p(max(p, p_most))}).")
     if p < LEVEL:
-        said = "is not better than" if correct / n <= most else "cannot be told from"
+        said = "no better than" if correct / n <= most else "cannot be told from"
         return Verdict(False, False, f"{right}: {who} is better than guessing, but {said} always giving the most "
                        f"frequent class ({by}; {_p(p_most)}). Look at balanced accuracy; class weights or more labels "
                        "of the rare classes may help.")
-    if _upper(correct, n) >= min(2 * guess, (1 + guess) / 2):
+    if (highest := _upper(correct, n)) >= min(2 * guess, (1 + guess) / 2):
         least = _least(n, guess)
         need = f"{least:,} right ones would be beyond chance" if least <= n else "not even if all were right"
         return Verdict(False, False, f"{_images(n, things)} cannot tell whether {who} is better than chance: "
                        f"{correct:,} are right ({_percent(correct / n)}), {by}; {need}. More {things} or folds would "
                        "tell; more labels, pretrained weights or more steps may help.")
-    return Verdict(False, True, f"{right}: {who} is no better than chance ({by}; {_p(p)}). {_AT_CHANCE}")
+    return Verdict(False, True, f"{right}: {who} is no better than chance ({by}; {_p(p)}; its accuracy is at most "
+                   f"{_percent(highest)} with 95 % confidence). {_AT_CHANCE}")
 
 # %% ../nbs/08f_checks.ipynb #6d75be3b
 def mcnemar(lost: int, # Images that only the first network got right
