@@ -6,12 +6,12 @@
 __all__ = ['LEVEL', 'CHOOSE_BY', 'Verdict', 'p_above', 'Majority', 'majority', 'against_chance', 'mcnemar', 'against_before',
            'against_linear', 'class_metrics', 'score']
 
-# %% ../nbs/08f_checks.ipynb #e8bebc28
+# %% ../nbs/08f_checks.ipynb #f86b4c74
 from typing import NamedTuple
 
 import numpy as np
 
-# %% ../nbs/08f_checks.ipynb #ee8287de
+# %% ../nbs/08f_checks.ipynb #d6171296
 LEVEL = .05 # Of every test: a network at chance level passes in one of twenty cases
 
 class Verdict(NamedTuple):
@@ -42,28 +42,31 @@ def _least(n, share): # right answers from which on they are beyond chance; more
     from scipy.stats import binom
     return int(binom.isf(LEVEL, n, share)) + 1
 
-# %% ../nbs/08f_checks.ipynb #4d4c54d3
+# %% ../nbs/08f_checks.ipynb #5fbbd8da
 class Majority(NamedTuple):
     "The most frequent label, the first of several."
     label: int | str # The label itself
-    count: int # How often it is there
+    n: int # How often it is there
     share: float # Of all labels, in (0, 1]
 
 def majority(labels: np.ndarray | list # (n,), n > 0
             ) -> Majority:
-    "What a network would say that knows a single answer, and how often it would be right. Raises ValueError without labels."
+    """What a network would say that knows a single answer, and how often it would be right. Raises ValueError without
+    labels."""
     values, counts = np.unique(np.asarray(labels), return_counts=True)
     if not len(values): raise ValueError("labels must be at least one label, got none; a majority needs labels")
     i = int(counts.argmax())
     return Majority(values[i].item(), int(counts[i]), float(counts[i] / counts.sum()))
 
-# %% ../nbs/08f_checks.ipynb #d50b687c
-def _p(p): return f"p = {p:.2g}" if p >= .001 else "p < .001"
+# %% ../nbs/08f_checks.ipynb #c1a0c063
+def _p(p): # 'p = .04'; more digits where they matter
+    if p < .001: return 'p < .001'
+    return f"p = {p:.{3 if p < .01 or .045 <= p < .055 else 2}f}".replace(' 0.', ' .')
 def _images(n, things): return f"{n:,} {things[:-1] if n == 1 and things.endswith('s') else things}"
 def _percent(x): return f"{100 * x:.1f} %"
 
-_AT_CHANCE = ("Train on more labels, with pretrained weights, or for more steps or time, and look at the labels with suspects; "
-              "force=True (--force) goes on anyway.")
+_AT_CHANCE = ("Train on more labels, with pretrained weights, or for more steps or time, and look at the labels with "
+              "suspects; force=True (--force) goes on anyway.")
 
 def against_chance(
     correct: int, # Right answers on validation images, 0..n
@@ -78,22 +81,25 @@ def against_chance(
     guess, most = 1 / n_classes, majority_share or 0.
     p, p_most = p_above(correct, n, guess), p_above(correct, n, most)
     right = f"{correct:,} of {_images(n, things)} are right ({_percent(correct / n)})"
-    by = f"guessing gets {_percent(guess)}" + (f", the most frequent class alone {_percent(most)}" if most > guess else "")
+    by = f"guessing gets {_percent(guess)}"
+    if most > guess: by += f", the most frequent class alone {_percent(most)}"
     if max(p, p_most) < LEVEL:
         return Verdict(True, False, f"{right}: {who} is better than chance ({by}; {_p(max(p, p_most))}).")
     if p < LEVEL:
-        said = "is not better than" if correct / n <= most else "cannot be told from"
-        return Verdict(False, False, f"{right}: {who} is better than guessing, but {said} always giving the most frequent class "
-                       f"({by}; {_p(p_most)}). Look at balanced accuracy; class weights or more labels of the rare classes may help.")
-    if _upper(correct, n) >= min(2 * guess, (1 + guess) / 2):
+        said = "no better than" if correct / n <= most else "cannot be told from"
+        return Verdict(False, False, f"{right}: {who} is better than guessing, but {said} always giving the most "
+                       f"frequent class ({by}; {_p(p_most)}). Look at balanced accuracy; class weights or more labels "
+                       "of the rare classes may help.")
+    if (highest := _upper(correct, n)) >= min(2 * guess, (1 + guess) / 2):
         least = _least(n, guess)
         need = f"{least:,} right ones would be beyond chance" if least <= n else "not even if all were right"
-        return Verdict(False, False, f"{_images(n, things)} cannot tell whether {who} is better than chance: {correct:,} are right "
-                       f"({_percent(correct / n)}), {by}; {need}. More {things} or folds would tell; more labels, "
-                       "pretrained weights or more steps may help.")
-    return Verdict(False, True, f"{right}: {who} is no better than chance ({by}; {_p(p)}). {_AT_CHANCE}")
+        return Verdict(False, False, f"{_images(n, things)} cannot tell whether {who} is better than chance: "
+                       f"{correct:,} are right ({_percent(correct / n)}), {by}; {need}. More {things} or folds would "
+                       "tell; more labels, pretrained weights or more steps may help.")
+    return Verdict(False, True, f"{right}: {who} is no better than chance ({by}; {_p(p)}; its accuracy is at most "
+                   f"{_percent(highest)} with 95 % confidence). {_AT_CHANCE}")
 
-# %% ../nbs/08f_checks.ipynb #36b2ee74
+# %% ../nbs/08f_checks.ipynb #6d75be3b
 def mcnemar(lost: int, # Images that only the first network got right
             gained: int # Images that only the second one got right
            ) -> float: # 0..1, 1 without such images
@@ -111,18 +117,20 @@ def _classes_of(name, o, n): # int (n,), of labels or of probabilities (n, K)
 
 def _paired(y, pred, before, who, other, things, remedy): # -> Verdict
     y = np.asarray(y)
-    if y.ndim != 1 or not len(y): raise ValueError(f"y must be a label per image, got shape {y.shape}; give true labels")
+    if y.ndim != 1 or not len(y):
+        raise ValueError(f"y must be a label per image, got shape {y.shape}; give true labels")
     right, was = (_classes_of(name, o, len(y)) == y for name, o in (('pred', pred), (other, before)))
     lost, gained = int((was & ~right).sum()), int((right & ~was).sum())
-    p, (most, least) = mcnemar(lost, gained), sorted((lost, gained))[::-1]
-    numbers = (f"{who} gets {gained:,} right that {other} got wrong, and {lost:,} wrong that it got right" if gained >= lost
-               else f"{who} gets {lost:,} wrong that {other} got right, and {gained:,} right that it got wrong")
+    p = mcnemar(lost, gained)
+    numbers = f"{who} gets {lost:,} wrong that {other} got right, and {gained:,} right that it got wrong"
+    if gained >= lost:
+        numbers = f"{who} gets {gained:,} right that {other} got wrong, and {lost:,} wrong that it got right"
     if p < LEVEL and gained > lost: return Verdict(True, False, f"{numbers}: better beyond chance ({_p(p)}).")
     if p < LEVEL: return Verdict(False, False, f"{numbers}: worse beyond chance ({_p(p)}). {remedy}")
     if lost + gained < 6:
-        return Verdict(True, False, f"{numbers}: {_images(len(y), things)} cannot tell which is better (at least 6 must be "
-                       "answered rightly by just one of the two).")
-    return Verdict(True, False, f"{numbers}: no different beyond chance ({_p(p)}, {_images(len(y), things)}).")
+        return Verdict(True, False, f"{numbers}: {_images(len(y), things)} cannot tell which is better (at least 6 "
+                       "must be answered rightly by just one of the two).")
+    return Verdict(True, False, f"{numbers}: no difference beyond chance ({_p(p)}, {_images(len(y), things)}).")
 
 def against_before(
     y: np.ndarray, # True labels, int (n,)
@@ -133,7 +141,7 @@ def against_before(
     things: str = 'validation images', # What was answered
 ) -> Verdict: # Not `ok` if it is worse beyond chance; never `stop`
     "Is a network better, no different, or worse than the one before? Raises ValueError for answers of other images."
-    return _paired(y, pred, before, who, other, things, f"The one before is used; less noise, more steps or time, a "
+    return _paired(y, pred, before, who, other, things, "The one before is used; less noise, more steps or time, a "
                    "smaller share or a larger network may help.")
 
 def against_linear(
@@ -144,11 +152,11 @@ def against_linear(
     things: str = 'validation images', # What was answered
 ) -> Verdict: # Not `ok` if it is worse beyond chance; never `stop`
     "The same against a linear head on the frozen features of pretrained weights. Raises ValueError likewise."
-    return _paired(y, pred, linear, who, 'a linear head on frozen features', things, "Training loses what the pretrained "
-                   "weights know: start from that head, with a lower learning rate for the layers below it, less noise, or "
-                   "more steps.")
+    return _paired(y, pred, linear, who, 'a linear head on frozen features', things, "Training loses what the "
+                   "pretrained weights know: start from that head, with a lower learning rate for the layers below it, "
+                   "less noise, or more steps.")
 
-# %% ../nbs/08f_checks.ipynb #b3b5ad6d
+# %% ../nbs/08f_checks.ipynb #73baa52b
 CHOOSE_BY = dict(accuracy=1, balanced_accuracy=1, f1=1, log_loss=-1) # Name -> sign: 1 where higher is better
 
 def class_metrics(
@@ -160,12 +168,13 @@ def class_metrics(
     import warnings
     from sklearn import metrics as sk
     y, o = np.asarray(y), np.asarray(prob_or_pred)
-    if y.ndim != 1 or not len(y): raise ValueError(f"y must be a label per image, got shape {y.shape}; give true labels")
+    if y.ndim != 1 or not len(y):
+        raise ValueError(f"y must be a label per image, got shape {y.shape}; give true labels")
     if y.min() < 0 or y.max() >= n_classes:
         raise ValueError(f"y must be in 0..{n_classes - 1}, got {y.min()}..{y.max()}; leave out images without a label")
     if o.shape not in ((len(y),), (len(y), n_classes)):
-        raise ValueError(f"prob_or_pred must be of shape ({len(y)}, {n_classes}) or ({len(y)},), got {o.shape}; give an "
-                         "answer per label")
+        raise ValueError(f"prob_or_pred must be of shape ({len(y)}, {n_classes}) or ({len(y)},), got {o.shape}; give "
+                         "an answer per label")
     pred, prob = (o, None) if o.ndim == 1 else (o.argmax(1), o.astype(np.float64))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # of classes that are predicted and not there
@@ -183,5 +192,6 @@ def score(metrics: dict, # Of `class_metrics`
     if choose_by not in CHOOSE_BY:
         raise ValueError(f"choose_by must be one of {', '.join(CHOOSE_BY)}, got {choose_by!r}; choose one of these")
     if (value := metrics.get(choose_by)) is None:
-        raise ValueError(f"choose_by={choose_by!r} must be a metric that was measured, got none; log_loss needs probabilities")
+        raise ValueError(f"choose_by={choose_by!r} must be a metric that was measured, got none; log_loss needs "
+                         "probabilities")
     return CHOOSE_BY[choose_by] * value

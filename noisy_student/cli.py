@@ -403,8 +403,13 @@ def select(
     src: Annotated[list[str], typer.Argument(metavar='SRC',
                                              help="Folders that label wrote (all shards), or parquet files.")],
     out: Annotated[str, typer.Option(metavar='FILE', help="Parquet file to write.")] = 'selected.parquet',
-    threshold: Annotated[float, typer.Option(metavar='X', min=0, max=1,
-                                             help="Least confidence, 0 to 1, inclusive.")] = .3,
+    threshold: Annotated[Optional[float], typer.Option(metavar='X', min=0, max=1, show_default='0.3',
+                                                       help="Least confidence, 0 to 1, inclusive.")] = None,
+    share: Annotated[Optional[float], typer.Option(metavar='X', min=0, max=1,
+                                                   help="Instead of a threshold: keep the most confident share, above 0 "
+                                                        "to 1.")] = None,
+    share_of: Annotated[str, typer.Option(metavar='WHAT', help="Of what: pool, or class for the same share of every "
+                                                               "predicted class.")] = 'pool',
     per_class: Annotated[str, typer.Option(metavar='N',
                                            help="Rows per class: a number, mean or largest (of the classes after the "
                                                 "filter), none (no balancing).")] = 'mean',
@@ -422,8 +427,10 @@ def select(
       noisy-student select pseudo_labels --out selected.parquet --threshold 0.8 --per-class 1000
     """
     from noisy_student.pseudo_labels import select_pseudo_labels
-    print_table(_rows(select_pseudo_labels(src, out, threshold, _per_class(per_class), strict, binned, seed).summary),
-                as_json)
+    given = {} if threshold is None else dict(threshold=threshold) # beside a share none must be
+    done = select_pseudo_labels(src, out, per_class=_per_class(per_class), strict=strict, binned=binned, seed=seed,
+                                share=share, share_of=share_of, **given)
+    print_table(_rows(done.summary), as_json)
 
 @app.command(short_help='Let a new teacher rewrite a selection.')
 def relabel(

@@ -823,12 +823,14 @@ def select_pseudo_labels(
 def _find_cuts(con, files, share, share_of): # -> _Filter; makes the table `cuts`: (label,) cut, last
     table, by = _narrow(files), 'label' if share_of == 'class' else '0'
     rows, bucket = _histogram(con, table, 'true', 0, files, False)
-    piles = rows.assign(pile=rows.label if share_of == 'class' else 0).groupby(['pile', 'bucket'])['count'].sum()
-    piles = piles.reset_index().sort_values(['pile', 'bucket'], ascending=[True, False])
-    total, above = (getattr(piles.groupby('pile')['count'], o) for o in ('transform', 'cumsum'))
-    need = total('sum').map(lambda n: math.ceil(Fraction(str(share)) * n))
-    ends = piles.assign(edge=piles.bucket, need=need - (above() - piles['count']))[above() >= need]
-    con.register('ends', ends.groupby('pile').first().reset_index()[['pile', 'edge', 'need']])
+    if share_of == 'class': piles = rows.rename(columns=dict(label='pile'))
+    else: piles = rows.groupby('bucket', as_index=False)['count'].sum().assign(pile=0)
+    piles = piles.sort_values(['pile', 'bucket'], ascending=[True, False])
+    counts, exact = piles.groupby('pile')['count'], Fraction(str(share))
+    need = piles.pile.map({pile: math.ceil(exact * int(n)) for pile, n in counts.sum().items()})
+    above = counts.cumsum() # images of the pile in this bucket and higher ones
+    ends = piles.assign(need=need - above + piles['count'])[above >= need].groupby('pile').first().reset_index()
+    con.register('ends', ends.rename(columns=dict(bucket='edge'))[['pile', 'edge', 'need']])
     # n images have the last confidence that passes, `ties` of them pass
     _sql(con, f"""CREATE TEMP TABLE levels AS SELECT pile, confidence AS cut, need - above AS ties, n FROM
         (SELECT *, sum(n) OVER (PARTITION BY pile ORDER BY confidence DESC) - n AS above FROM
@@ -891,7 +893,7 @@ def _limits(cuts, share, share_of): # for the metadata of a selection
 def selected_by(selection: Selection | str | Path # What select_pseudo_labels returned, or its file
                ) -> dict: # threshold, strict, per_class; of a share also share and share_of
     "How a selection was made, from its metadata; `threshold` is the lowest confidence of a share."
-    meta = _meta(Path(getattr(selection, 'path', selection)))
+    meta = _meta(selection.path if isinstance(selection, Selection) else Path(selection))
     return {k: meta[k] for k in ('threshold', 'strict', 'per_class', 'share', 'share_of') if k in meta}
 
 # %% ../nbs/05_pseudo_labels.ipynb #35d65925

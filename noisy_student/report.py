@@ -23,10 +23,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 from PIL import Image
 
+from .checks import against_chance
 from .datasets import ImageFileError, Splits, load_image, square
 from .files import altered, best_round, read_metrics, unsealed
 from .metrics import wilson
-from .pseudo_labels import _batches, _duckdb, _parquet, _too_low
+from .pseudo_labels import _batches, _duckdb, _parquet, _too_low, selected_by, share_cuts
 from .suspects import flipped_labels
 
 # %% ../nbs/11_report.ipynb #ab4440de
@@ -48,6 +49,9 @@ class RoundLabels:
     known_of: np.ndarray # int64 (K,): labels of each class whose truth is known
     right_passed: int = 0 # Labels that are confident enough and the true ones
     known_passed: int = 0 # Labels that are confident enough and whose truth is known
+    threshold: float | None = None # Least confidence of those that passed: the one that was given, or what the share amounts to
+    share: float | None = None # The share of the labels that was kept instead, in (0, 1]
+    share_of: str = 'pool' # 'pool', or 'class' for the same share of every predicted class
 
     @property
     def known(self) -> int:
@@ -92,11 +96,11 @@ def read_run(path: str | Path, # Run directory
     if [o['round'] for o in done] != list(range(len(done))):
         raise ValueError(f"{path}: a round before the last one has no metrics.json: fit(), or noisy-student run, makes it again")
     history = {o['round']: _read_table(path/f"round_{o['round']}"/'history.csv', "fit(), or noisy-student run, makes it again") for o in done}
-    r, labels, truth = about['config']['recipe'], {}, _Truth(data)
+    labels, truth = {}, _Truth(data)
     for o in done:
         folder = path/f"round_{o['round']}"
         if (folder/'selected.parquet').exists():
-            labels[o['round']] = _count_labels(folder, len(about['config']['classes']), r['threshold'], r.get('strict', False), truth)
+            labels[o['round']] = _count_labels(folder, len(about['config']['classes']), truth)
     try: leaks = unsealed(path/'leaks.json')['found'] if (path/'leaks.json').exists() else []
     except ValueError: raise ValueError(f"{path/'leaks.json'} is damaged: fit(), or noisy-student run, searches again") from None
     return RunRecord(path, about['config'], about, pd.DataFrame(done), done, history, labels, leaks, data)
@@ -127,15 +131,22 @@ class _Truth: # true labels of the pool by item, -1 where not known; names are l
 
 def _items(column): return column.to_numpy() if str(column.type).startswith('int') else column.to_pylist()
 
-def _count_labels(folder, K, threshold, strict, truth): # RoundLabels of a round's folder
+def _passing(chosen, everything, how): # (items, labels, confidences) -> which of them passed
+    if 'share' not in how: return lambda items, label, confidence: (np.greater if how.get('strict') else np.greater_equal)(
+        confidence, np.float32(how['threshold']))
+    if not everything.exists(): return lambda items, label, confidence: np.ones(len(label), bool) # what is left has passed
+    return share_cuts(everything, how['share'], how['share_of']).passes
+
+def _count_labels(folder, K, truth): # RoundLabels of a round's folder
     chosen, everything = folder/'selected.parquet', folder/'pseudo_labels'
     files = sorted(everything.glob('part-*.parquet')) if everything.exists() else [chosen]
+    passing = _passing(chosen, everything, how := selected_by(chosen))
     seen, passed, hits = np.zeros(K, int), np.zeros(K, int), np.zeros((3, BINS), int)
     right_of, known_of, right_passed, known_passed = np.zeros(K, int), np.zeros(K, int), 0, 0
     for c in (c for f in files for c in _batches(f, 1 << 16, ['item', 'label', 'confidence'])):
         label, confidence = c['label'].to_numpy(), c['confidence'].to_numpy()
-        over = confidence > threshold if strict else confidence >= np.float32(threshold)
-        true = truth(_items(c['item']))
+        items = _items(c['item'])
+        over, true = passing(items, label, confidence), truth(items)
         kind = np.where(true < 0, 2, np.where(true == label, 0, 1))
         seen += np.bincount(label, minlength=K); passed += np.bincount(label[over], minlength=K)
         where = np.minimum((confidence * BINS).astype(int), BINS - 1)
@@ -146,7 +157,8 @@ def _count_labels(folder, K, threshold, strict, truth): # RoundLabels of a round
     for c in _batches(chosen, 1 << 16, ['label', 'copies']):
         label = c['label'].to_numpy()
         kept += np.bincount(label, minlength=K); rows += np.bincount(label, c['copies'].to_numpy(), K).astype(int)
-    return RoundLabels(chosen, everything if everything.exists() else None, seen, passed, kept, rows, *hits, right_of, known_of, right_passed, known_passed)
+    return RoundLabels(chosen, everything if everything.exists() else None, seen, passed, kept, rows, *hits, right_of, known_of, right_passed, known_passed,
+                       how['threshold'], how.get('share'), how.get('share_of', 'pool'))
 
 # %% ../nbs/11_report.ipynb #59a02ad5
 def skewed_classes(
@@ -199,8 +211,8 @@ def chance_warnings(last: dict, # metrics.json of the last round
     if not n or last['round'] < config['recipe'].get('rounds', 0): return []
     counts = sizes.get('valid_per_class')
     share, answer = (max(counts) / n, f'always answering {_short(classes[int(np.argmax(counts))], 40)}') if counts else (1 / len(classes), 'guessing')
+    if against_chance(round(p * n), n, len(classes), max(counts) / n if counts else None).ok: return []
     low, high = wilson(round(p * n), n)
-    if low > share: return []
     return [f"The {'last ' if last['round'] else ''}{last['role']} {'is' if p <= share else 'may be'} no better than chance: {100 * p:.1f} % ({100 * low:.1f} to {100 * high:.1f}) of {n:,} validation "
             f"{_things(config)} are right, {100 * share:.1f} % by {answer}. More epochs or more labels may help; more validation {_things(config)} would tell more surely."]
 
@@ -212,7 +224,8 @@ def run_warnings(run: RunRecord # From `read_run`
                 ) -> list[str]: # Sentences, the most serious first; none if all is well
     "What looks wrong with a run: leaks, a network at chance level, students below their teachers, classes that collapse, a threshold that does nothing."
     last = chance_warnings(run.metrics[-1], run.about) if run.metrics else []
-    low = _too_low(run.recipe.get('threshold', 0), len(run.classes)) if run.labels else []
+    given = {o.threshold: 0 for o in run.labels.values() if o.threshold is not None and o.share is None}
+    low = [s for t in given for s in _too_low(t, len(run.classes))]
     return leak_warnings(run.leaks) + last + low + [o for m in run.metrics for o in round_warnings(run, m['round'])]
 
 def round_warnings(run: RunRecord, # From `read_run`
@@ -245,8 +258,8 @@ def _collapsed(run, k): # classes with far more or fewer pseudo labels than labe
     return out
 
 def _idle_threshold(run, k): # a filter that keeps almost nothing or everything
-    o, t = run.labels[k], run.recipe.get('threshold', 0)
-    if o.everything is None or not t or _too_low(t, len(run.classes)): return [] # the last is said once, of the run
+    o, t = run.labels[k], run.labels[k].threshold
+    if o.everything is None or o.share is not None or not t or _too_low(t, len(run.classes)): return [] # the last is said once, of the run
     share, n = o.passed.sum() / max(o.seen.sum(), 1), o.seen.sum()
     if share < .05: return [f"Round {k}: the threshold {t:g} keeps {o.passed.sum():,} of {n:,} pseudo labels ({100 * share:.1f} %): a lower one would leave more to learn from."]
     if share > .995: return [f"Round {k}: the threshold {t:g} keeps {'all' if o.passed.sum() == n else f'{o.passed.sum():,} of'} {n:,} pseudo labels: as a filter it does nothing."]
@@ -317,7 +330,7 @@ def _draw_confidence(ax, run, o): # histogram with the threshold
         counts = counts.reshape(-1, step).sum(1)
         ax.bar(edges[:-1], counts, 1 / len(floor), floor, align='edge', color=color, label=label, edgecolor=CARD, linewidth=.4)
         floor += counts
-    if t := run.recipe.get('threshold'): ax.axvline(t, color=INK, ls='--', lw=1.2, label=f'threshold {t:g}')
+    if t := o.threshold: ax.axvline(t, color=INK, ls='--', lw=1.2, label=f'threshold {t:.3g}')
     ax.set_yscale('log')
     ax.yaxis.set_major_formatter(_thousands)
     ax.yaxis.set_minor_locator(NullLocator())
@@ -342,7 +355,7 @@ def _draw_coverage(ax, run): # accuracy of the most confident labels, a line per
         color = C1 if last else SOFT
         ax.plot(100 * known[some] / known[-1], 100 * right[some] / known[some], color=color, lw=2 if last else 1, label=f'round {k}' if last or not n else None)
         if o.known_passed: ax.plot(100 * o.known_passed / known[-1], 100 * o.right_passed / o.known_passed, 'o', color=color, ms=6 if last else 4,
-                                   label='at the threshold' if last else None)
+                                   label=('at the threshold' if o.share is None else 'at the share') if last else None)
     ax.set(xlabel='kept, most confident first (%)', ylabel='right among the kept (%)', xlim=(0, 102)); _legend(ax)
 
 # %% ../nbs/11_report.ipynb #06d8d60e
@@ -535,12 +548,12 @@ def _labels_section(run):
         return ''
     k = max(run.labels)
     o, things = run.labels[k], run.things
-    columns = [('round', False), (f'{things} labeled', False), ('passed the filter', False), (f'{things} trained on', False), ('with copies', False),
+    columns = [('round', False), ('filter', True), (f'{things} labeled', False), ('passed the filter', False), (f'{things} trained on', False), ('with copies', False),
                ('right, all', False), ('right, passed', False)]
-    rows = [[i, f'{p.seen.sum():,}', f'{p.passed.sum():,} <span class="sub">({100 * p.passed.sum() / max(p.seen.sum(), 1):.1f} %)</span>', f'{p.kept.sum():,}', f'{p.rows.sum():,}',
+    rows = [[i, _filter_text(p), f'{p.seen.sum():,}', f'{p.passed.sum():,} <span class="sub">({100 * p.passed.sum() / max(p.seen.sum(), 1):.1f} %)</span>', f'{p.kept.sum():,}', f'{p.rows.sum():,}',
              _interval(p.right.sum() / p.known, p.known) if p.known else '', _interval(p.right_passed / p.known_passed, p.known_passed) if p.known_passed else '']
             for i, p in run.labels.items()]
-    if not any(p.known for p in run.labels.values()): columns, rows = columns[:5], [r[:5] for r in rows]
+    if not any(p.known for p in run.labels.values()): columns, rows = columns[:6], [r[:6] for r in rows]
     what = f'of the pool, labeled by the network of round {k - 1} for round {k}'
     cards = [_card('Confidence', f'Of the {things} {what}.', _chart(_draw_confidence, 'confidence of pseudo labels', run, o))]
     if o.known:
@@ -549,6 +562,10 @@ def _labels_section(run):
     cards.append(_card('Class counts', 'Before and after the filter, and after balancing.', _chart(_draw_classes, 'class counts', run, o)))
     cards.append(_class_table(run, o))
     return f'<h2>Are the pseudo labels any good?</h2><section class="card">{_html_table(columns, rows)}</section><div class="grid">{"".join(cards)}</div>'
+
+def _filter_text(o): # how the labels of a round were chosen
+    if o.share is None: return f'confidence from {o.threshold:.3g}' if o.threshold else 'none'
+    return f"most confident {100 * o.share:.3g} % of {'every class' if o.share_of == 'class' else 'the pool'}: confidence from {o.threshold:.3g}"
 
 def _class_table(run, o): # a row per class
     K, labeled = len(run.classes), run.size('labeled_per_class')

@@ -276,6 +276,10 @@ def test_stages_on_odd_images(folder, teacher, call, mistake, tmp_path):
     assert [r['class'] for r in rows] == ['blue', 'red'] and all(r['rows'] in (0, 5) for r in rows) and sum(r['seen'] for r in rows) == 12
     out, _ = call('select', labels, '--out', chosen, '--threshold', '0', '--per-class', 'none')
     assert 'mean confidence' in out and 'blue' in out
+    rows = json.loads(call('select', labels, '--out', tmp_path/'share.parquet', '--share', '0.1', '--share-of', 'class', '--json')[0])
+    assert [o['passed'] for o in rows] == [-(-o['seen'] // 10) for o in rows] and all(o['share'] == .1 for o in rows)
+    mistake(r"share=0.1 and threshold=0.3 were both given", 'select', labels, '--out', tmp_path/'x.parquet', '--share', '0.1', '--threshold', '0.3')
+    mistake(r"share must be in \(0, 1\], got 0.0", 'select', labels, '--out', tmp_path/'x.parquet', '--share', '0')
     mistake(r"no pseudo label reaches threshold=1.0", 'select', labels, '--out', tmp_path/'none.parquet', '--threshold', '1', '--strict')
     mistake(r"is not a selection", 'relabel', teacher, next(labels.glob('*.parquet')))
 

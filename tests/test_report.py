@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from noisy_student.cli import main
+from noisy_student.pseudo_labels import select_pseudo_labels
 from noisy_student.report import RunRecord, extremes, read_run, report_html, run_warnings, skewed_classes, write_report
 from noisy_student.rounds import NoisyStudent
 from test_rounds import SETTINGS, miniature
@@ -113,6 +114,21 @@ def test_without_data_and_again(nasty, tmp_path):
     bare = write_report(tmp_path / "copy").read_text()
     assert "data:image" not in bare and "Is confidence right?" not in bare and "Class counts" in bare
     assert report_html(read_run(nasty.path, nasty.data)) == report_html(read_run(nasty.path, nasty.data)) == (nasty.path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("share_of, what", [("pool", "the pool"), ("class", "every class")])
+def test_a_share_is_shown_with_its_confidence(nasty, tmp_path, share_of, what):
+    "What passed is what is in the share, and a threshold that did not choose is not warned of."
+    folder = shutil.copytree(nasty.path, tmp_path / "copy") / "round_2"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        chosen = select_pseudo_labels(folder / "pseudo_labels", folder / "selected.parquet", share=1, share_of=share_of)
+    run = read_run(folder.parent, nasty.data)
+    assert run.labels[2].passed.sum() == len(pd.read_parquet(folder / "pseudo_labels")) == run.labels[2].known_passed
+    assert not [o for o in run_warnings(run) if o.startswith("Round 2: the threshold")] and run.labels[1].share is None
+    assert f"most confident 100 % of {what}: confidence from {chosen.summary.threshold.min():.3g}" in report_html(run)
+    shutil.rmtree(folder / "pseudo_labels")  # as after relabeling: what is left has passed
+    assert (read_run(folder.parent).labels[2].passed == chosen.summary.kept).all()
 
 
 class Biased:
