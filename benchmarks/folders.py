@@ -311,13 +311,9 @@ def fine_tune(folder, work, case, seed, seconds, cache, begun):
     make = _fastai_learner(folder, case)
     set_seed(seed)
     learn = make()
-    with learn.no_bar(), learn.no_logging():
-        if case.weights: learn.freeze()
-        frozen = _epoch_seconds(learn, .02 * seconds) if case.weights else 0.
-        learn.unfreeze()
-        each = _epoch_seconds(learn, .04 * seconds)
-    left = begun + .98 * seconds - time.perf_counter() - frozen
-    epochs = max(1, int(left / each))
+    with learn.no_bar(), learn.no_logging(): each = _epoch_seconds(learn, .04 * seconds)
+    left = begun + .98 * seconds - time.perf_counter()
+    epochs = max(1, int(left / each) - case.weights)  # `fine_tune` begins with one more, of the head alone
     set_seed(seed)
     learn = make()
     with learn.no_bar(), learn.no_logging():
@@ -513,8 +509,9 @@ def table(a: argparse.Namespace):
         if (t.verdict != "").any():
             v, s = t.verdict.value_counts(), t.students.value_counts()
             print(f"Of {(t.verdict != '').sum()} cases ours is better than the best of the others in "
-                  f"{v.get('better', 0)}, as good in {v.get('as good', 0)}, worse in {v.get('worse', 0)}; the last student "
-                  f"is below its teacher in {s.get('worse', 0)}; {(t.above_chance == 'no').sum()} are within chance of guessing.\n")
+                  f"{v.get('better', 0)}, as good in {v.get('as good', 0)}, worse in {v.get('worse', 0)}; the last "
+                  f"student is below its teacher in {s.get('worse', 0)}; {(t.above_chance == 'no').sum()} are within "
+                  "chance of guessing.\n")
         failed = rows[rows.error.notna() & rows.case.str.startswith("dev_").eq(dev)]
         for o in failed.itertuples(): print(f"{o.case} {o.seed} {o.method}: {o.error}")
 
