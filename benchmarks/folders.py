@@ -29,9 +29,10 @@ seconds, with two minutes more for what they leave out: starting, writing the fo
 - fine_tune: fastai's `vision_learner`, `Resize` and `aug_transforms`; with weights `fine_tune`, else ResNet-18 and
   `fit_one_cycle`. As many epochs as fit, by the speed of a short trial within the seconds; all labels train.
 - linear: logistic regression on the pooled features of the same weights at the same size; without weights, on 100
-  principal components of the pixels (of all training images, labeled or not). Its C by cross-validation where every
-  class has 3 labels.
-- selftrain: scikit-learn's `SelfTrainingClassifier`, at its defaults, around the same regression.
+  principal components of the pixels (of all training images, labeled or not). Its C by cross-validated
+  accuracy where every class has 3 labels.
+- selftrain: scikit-learn's `SelfTrainingClassifier`, at its defaults, around the same regression, whose C is chosen by
+  log loss, since its threshold acts on probabilities.
 - all_labels (on demand): `teacher`, with the labels of the pool too: the upper end of the "share of the gap" that the
   unlabeled images close, (last student - teacher) / (all labels - teacher).
 
@@ -247,7 +248,7 @@ def _inputs(folder, case, cache):  # of labeled, test and unlabeled images, and 
 # --- methods: accuracy on test/, and what else is worth a column ---
 
 
-def _regression(x, y, case, seed):  # chosen, not yet fitted on all
+def _regression(x, y, case, seed, scoring):  # chosen, not yet fitted on all
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV, StratifiedKFold
     from sklearn.pipeline import make_pipeline
@@ -257,7 +258,7 @@ def _regression(x, y, case, seed):  # chosen, not yet fitted on all
     if n < 3: return model
     cs = np.logspace(-4, 0, 5) if case.weights else np.logspace(-3, 2, 6)
     folds = StratifiedKFold(min(5, n), shuffle=True, random_state=seed)
-    search = GridSearchCV(model, dict(logisticregression__C=cs), cv=folds, refit=False).fit(x, y)
+    search = GridSearchCV(model, dict(logisticregression__C=cs), scoring=scoring, cv=folds, refit=False).fit(x, y)
     return model.set_params(**search.best_params_)
 
 
@@ -265,7 +266,8 @@ def linear(folder, work, case, seed, seconds, cache, begun, pool=False):
     x, x_test, x_pool, cost, cost_pool = _inputs(folder, case, cache)
     y, y_test = _split(folder, "train")[1], _split(folder, "test")[1]
     started, classes = time.perf_counter(), np.unique(y)
-    model = _regression(x, y, case, seed)
+    # by accuracy, the strongest of equal penalties wins: no confidence would pass the threshold of self-training
+    model = _regression(x, y, case, seed, "neg_log_loss" if pool else "accuracy")
     y = np.searchsorted(classes, y)
     if pool:
         from sklearn.semi_supervised import SelfTrainingClassifier
