@@ -86,6 +86,27 @@ def test_code_lines(docs):
     assert text(lines) == text(code)
 
 
+def test_readme_is_a_page():
+    "The first lines of use come at once, the whole is short, and what has not been tried is said where the figures are."
+    text = (ROOT/'README.md').read_text(encoding='utf-8')
+    lines = text.splitlines()
+    assert len(lines) < 90 and "pip install -e '.[dev]' && pytest" in lines
+    assert next(i for i, o in enumerate(lines) if o.startswith('ns = NoisyStudent(')) < 25
+    figures = text.partition('## How good is it?')[2].partition('\n## ')[0]
+    assert '<!-- folders table -->' in figures and 'has **not yet run on a GPU**' in figures
+    assert 'yet run on' in (ROOT/'nbs'/'benchmarks.ipynb').read_text(encoding='utf-8')
+    listed = (ROOT/'nbs'/'modules.md').read_text(encoding='utf-8')
+    assert not [o.name for o in (ROOT/'nbs').glob('[01]*.ipynb') if f'({o.name})' not in listed]
+
+
+def test_badges(docs):
+    "Addresses by settings.ini, which are those of the site and its repository."
+    row, site = docs.badges(), docs.SITE_URL.rstrip('/')
+    assert row in (ROOT/'README.md').read_text(encoding='utf-8') and row.count('[![') == 4 and f']({site})' in row
+    here = re.findall(r'noisy_student/(?:blob/main|actions/workflows)/([\w.]+)\)', row)
+    assert here and all((ROOT/o).exists() or (ROOT/'.github'/'workflows'/o).exists() for o in here)
+
+
 def test_messages_install_extras_as_the_readme_does():
     "It is not on PyPI: an extra comes from the clone, as README says, and is one that there is."
     readme, settings = (ROOT/'README.md').read_text(encoding='utf-8'), (ROOT/'settings.ini').read_text(encoding='utf-8')

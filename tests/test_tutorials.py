@@ -18,7 +18,7 @@ if not NBS.is_dir(): pytest.skip("the notebooks are not here", allow_module_leve
 TUTORIALS = sorted(NBS.glob("tutorials/*.ipynb"))
 
 
-def test_there_are_tutorials(): assert len(TUTORIALS) >= 7
+def test_there_are_tutorials(): assert len(TUTORIALS) >= 8
 
 
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda o: o.stem)

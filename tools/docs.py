@@ -26,6 +26,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 import pypandoc
 import yaml
+from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.serve import proc_nbs
 from smalldocs import site as smalldocs
@@ -47,8 +48,10 @@ EVENTS = re.compile(r"(?:\s*(?:after|before)_\w+:NoneType=None,?){10,}")
 def readme() -> str:  # The text of README.md
     "Put the cells of index.ipynb one after another: their Markdown is GitHub's, code and its output get fences."
     parts = ["<!-- Made from nbs/index.ipynb by tools/docs.py: edit the notebook. -->"]
-    for cell in json.loads((NBS / "index.ipynb").read_text(encoding="utf-8"))["cells"]:
+    for i, cell in enumerate(json.loads((NBS / "index.ipynb").read_text(encoding="utf-8"))["cells"]):
         source = "".join(cell["source"])
+        if i == 1:  # below the title; not on the site, which shows no picture of other servers
+            parts.append(badges())
         if cell["cell_type"] == "markdown":
             # The site's root is nbs/, the README's is the repository.
             parts.append(README_LINK.sub(lambda m: m[1] + ("nbs/" if (NBS / m[2]).exists() else "") + m[2], source))
@@ -56,6 +59,18 @@ def readme() -> str:  # The text of README.md
             parts.append("```python\n" + re.sub(r"^#\|.*\n?", "", source, flags=re.M) + "\n```")
             parts += [output_text(out) for out in cell["outputs"]]
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def badges() -> str:  # One line of Markdown
+    "Pictures that link to the tests, the license, the Python versions and the documentation, by what settings.ini says."
+    c = get_config(path=ROOT)
+    repo, shield = f"https://github.com/{c.user}/{c.repo}", "https://img.shields.io/badge"
+    return " ".join([
+        f"[![tests]({repo}/actions/workflows/test.yml/badge.svg)]({repo}/actions/workflows/test.yml)",
+        f"[![docs]({shield}/docs-{c.user.replace('-', '--')}.github.io-blue)]({c.doc_host}{c.doc_baseurl})",
+        f"[![Python {c.min_python} or newer]({shield}/python-{c.min_python}%2B-blue)]({repo}/blob/{c.branch}/settings.ini)",
+        f"[![Apache 2.0]({shield}/license-Apache%202.0-blue)]({repo}/blob/{c.branch}/LICENSE)",
+    ])
 
 
 def output_text(out: dict) -> str:  # Its Markdown
