@@ -10,11 +10,10 @@ __all__ = ['LEAST_STEPS', 'Facts', 'Auto', 'auto_recipe', 'reasons_table', 'seco
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import pandas as pd
+if TYPE_CHECKING: import pandas as pd
 
-from .learner import default_noise
 from .recipes import Recipe
 
 # %% ../nbs/08e_auto.ipynb #960485c5
@@ -60,6 +59,7 @@ def _length(f, recipe): # epochs are tenths of a training, after which it is val
         teacher_epochs=(max(1, round(teacher / (student // 10))), f"{why}thirty passes over the labels for the teacher"))
 
 def _noise(f):
+    from noisy_student.learner import default_noise # here, so that lengths of time and recipes need no torch
     return dict(
         noise=(default_noise(f.parameters, f.size, f.pretrained), f"for {f.parameters / 1e6:.1f} million parameters and {f.size} px; the "
                "paper's magnitude of 27 is for a hundred million and more"),
@@ -109,8 +109,9 @@ def auto_recipe(facts: Facts # What is known
 # %% ../nbs/08e_auto.ipynb #d7f84342
 def reasons_table(recipe: Recipe, # As it is used
                   reasons: Mapping[str, str] # Of `Auto`; what was set by hand has none
-                 ) -> pd.DataFrame: # setting, value, why
+                 ) -> 'pd.DataFrame': # setting, value, why
     "Every setting that differs from the plain recipe, or was decided."
+    import pandas as pd
     plain, now = Recipe().to_json(), recipe.to_json()
     rows = [(k, getattr(recipe, k), reasons.get(k, 'as asked for')) for k in now if k in reasons or now[k] != plain[k]]
     return pd.DataFrame(rows, columns=['setting', 'value', 'why'])
