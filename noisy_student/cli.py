@@ -44,7 +44,7 @@ DATA = dict(
     imagenette=Data('default', 1000, ('rest',)),
     svhn=Data('svhn', None, ('extra', 'rest')),
 )
-FOLDER = Data('default', None) # a folder or table of your own; Data('auto', None): the library chooses recipe and architecture
+FOLDER = Data('auto', None) # a folder or table of your own: recipe and architecture fit the data
 DEFAULT_ARCHS = ['resnet18'] # where a recipe names none
 
 def load_data(name: str, # digits, cifar10, imagenette, svhn, a folder as `from_folder` takes it, or a .csv file
@@ -136,7 +136,7 @@ def run(
     arch: Annotated[Optional[list[str]], typer.Option(metavar='NAME', show_default=False,
                                                       help="Architecture: a timm name, or resnet9_24 for pictures of "
                                                            "8 to 64 px (24 is its width); repeat it, teacher first, "
-                                                           "then students. Default: the recipe's, else resnet18.")] = None,
+                                                           "then students. Default: the recipe's, or what fits the data.")] = None,
     rounds: Annotated[Optional[int], typer.Option(metavar='N', min=0, show_default=False,
                                                   help="Number of students, one after the other. Default: the "
                                                        "recipe's.")] = None,
@@ -474,7 +474,7 @@ def ablate(
 
     Can be interrupted: the same command goes on where it stopped.
     """
-    name = recipe or DATA.get(data, FOLDER).recipe
+    name = recipe or DATA.get(data, FOLDER).recipe.replace('auto', 'default') # parts that are taken out must be named
     full = get_recipe('default' if name == 'auto' else name) # one for all variants, whatever they change
     if data not in DATA and not Path(data).is_dir(): load_data(data) # says what it could have been
     from noisy_student.ablation import ablate as run_all
