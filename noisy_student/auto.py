@@ -10,11 +10,10 @@ __all__ = ['LEAST_STEPS', 'Facts', 'Auto', 'auto_recipe', 'reasons_table', 'seco
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import pandas as pd
+if TYPE_CHECKING: import pandas as pd
 
-from .learner import Noise
 from .recipes import Recipe
 
 # %% ../nbs/08e_auto.ipynb #960485c5
@@ -60,11 +59,10 @@ def _length(f, recipe): # epochs are tenths of a training, after which it is val
         teacher_epochs=(max(1, round(teacher / (student // 10))), f"{why}thirty passes over the labels for the teacher"))
 
 def _noise(f):
-    large = f.parameters >= 20e6 and f.size > 64
-    noise = Noise(2, 10, .3, .8) if large else Noise(1, 5, .2, .9)
+    from noisy_student.learner import default_noise # here, so that lengths of time and recipes need no torch
     return dict(
-        noise=(noise, f"{'medium' if large else 'mild'}: {f.parameters / 1e6:.1f} million parameters, {f.size} px; the paper's magnitude "
-                      "of 27 is for a hundred million and more"),
+        noise=(default_noise(f.parameters, f.size, f.pretrained), f"for {f.parameters / 1e6:.1f} million parameters and {f.size} px; the "
+               "paper's magnitude of 27 is for a hundred million and more"),
         min_scale=((.5 if f.pretrained else .35) if f.size > 40 else 1., "crops of photographs; small pictures are shifted instead"),
         pad=(0 if f.size > 40 else max(1, f.size // 8), "an eighth of a small picture"),
         flip=(f.color, "photographs have no left and right; gray pictures may be text"),
@@ -92,6 +90,8 @@ def _from_scratch(f):
     return dict(
         rounds=(1 if _short(f) else 2, ("one student" if _short(f) else "a student on half of the pool, one on most of it") + _because(f)),
         share=((.5, .9), "the most confident labels first, more in each round"),
+        init=('teacher' if _short(f) else 'scratch', "in so short a time students go on from their teacher" if _short(f)
+              else "as in the paper: a student does not inherit its teacher's errors"),
         lr=(4e-3 if f.size <= 64 else 2e-3, "AdamW, one cycle"),
         ema=(.99, "averaged weights, from which noise and the last batches have gone"),
         label_smoothing=(.1, "as in the paper"))
@@ -109,8 +109,9 @@ def auto_recipe(facts: Facts # What is known
 # %% ../nbs/08e_auto.ipynb #d7f84342
 def reasons_table(recipe: Recipe, # As it is used
                   reasons: Mapping[str, str] # Of `Auto`; what was set by hand has none
-                 ) -> pd.DataFrame: # setting, value, why
+                 ) -> 'pd.DataFrame': # setting, value, why
     "Every setting that differs from the plain recipe, or was decided."
+    import pandas as pd
     plain, now = Recipe().to_json(), recipe.to_json()
     rows = [(k, getattr(recipe, k), reasons.get(k, 'as asked for')) for k in now if k in reasons or now[k] != plain[k]]
     return pd.DataFrame(rows, columns=['setting', 'value', 'why'])

@@ -39,8 +39,8 @@ def native_size(data: Splits # Whose labeled images are looked at
 def default_size(data: Splits, # Whose images
                  pretrained: bool | str = False # Weights of photographs want at least 96 px
                 ) -> int: # In pixels
-    "That of the images, at most 128; tiny ones are enlarged to 12, as a network halves them three times."
-    return max(min(native_size(data), 128), 96 if pretrained else 12)
+    "That of the images, at most 128."
+    return max(min(native_size(data), 128), 96 if pretrained else 1)
 
 def channels(data: Splits # Whose images
             ) -> int: # 1 or 3; files are read as color
@@ -73,10 +73,11 @@ def configure(
     names, pretrained, reasons = _network(data, _as_list(archs), given.get('pretrained'), given.get('size'), device)
     with torch.device('meta'): largest = max((create_model(o, len(data.classes), channels(data)) for o in names), key=n_parameters)
     size = given.get('size') or default_size(data, pretrained)
+    if size <= 8 and 'size' not in given: size, reasons['size'] = 12, "tiny pictures are enlarged: a network halves them three times"
     facts = Facts(len(data.labeled), len(data.classes), len(data.unlabeled), size, n_parameters(largest), bool(pretrained),
                   device.type, channels(data) == 3, seconds)
     made, why = auto_recipe(facts)
-    changes = {**_consequences(made, given), **given, 'pretrained': pretrained, 'archs': names}
+    changes = {**_consequences(made, given, names), **given, 'pretrained': pretrained, 'archs': names, 'size': size}
     made = replace(made, **changes)
     if 'noise' not in given: made = replace(made, noise=_that_acts(made.noise, names, data))
     return Configured(names, made, reasons | {k: v for k, v in why.items() if k not in changes})
@@ -87,9 +88,10 @@ _TOGETHER = ('on_the_fly', 'ratio', 'binned', 'strict', 'label_smoothing', 'sche
              'unlabeled_weight', 'per_class', 'soft', 'relabel', 'pad', 'min_scale', 'accumulate', 'bs', 'head_rounds', 'body_lr', 'ema', 'noise',
              'teacher_noise') # which only make sense beside others
 
-def _consequences(made, given): # what settings that were named change in others
+def _consequences(made, given, names): # what settings that were named change in others
     rounds = given.get('rounds', made.rounds)
     new: dict[str, Any] = dict(head_rounds=min(made.head_rounds, 2 if rounds > 1 else rounds))
+    if len(set(names)) > 1: new['init'] = 'scratch'
     if 'epochs' in given: new |= dict(steps=None, teacher_epochs=None)
     if {'threshold', 'strict', 'on_the_fly', 'binned'} & set(given) or not rounds: new['share'] = None
     if given.get('on_the_fly') or given.get('ratio', 1) is None: new |= dict(head_rounds=0, label_smoothing=0. if 'ratio' in given else made.label_smoothing)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .datasets import file_sha256
+from .images import file_sha256
 
 # %% ../nbs/04b_files.ipynb #0dea0d7a
 def write_sums(folder: Path, # Where the files are

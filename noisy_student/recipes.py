@@ -8,17 +8,17 @@ __all__ = ['SCHEDULES', 'RECIPES', 'Recipe', 'get_recipe', 'recipe_table']
 # %% ../nbs/08b_recipes.ipynb #4ef1a208
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral, Real
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
-import pandas as pd
+if TYPE_CHECKING: import pandas as pd
 
-from .datasets import _did_you_mean
-from .learner import Noise
-from .models import EFFICIENTNETS
-from .training import OPTIMIZERS
+from .efficientnets import EFFICIENTNETS
+from .folders import _did_you_mean
+from .noise import Noise
 
 # %% ../nbs/08b_recipes.ipynb #3cf08c70
 SCHEDULES = ('one-cycle', 'staircase', 'plateau')
+_OPTIMIZERS = ('adamw', 'adam', 'rmsprop') # of `training`, known without torch
 
 def _is(value, kind): # of that type, where a whole number is a float too, and True is no number
     numbers = {int: Integral, float: Real}
@@ -70,7 +70,7 @@ class Recipe:
     zoom: float = 1. # Student's view: zoom by up to this factor, in or out
     flip: bool = True # Student's view: mirror left and right
     cutout: int = 0 # Student's view: side of a gray square at a random place, in pixels; 0: none
-    pretrained: bool | str = False # Start teacher and students from timm's weights (True), a file, or 'package:NAME'
+    pretrained: bool | str = False # Start teacher and students from published weights ('hub' or True), a file, or 'package:NAME'; 'none' or False: at random
     head_rounds: int = 0 # First rounds that train the classifier alone, on frozen features; all others then start from such a classifier
     body_lr: float = 1. # Learning rate of all but the classifier, as a share of `lr`, in (0, 1]
     freeze_norm: bool = False # Batch normalization keeps the statistics it was pretrained with
@@ -79,6 +79,8 @@ class Recipe:
 
     def __post_init__(self):
         object.__setattr__(self, 'archs', tuple(self.archs))
+        words = {'hub': True, 'none': False} # those of the command line
+        object.__setattr__(self, 'pretrained', words.get(self.pretrained, self.pretrained))
         if isinstance(self.share, list): object.__setattr__(self, 'share', tuple(self.share)) # as JSON has it
         for f in fields(self):
             kinds, value = get_args(f.type) or (f.type,), getattr(self, f.name)
@@ -89,7 +91,7 @@ class Recipe:
                         wd=0, size=1, unlabeled_weight=0, pad=0, rotate=0, zoom=1, cutout=0, head_rounds=0)
         above = dict(lr=0, temperature=0, decay_every=0)
         below_one = ('label_smoothing', 'ema')
-        one_of = dict(optimizer=tuple(OPTIMIZERS), schedule=SCHEDULES, wd_on=('weights', 'shortcuts'),
+        one_of = dict(optimizer=_OPTIMIZERS, schedule=SCHEDULES, wd_on=('weights', 'shortcuts'),
                       init=('scratch', 'teacher'), relabel=('all', 'selected'), share_of=('pool', 'class'))
         for name, want, ok in [
             *((k, f'at least {v}', lambda x, v=v: x >= v) for k, v in at_least.items()),
@@ -254,6 +256,7 @@ def _describe(r):
     }
 
 def recipe_table(*names: str # Of `RECIPES`; none: all
-                ) -> pd.DataFrame: # A column per recipe, a row per setting, in words
+                ) -> 'pd.DataFrame': # A column per recipe, a row per setting, in words
     "What recipes do, side by side. Raises ValueError for an unknown name."
+    import pandas as pd
     return pd.DataFrame({n: _describe(get_recipe(n)) for n in names or RECIPES})

@@ -804,7 +804,7 @@ def _step_seconds(self: NoisyStudent, k, selection, noise): # of one step of rou
         learn.dls.train.n = (steps := max(60, len(learn.dls.train))) * learn.dls.train.bs
         learn.dls.train.steps = steps
         learn.create_opt()
-        clock = _Clock(1.5)
+        clock = _Clock(1.5 if self.limit else .5)
         with _fast([learn.model], r, self.device), learn.no_bar(), learn.no_logging():
             learn.fit(1, 1e-9, cbs=[clock, *([FrozenStatistics()] if r.freeze_norm else [])])
     return float(np.median(clock.times[2:] or clock.times)) * r.accumulate
@@ -849,7 +849,7 @@ def _spent(self: NoisyStudent): # seconds of the finished rounds
 @patch
 def _planned(self: NoisyStudent, k): # steps of round k, None if there is no limit or it has not begun
     try: return int(unsealed(self._round(k)/'plan.json')['steps'])
-    except FileNotFoundError: return None
+    except (FileNotFoundError, NotADirectoryError): return None
     except (ValueError, KeyError, TypeError): raise ValueError(f"{self._round(k)/'plan.json'} is damaged: remove the folder {self._round(k)}") from None
 
 @patch
@@ -893,7 +893,8 @@ def plan(self: NoisyStudent) -> pd.DataFrame: # round, stage, amount, seconds
 
 @patch
 def _tell_plan(self: NoisyStudent): # one line before the training, and the time that everything before it took
-    begun = time.perf_counter()
+    begun, self.opening = time.perf_counter(), 0.
+    if self.limit is None and not (sys.stderr.isatty() or IN_NOTEBOOK): return # nobody is there to read what takes seconds to measure
     for name in ('labeled', 'unlabeled', 'valid', 'test'):
         if getattr(self.data, name) is not None and len(getattr(self.data, name)): self._images(name)
     table = self.plan()
@@ -902,8 +903,7 @@ def _tell_plan(self: NoisyStudent): # one line before the training, and the time
     if self.limit and table.seconds.sum() > 1.1 * self.limit:
         warnings.warn(f"time_limit={duration(self.limit)} is less than the least that this run takes, {duration(table.seconds.sum())}: fewer "
                       "rounds, a smaller size or a smaller pool would fit")
-    self._tell(self.planned, 1, 1)
-    if sys.stderr.isatty() or IN_NOTEBOOK: print(self.planned, file=sys.stderr, flush=True)
+    print(self.planned, file=sys.stderr, flush=True)
     self.opening = time.perf_counter() - begun
 
 # %% ../nbs/09_rounds.ipynb #5bbeecba
@@ -916,11 +916,11 @@ def _warn(self: NoisyStudent, k): # of what looks wrong since round k is there
     for o in found: warnings.warn(o)
 
 @patch
-def _not_in_vain(self: NoisyStudent, k): # stop at chance level, and say when a student loses
+def _not_in_vain(self: NoisyStudent, k): # stop a run that configured itself at chance level, and say when a student loses
     y, scores = self._valid_labels(), self.summary.valid_accuracy
     found = against_chance(round(scores[k] * len(y)), len(y), len(self.data.classes), majority(y).share, f'round {k}')
-    if found.stop and not self.force and k < self.recipe.rounds: raise ValueError(f"round {k}: {found.text}")
-    if k and not isinstance(self.data, Splits) or not k or scores[k] >= scores[k - 1]: return
+    if found.stop and self.why and not self.force and k < self.recipe.rounds: raise ValueError(f"round {k}: {found.text}")
+    if not k or scores[k] >= scores[k - 1] or not isinstance(self.data, Splits): return
     probs = [_logits(self.learner(i), self._images('valid').images).numpy() for i in (k, k - 1)]
     if not (found := against_before(y, *probs, f'the student of round {k}')).ok: warnings.warn(f"{found.text} Round {self.best} is used.")
 

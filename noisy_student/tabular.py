@@ -138,7 +138,7 @@ class TabularRecipe:
     temperature: float = 1. # T > 0 of the teacher's softmax; below 1 sharpens
     threshold: float = 0.5 # Least confidence of a pseudo label, inclusive, in [0, 1]
     per_class: int | str | None = None # Pseudo labels per class: a number, 'mean', 'largest', None (no balancing)
-    bf16, ema, accumulate, schedule, wd_on, pretrained = False, None, 1, 'one-cycle', 'weights', False # as in `Recipe`; rows are small: nothing to gain
+    bf16, ema, accumulate, schedule, wd_on, pretrained, freeze_norm, body_lr = False, None, 1, 'one-cycle', 'weights', False, False, 1. # as in `Recipe`; rows are small: nothing to gain
 
     @property
     def rate(self) -> float: return self.lr

@@ -14,7 +14,7 @@ from noisy_student.pseudo_labels import read_selection
 from noisy_student.recipes import RECIPES, Recipe, get_recipe
 from noisy_student.rounds import NoisyStudent, _shortcuts, _student_view, unpack
 
-TINY = dict(recipe="digits", epochs=2, teacher_epochs=2, steps=6, bs=16, ratio=2, size=8, threshold=0.0, rounds=1, noise=Noise(1, 3, 0.1, 0.95))
+TINY = dict(recipe="digits", epochs=2, teacher_epochs=2, steps=6, bs=16, ratio=2, size=8, threshold=0.0, rounds=1, noise=Noise(1, 3, 0.1, 0.95), force=True)
 
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_page")

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-SETTINGS = dict(recipe="digits", epochs=2, teacher_epochs=3, steps=10, size=8, temperature=0.5, threshold=0.3, rounds=2, lr=1e-2, seed=3)
+SETTINGS = dict(recipe="digits", epochs=2, teacher_epochs=3, steps=10, size=8, temperature=0.5, threshold=0.3, rounds=2, lr=1e-2, seed=3, force=True)
 
 pytestmark = pytest.mark.usefixtures("no_page")
 
