@@ -59,8 +59,8 @@ def _annotate(f, lines): # a function or method: the docstring is that of what c
     if parameters or returns: f.__doc__ = _text(f.__doc__, parameters, returns)
 
 def _annotate_class(c, lines):
-    init = vars(c).get('__init__')
-    written = isinstance(init, FunctionType) and init.__code__.co_filename != '<string>'
+    init = c.__init__ # written here, maybe for a private base class, or made from the fields
+    written = isinstance(init, FunctionType) and init.__code__.co_filename.endswith('.py') and init.__module__ == c.__module__
     parameters = _signature(lines, init.__code__.co_firstlineno - 1)[0] if written else _fields(lines, c.__name__)
     if parameters: c.__doc__ = _text(c.__doc__, parameters, None)
     for k, o in list(vars(c).items()):
@@ -96,8 +96,9 @@ class _Finder(MetaPathFinder):
         return spec
 
 def document_on_import(
-    package: str, # Name of a package; its modules that are imported from now on
+    package: str, # Name of a package, which is being imported
 ) -> None:
     "Let `document` follow the import of every module of a package. A second call changes nothing."
     if not any(isinstance(o, _Finder) and o.start == package + '.' for o in sys.meta_path):
         sys.meta_path.insert(0, _Finder(package))
+        document(sys.modules[__name__]) # which was needed before there was a finder

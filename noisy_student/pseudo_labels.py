@@ -535,7 +535,7 @@ class Selection:
     path: Path # The table
     # Per class: class, seen, passed (the filter), kept (images), rows (copies), mean_confidence; of a share
     # also `share` and `threshold`, the lowest confidence that passed
-    summary: pd.DataFrame
+    summary: pd.DataFrame # A row per class: how many rows were kept, and why not the others
 
     def __len__(self) -> int: return int(self.summary.kept.sum())
     def to_pandas(self) -> pd.DataFrame:
