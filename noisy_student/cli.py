@@ -64,7 +64,9 @@ def load_data(name: str, # digits, cifar10, imagenette, svhn, a folder as `from_
     if is_csv:
         if labels: raise ValueError("--labels cannot be given with a .csv file: leave the label of unlabeled images empty")
         from noisy_student.tables import open_data
-        return open_data(name, unlabeled, seed=seed, **(table or {}))
+        try: return open_data(name, unlabeled, seed=seed, **(table or {}))
+        except ValueError as e: # in the words of the command line
+            raise ValueError(re.sub(r'\b(image|label|valid|group|suffix)=', lambda m: _option(m[1]), str(e))) from None
     if name in DATA: return _data_set(name, labels, unlabeled, seed, recipe)
     from noisy_student.folders import from_folder
     return from_folder(name, labels, unlabeled, seed=seed)

@@ -13,22 +13,25 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 # %% ../nbs/00g_docstrings.ipynb #abcef235
-_PARAMETER = re.compile(r"""(?:\s*def[ ]\w+\()?\s*(?:(?:self|cls)\b[^,]*,\s*)?    # the first one may stand behind the name
-    (?P<name>\*{0,2}\w+)\s*(?::\s*(?P<type>.*?))??(?:\s*=\s*(?P<default>.*?))?,?\s+\#\s(?P<text>.*)$""", re.X)
-_RETURNS = re.compile(r"\s*\)(?:\s*->\s*(?P<type>.*?))?:?\s+\#\s(?P<text>.*)$")
-_LAST = re.compile(r"(?:\s*\)|.*\)\s*(?:->.*?)?:\s*(?:\#.*|[^#]*)$)") # a line that may end a signature
+_PARAMETER = re.compile(r"""(?:\s*(?:async[ ])?def[ ]\w+\()?\s*(?:(?:self|cls)\b[^,]*,\s*)?    # the first one may stand behind the name
+    (?P<name>\*{0,2}\w+)\s*(?::\s*(?P<type>.*?))?(?:\s*=\s*(?P<default>.*?))?,?$""", re.X)
 
-def _signature(lines, start): # (name, type, default, text) of every parameter with a comment, and (type, text) of the result
-    found, returns = [], None
-    for line in lines[start:start + 80]:
-        if line.lstrip().startswith('@'): continue
-        if ')' == line.lstrip()[:1]:
-            if m := _RETURNS.match(line): returns = m['type'] or '', m['text']
-            if not re.search(r'\)\s*(->.*)?:', line) and not m: continue
-            break
-        m = _PARAMETER.match(line)
-        if m and '(' not in m['name']: found.append((m['name'], m['type'] or '', m['default'] or '', m['text']))
-        elif line.rstrip().endswith(':') or re.match(r'\s*["\']', line): break
+def _parameter(line): # (name, type, default, comment), None where there is none
+    code, *comment = re.split(r'\s+#\s', line, maxsplit=1)
+    m = _PARAMETER.match(code)
+    return (m['name'], m['type'] or '', m['default'] or '', comment[0].strip()) if m and comment else None
+
+def _signature(lines, start): # those of a function, and (type, comment) of its result
+    found, returns, depth = [], None, 0
+    for i, line in enumerate(lines[start:start + 80]):
+        code, *comment = re.split(r'\s+#\s', line, maxsplit=1)
+        if not depth and not re.match(r'\s*(async )?def ', code): continue # a decorator
+        first, depth = not depth, depth + code.count('(') - code.count(')')
+        if depth <= 0 and first: break # a comment on a line with everything is about the function
+        if code.lstrip().startswith(')'):
+            if comment: returns = re.sub(r'^\s*\)\s*(->)?\s*|:.*$', '', code), comment[0].strip()
+        elif p := _parameter(re.sub(r'\)\s*(->.*)?:', '', line, count=1) if depth <= 0 else line): found.append(p)
+        if depth <= 0: break
     return found, returns
 
 def _fields(lines, name): # likewise of a dataclass or a named tuple
@@ -37,7 +40,7 @@ def _fields(lines, name): # likewise of a dataclass or a named tuple
     found = []
     for line in lines[start:]:
         if re.match(r'\S|\s+(def|@)', line): break
-        if (m := _PARAMETER.match(line)) and m['type']: found.append((m['name'], m['type'], m['default'] or '', m['text']))
+        if (p := _parameter(line)) and p[1]: found.append(p)
     return found
 
 def _text(doc, parameters, returns): # the docstring with its new end
@@ -52,7 +55,8 @@ def _text(doc, parameters, returns): # the docstring with its new end
 # %% ../nbs/00g_docstrings.ipynb #646fe45f
 def _annotate(f, lines): # a function or method: the docstring is that of what callers see, the source that of what it wraps
     inner = inspect.unwrap(f)
-    if not isinstance(inner, FunctionType) or any(hasattr(o, '__metadata__') for o in inner.__annotations__.values()): return
+    if not isinstance(inner, FunctionType) or inner.__name__ == '<lambda>': return
+    if any(hasattr(o, '__metadata__') for o in inner.__annotations__.values()): return
     parameters, returns = _signature(lines, inner.__code__.co_firstlineno - 1)
     known = inner.__code__.co_varnames
     parameters = [o for o in parameters if o[0].lstrip('*') in known and o[0] not in ('self', 'cls')]

@@ -1,0 +1,95 @@
+"What help() shows: every parameter of everything public, in the words of the comment beside it."
+import importlib, inspect, pkgutil, re, subprocess, sys, types
+
+import pytest
+
+import noisy_student
+from noisy_student.docstrings import document
+
+COMMANDS = ('cli', 'options') # explained by --help
+MODULES = [o.name for o in pkgutil.iter_modules(noisy_student.__path__) if o.name != '_modidx' and o.name not in COMMANDS]
+
+
+def parameters(o):
+    "Names of the parameters of a function, or of a class whose making is written in this package."
+    if isinstance(o, type) and not dataclass_or_tuple(o) and not getattr(o.__init__, '__module__', '').startswith('noisy_student'): return []
+    try: return [p for p in inspect.signature(o).parameters if p not in ('self', 'cls')]
+    except (ValueError, TypeError): return []
+
+
+def dataclass_or_tuple(c): return hasattr(c, '__dataclass_fields__') or hasattr(c, '_fields')
+
+
+@pytest.mark.parametrize('name', MODULES)
+def test_help_names_every_parameter(name):
+    module = importlib.import_module(f'noisy_student.{name}')
+    for key in getattr(module, '__all__', ()):
+        o = getattr(module, key)
+        if not callable(o) or getattr(o, '__module__', None) != module.__name__: continue
+        doc = inspect.getdoc(o) or ''
+        missing = [p for p in parameters(o) if not re.search(rf'^    \*{{0,2}}{p}( \(.*\))?: \S', doc, re.M)]
+        assert not missing, f"{key} says nothing of {missing}:\n{doc}"
+
+
+def test_it_says_type_meaning_default_and_result():
+    from noisy_student.learner import noisy_student_learner
+    from noisy_student.rounds import NoisyStudent
+    doc = inspect.getdoc(noisy_student_learner)
+    assert re.search(r"^    label_smoothing \(float\): Share of a hard label .*, in \[0, 1\).* \(default: 0\.\)$", doc, re.M)
+    assert doc.startswith("A fastai `Learner`") and re.search(r'^Returns:\n    Learner: ', doc, re.M)
+    assert '    seed (int): Decides' in inspect.getdoc(NoisyStudent) and 'pictures (int)' in inspect.getdoc(NoisyStudent.suspects)
+
+
+def test_twice_is_once():
+    from noisy_student import recipes
+    before = recipes.get_recipe.__doc__, recipes.Recipe.__doc__
+    document(recipes)
+    assert (recipes.get_recipe.__doc__, recipes.Recipe.__doc__) == before
+
+
+def test_layouts_of_a_signature(tmp_path):
+    (tmp_path/'sample.py').write_text('''
+__all__ = ['one', 'Two', 'three']
+def one(a, # No type
+        b: dict[str, int] | None = None, # A dict: {'x': 1}, (or none)
+        *args: int, # The rest
+        c: str = "#", # With a hash
+        **kwargs # More
+       ) -> int: # How many
+    "One."
+    x = 1 # No parameter
+class Two:
+    """Two,
+    in two lines."""
+    def __init__(self, file: str, # The file
+                 n: int = 3): # How many
+        y: int = 2 # No parameter
+    def more(self, k: int # A number
+            ): return k
+def three(x: int): return x # No comment of a parameter
+''')
+    sys.path.insert(0, str(tmp_path))
+    try: sample = importlib.import_module('sample')
+    finally: sys.path.remove(str(tmp_path))
+    assert isinstance(sample, types.ModuleType)
+    document(sample)
+    assert inspect.getdoc(sample.one) == """One.
+
+Args:
+    a: No type
+    b (dict[str, int] | None): A dict: {'x': 1}, (or none) (default: None)
+    *args (int): The rest
+    c (str): With a hash (default: "#")
+    **kwargs: More
+
+Returns:
+    int: How many"""
+    assert inspect.getdoc(sample.Two) == "Two,\nin two lines.\n\nArgs:\n    file (str): The file\n    n (int): How many (default: 3)"
+    assert inspect.getdoc(sample.Two.more) == "Args:\n    k (int): A number"
+    assert sample.three.__doc__ is None
+
+
+def test_the_help_of_commands_stays_what_it_is():
+    out = subprocess.run([sys.executable, '-m', 'noisy_student.cli', 'run', '--help'], capture_output=True, text=True)
+    from noisy_student import cli
+    assert 'Args:' not in cli.run.__doc__ and 'Args:' in cli.main.__doc__ and 'Args:' not in out.stdout
