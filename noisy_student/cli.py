@@ -632,6 +632,7 @@ def predict(
     _must_exist(model)
     named = _items(items, _given(folder=images, image=image_column, suffix=suffix))
     t = _trained(model, device)
+    if isinstance(files := named['items'], list) and not any(map(_is_there, files)): raise FileNotFoundError(f"{files[0]}: no such file")
     from noisy_student.predictions import class_columns, predict_table, write_submission
     with show_progress() as progress:
         table = predict_table(t, **named, progress=lambda done, total: progress('predicting (images)', done, total))
@@ -659,7 +660,6 @@ def _items(items, table): # arguments of `predict_table`, before torch is loaded
         raise ValueError(f"a .csv file must be alone, got {', '.join(items)}: predict {odd[0]} by itself")
     files = [f for o in items for f in (list_images(o) if Path(o).is_dir() or is_archive(o) else [o])]
     if not files: raise ValueError(f"no image in {', '.join(items)}")
-    if not any(map(_is_there, files)): raise FileNotFoundError(f"{files[0]}: no such file")
     return dict(items=files)
 
 def _is_there(file): return Path(file).exists() or '.tar/' in file or '.parquet/' in file

@@ -50,7 +50,8 @@ def _text(doc, parameters, returns): # the docstring with its new end
         parts.append('Args:\n' + '\n'.join(f"    {n}{f' ({t})' if t else ''}: {text}{f' (default: {d})' if d else ''}"
                                             for n, t, d, text in parameters))
     if returns: parts.append(f"Returns:\n    {returns[0]}{': ' if returns[0] else ''}{returns[1]}")
-    return '\n\n'.join(o for o in parts if o)
+    text = '\n\n'.join(o for o in parts if o)
+    return text if parts[0] else '\n' + text # `inspect.cleandoc` takes the first line for a summary
 
 # %% ../nbs/00g_docstrings.ipynb #646fe45f
 def _annotate(f, lines): # a function or method: the docstring is that of what callers see, the source that of what it wraps

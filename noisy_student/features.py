@@ -110,12 +110,12 @@ def put_head(
 ) -> nn.Module: # `model`
     "Give a network this classifier. Raises ValueError if its own is not one linear layer of that shape."
     layers = [m for m in head(model).modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    if len(layers) != 1 or layers[0].bias is None or layers[0].weight.numel() != found.weight.size:
+    bias = layers[0].bias if len(layers) == 1 else None
+    if bias is None or layers[0].weight.numel() != found.weight.size:
         raise ValueError(f"the classifier must be one linear layer with {found.weight.shape[1]} inputs and "
                          f"{len(found.bias)} outputs, got {head(model)}: train this network as a whole (head_rounds=0)")
-    layer = layers[0]
-    layer.weight.copy_(torch.from_numpy(found.weight).view_as(layer.weight))
-    layer.bias.copy_(torch.from_numpy(found.bias))
+    layers[0].weight.copy_(torch.from_numpy(found.weight).view_as(layers[0].weight))
+    bias.copy_(torch.from_numpy(found.bias))
     return model
 
 # %% ../nbs/04c_features.ipynb #5401343c

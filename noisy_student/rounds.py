@@ -33,10 +33,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .archives import split_item
-from .auto import Stage, duration, reasons_table, round_weights, seconds, steps_for, with_steps
+from .auto import Stage, duration, round_weights, seconds, steps_for, with_steps
 from .checks import against_before, against_chance, majority
 from .checkpoints import RunState, _seeded, pack, unpack # pack and unpack for those who import them here
-from .configure import channels, configure, default_size
+from .configure import channels, configure, default_size, reasons_table
 from .dataloaders import PadCropFlip, ResizedCropFlip, mixed_dataloaders
 from .datasets import Splits, load_images
 from .distributed import MeanGradients, barrier, first_rank_first, join, own_device, rank, world
@@ -177,7 +177,7 @@ class NoisyStudent:
     auto_batch = False
     limit: float | None = None # Seconds that all rounds may take together
     force = False
-    why: dict[str, str] = {} # Reasons of the settings that were decided
+    reasons: dict[str, str] = {} # Of the settings that were decided
     source: dict | None = None # Arguments of `cli.load_data`, if the command line made the data: kept for `noisy-student report`
     report: Callable[[], Figure] # Below
     suspects: Callable[..., pd.DataFrame] # Below
@@ -204,8 +204,7 @@ class NoisyStudent:
         self.path, data = _run_folder(data, path), open_data(data, seed=seed)
         self.data, self.seed, self.force = data, seed, force
         self.device = own_device(device)
-        self.archs, self.recipe, self.why = configure(data, archs, recipe, noise, self.device, self.limit, **settings)
-        self.archs: list[str]
+        self.archs, self.recipe, self.reasons = configure(data, archs, recipe, noise, self.device, self.limit, **settings)
         if not self.archs or not all(isinstance(o, str) for o in self.archs):
             raise ValueError("archs must be names, teacher first, such as ['resnet18', 'resnet34']: every round builds "
                              "a new network from its name")
@@ -221,6 +220,8 @@ class NoisyStudent:
             raise ValueError(f"the pseudo labels have the classes {', '.join(self.given.classes)}, but the data "
                              f"{', '.join(data.classes)}: they must be the same")
         if self.given is not None: self.given.check_pool(data.unlabeled.images)
+        if self.reasons and not len(data.unlabeled):
+            warnings.warn("no unlabeled images: only a teacher is trained; put images into a folder named unlabeled, or name the folder")
         if self.recipe.rounds and not len(data.unlabeled):
             raise ValueError("no unlabeled images: name a folder of them, keep fewer labels so that the rest can "
                              "serve, or ask for 0 rounds")
@@ -244,6 +245,11 @@ class NoisyStudent:
             except (RuntimeError, AssertionError, ValueError) as e:
                 raise ValueError(f"{arch} cannot take images of {self.size} px ({str(e).splitlines()[0]}): choose "
                                  "another size") from None
+
+    @property
+    def why(self) -> pd.DataFrame: # setting, value, why
+        "Every setting that differs from the plain recipe or fits the data, and the reason."
+        return reasons_table(self.recipe, self.reasons)
 
     def arch(self, k: int # Round
             ) -> str: # Name of its architecture
@@ -756,9 +762,10 @@ def _features(self: NoisyStudent, k): # (labeled, pool) float32 (n, F) of the pr
             if tensors is None:
                 with _seeded(0): learn = self._learner(k, None, Noise.none(), self.recipe.pretrained)
                 sets = dict(labeled=self._images('labeled').images, **(dict(pool=pool) if len(pool) else {}))
-                tensors = {n: torch.from_numpy(frozen_features(
-                    learn.model, x, learn.dls.clean_view,
-                    progress=lambda done, total, n=n: self._tell(f'features of {n} images (images)', done, total))) for n, x in sets.items()}
+                def features(name, images):
+                    tell = lambda done, total: self._tell(f'features of {name} images (images)', done, total)
+                    return torch.from_numpy(frozen_features(learn.model, images, learn.dls.clean_view, progress=tell))
+                tensors = {name: features(name, images) for name, images in sets.items()}
                 save_tensors(tensors, file)
         cache[key] = tensors['labeled'].numpy(), tensors['pool'].numpy() if 'pool' in tensors else None
     return cache[key]
@@ -766,21 +773,25 @@ def _features(self: NoisyStudent, k): # (labeled, pool) float32 (n, F) of the pr
 @patch
 def _start_from_head(self: NoisyStudent, k, learn, selection): # the classifier that the labels of round k give on frozen features
     labeled, pool = self._features(k)
-    pseudo = None
-    if selection is not None:
-        rows = self._rows(selection.items)
-        known = rows < len(pool) # those whose features are kept
-        weight = np.minimum(1., self.recipe.ratio * len(labeled) / max(1, selection.copies[known].sum())) * selection.copies[known]
-        pseudo = np.zeros((len(pool), len(self.data.classes)), np.float32)
-        pseudo[rows[known]] = self._targets(selection)[known] * weight[:, None]
-    put_head(learn.model, fit_head(labeled, self.data.labeled.labels, pool, pseudo, seed=self.seed))
+    pseudo = None if selection is None or pool is None else self._head_targets(selection, len(pool))
+    put_head(learn.model, fit_head(labeled, self._labels(), pool, pseudo, seed=self.seed))
+
+@patch
+def _head_targets(self: NoisyStudent, selection, n): # float32 (n, K) of the first n images of the pool: pseudo labels times their weight
+    rows = self._rows(selection.items)
+    known = rows < n # those whose features are kept
+    weight = selection.copies[known].astype(np.float32)
+    if self.recipe.ratio is not None: weight *= min(1., self.recipe.ratio * len(self.data.labeled) / max(1, weight.sum()))
+    out = np.zeros((n, len(self.data.classes)), np.float32)
+    out[rows[known]] = self._targets(selection)[known] * weight[:, None]
+    return out
 
 @patch
 def _head_history(self: NoisyStudent, learn): # of a training that has no epochs
     valid = _logits(learn, self._images('valid').images)
-    y = torch.from_numpy(self.data.valid.labels)
+    y, known = torch.from_numpy(self._valid_labels()), torch.from_numpy(self._labels()[:2000])
     train = _logits(learn, self._images('labeled').images[:2000])
-    return dict(epoch=0, train_loss=float(nn.functional.cross_entropy(train, torch.from_numpy(self.data.labeled.labels[:2000]))),
+    return dict(epoch=0, train_loss=float(nn.functional.cross_entropy(train, known)),
                 valid_loss=float(nn.functional.cross_entropy(valid, y)), valid_accuracy=float((valid.argmax(1) == y).float().mean()))
 
 # %% ../nbs/09_rounds.ipynb #a38c5635
@@ -919,13 +930,16 @@ def _warn(self: NoisyStudent, k): # of what looks wrong since round k is there
 def _not_in_vain(self: NoisyStudent, k): # stop a run that configured itself at chance level, and say when a student loses
     y, scores = self._valid_labels(), self.summary.valid_accuracy
     found = against_chance(round(scores[k] * len(y)), len(y), len(self.data.classes), majority(y).share, f'round {k}')
-    if found.stop and self.why and not self.force and k < self.recipe.rounds: raise ValueError(f"round {k}: {found.text}")
+    if found.stop and self.reasons and not self.force and k < self.recipe.rounds: raise ValueError(f"round {k}: {found.text}")
     if not k or scores[k] >= scores[k - 1] or not isinstance(self.data, Splits): return
     probs = [_logits(self.learner(i), self._images('valid').images).numpy() for i in (k, k - 1)]
-    if not (found := against_before(y, *probs, f'the student of round {k}')).ok: warnings.warn(f"{found.text} Round {self.best} is used.")
+    if not (found := against_before(y, probs[0], probs[1], f'the student of round {k}')).ok: warnings.warn(f"{found.text} Round {self.best} is used.")
 
 @patch
-def _valid_labels(self: NoisyStudent): return self.data.valid.labels
+def _valid_labels(self: NoisyStudent): return np.asarray(self.data.valid.labels)
+
+@patch
+def _labels(self: NoisyStudent): return np.asarray(self.data.labeled.labels)
 
 def _is_whole(page): # whether a page is there to its end
     return page.exists() and page.read_bytes().endswith(b'</html>\n')

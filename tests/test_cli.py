@@ -171,11 +171,12 @@ def test_run_then_the_same_command_again(folder, call, tmp_path, monkeypatch):
     assert json.loads(call('evaluate', 'runs/colors', '--json')[0]) == rows
 
 
-def test_data_that_cannot_work(mistake, tmp_path):
+def test_data_that_cannot_work(call, mistake, tmp_path):
     def out(): return ['--out', tmp_path/'run', *SMALL]
     mistake(r"no folder .*train: labeled images go to", 'run', tmp_path, *out())
     d = make_folder(tmp_path/'a', unlabeled=0)
-    mistake(r"no unlabeled images: name a folder", 'run', d, *out())
+    assert 'no unlabeled images: only a teacher is trained' in call('run', d, '--out', tmp_path/'alone', '--force', *SMALL)[1]
+    mistake(r"no unlabeled images: name a folder", 'run', d, '--rounds', '1', *out())
     if (d/'unlabeled').exists(): (d/'unlabeled').rmdir()
     (d/'unlabelled').mkdir()
     with pytest.warns(UserWarning, match='unlabelled is not used'): from_folder(d)
@@ -219,7 +220,8 @@ def test_a_hopeless_run_of_two_classes_says_so_once(call, tmp_path):
     (tmp_path/'d'/'unlabeled').mkdir()
     for i in range(12): picture((128, 128, 128), seed=50 + i).save(tmp_path/'d'/'unlabeled'/f'{i}.png')
     line = ['run', tmp_path/'d', '--out', tmp_path/'run', '--rounds', 2, '--threshold', .5, *SMALL]
-    out, err = call(*line)
+    assert 'no better than chance' in call(*line, code=2)[1]
+    out, err = call(*line, '--force')
     low = "threshold=0.5 filters nothing: with 2 classes the highest probability is always 0.5 or more; set a higher one, such as 0.8, or 0 to keep every label"
     assert err.count('filters nothing') == 1 and f'warning: {low}\n' in err and 'as a filter it does nothing' not in err
     chance = next(o for o in out.splitlines() if o.startswith('The last student '))
@@ -292,9 +294,9 @@ def test_stages_on_odd_images(folder, teacher, call, mistake, tmp_path):
     (row,) = json.loads(out)
     assert row['role'] == 'student' and row['pseudo_labeled'] == len(before)
 
-    out, err = call('predict', student, pool, '--top', '9', '--device', 'cpu', code=2)
+    out, err = call('predict', student, pool, '--top', '9', '--device', 'cpu')
     assert len(out.splitlines()) == 12 and all('red' in o and 'blue' in o for o in out.splitlines())
-    assert '2 of 14 files left out' in err and 'empty.png: the file is empty' in err
+    assert '2 of 14 images cannot be read' in err and 'empty.png: the file is empty' in err
     (found,) = json.loads(call('predict', student/'round_0'/'model.safetensors', pool/'alpha.png', '--top', '1', '--json', '--device', 'cpu')[0])
     assert found['classes'][0] in ('red', 'blue') and .5 <= found['probabilities'][0] <= 1
     mistake(r"knows the classes blue, red, but digits has 0, 1", 'evaluate', student, 'digits', '--device', 'cpu')
@@ -379,9 +381,9 @@ def test_published_weights_name_classes_of_imagenet(call, tmp_path):
 
 
 def test_a_published_recipe_keeps_all_labels_and_names_its_pool(monkeypatch):
-    from noisy_student import cli
+    from noisy_student import cli, datasets
     seen = []
-    for name in ('cifar10', 'svhn'): monkeypatch.setattr(cli.datasets, name, lambda *a, name=name: seen.append((name, *a)))
+    for name in ('cifar10', 'svhn'): monkeypatch.setattr(datasets, name, lambda *a, name=name: seen.append((name, *a)))
     cli.load_data('cifar10')
     cli.load_data('cifar10', recipe='keras-cifar10')
     cli.load_data('cifar10', 4000, 'rest', 1, recipe='keras-cifar10')

@@ -51,7 +51,7 @@ def place(tmp_path_factory):
     ('run digits --pretrained nowhere.pth', "no weight file nowhere.pth"),
     ('run digits --suffix .jpg', "--suffix can be given with a .csv file only"),
     ('run empty', "empty"),
-    ('run one', "cats"),
+    ('run one', "at least 2 are needed"),
     ('run table.csv', "no column 'label': it has 'file', 'class'; name the right one with --label-column"),
     ('run table.csv --labels 5', "--labels cannot be given with a .csv file"),
     ('run table.csv --image-column file --label-column klass', "'klass'"),
