@@ -11,7 +11,7 @@ __all__ = ['DATA', 'FOLDER', 'DEFAULT_ARCHS', 'app', 'Data', 'load_data', 'run',
 # %% ../nbs/13_cli.ipynb #669da197
 import json, os, re, sys, warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Optional
+from typing import Annotated, Any, NamedTuple, Optional
 
 import typer
 
@@ -24,9 +24,8 @@ from .options import (AutoBatchOpt, BatchOpt, BsOpt, DataArg, DeviceOpt, EpochsO
     ValidColumnOpt, noise_named, settings_of, weights_named)
 from .output import plain_warnings, print_table, records, show_progress, to_stderr
 from .recipes import Recipe, get_recipe
+from .splits import Splits
 from .threads import wait_passively
-
-if TYPE_CHECKING: from noisy_student.splits import Splits
 
 _all_ = ['DataArg', 'ModelArg', 'LabelsOpt', 'SizeOpt', 'PretrainedOpt', 'EpochsOpt', 'RecipeOpt', 'SeedOpt', 'DeviceOpt',
          'AutoBatchOpt', 'BatchOpt', 'JsonOpt', 'show_progress', 'print_table']

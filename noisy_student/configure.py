@@ -20,7 +20,7 @@ from PIL import Image
 from .archives import ArchiveError, open_item
 from .auto import Facts, auto_recipe
 from .learner import Noise
-from .models import create_model, default_arch, find_weights, n_parameters
+from .models import arch_name, create_model, default_arch, find_weights, n_parameters
 from .recipes import Recipe, get_recipe
 from .splits import Splits
 
@@ -78,7 +78,7 @@ def configure(
     facts = Facts(len(data.labeled), len(data.classes), len(data.unlabeled), size, n_parameters(largest), bool(pretrained),
                   device.type, channels(data) == 3, seconds)
     made, why = auto_recipe(facts)
-    changes = {**_consequences(made, given, names), **given, 'pretrained': pretrained, 'archs': names, 'size': size}
+    changes = {**_consequences(made, given, names), **given, 'pretrained': pretrained, 'archs': tuple(map(arch_name, names)), 'size': size}
     made = replace(made, **changes)
     if 'noise' not in given: made = replace(made, noise=_that_acts(made.noise, names, data))
     return Configured(names, made, reasons | {k: v for k, v in why.items() if k not in changes})

@@ -9,9 +9,8 @@ __all__ = ['show_progress', 'plain_warnings', 'to_stderr', 'print_table', 'recor
 import json, sys, time, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING: import pandas as pd
 
 # %% ../nbs/12b_output.ipynb #ee9f4a7e
 class _Log:
@@ -99,7 +98,7 @@ def _cell(name, v):
     if isinstance(v, float): return f"{v:,.3f}" if name == 'mean_confidence' else f"{v:,.0f}"
     return f"{v:,}" if isinstance(v, int) else str(v)
 
-def records(df: 'pd.DataFrame' # Any
+def records(df: Any # A DataFrame
            ) -> list[dict]: # A dictionary per row, None for NaN
     "The rows of a table, for `print_table`."
     return [{k: None if v != v else v for k, v in r.items()} for r in df.to_dict('records')]

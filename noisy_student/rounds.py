@@ -46,7 +46,7 @@ from .files import (altered, best_round, locked, read_metrics, sealed, stoppable
 from .leaks import find_leaks
 from .learner import Noise, noisy_student_learner
 from .losses import SoftLabelCrossEntropy
-from .models import (_resolved, create_model, load_tensors, load_weights, n_parameters, save_tensors,
+from .models import (_resolved, arch_name, create_model, load_tensors, load_weights, n_parameters, save_tensors,
                                   save_weights, split_head)
 from .predictions import predict_table
 from .pretrained import Trained
@@ -186,7 +186,7 @@ class NoisyStudent:
     def __init__(
         self,
         data: Splits | str | Path | pd.DataFrame, # Splits, a folder, a .csv file or a DataFrame, as `open_data` takes them
-        archs: str | list[str] | tuple[str, ...] | None = None, # Teacher, then students, as `create_model` takes them; the last one serves all further rounds; None: the recipe's, or what fits the data
+        archs: str | Callable[..., nn.Module] | list | tuple | None = None, # Teacher, then students: names or functions, as `create_model` takes them; the last one serves all further rounds; None: the recipe's, or what fits the data
         path: str | Path | None = None, # Run directory; an existing run is resumed; None: `runs/` and the name of the folder or table
         noise: Noise | None = None, # Of the students; None: the recipe's
         seed: int = 0, # Decides initial weights, order, noise
@@ -204,10 +204,10 @@ class NoisyStudent:
         self.path, data = _run_folder(data, path), open_data(data, seed=seed)
         self.data, self.seed, self.force = data, seed, force
         self.device = own_device(device)
-        self.archs, self.recipe, self.reasons = configure(data, archs, recipe, noise, self.device, self.limit, **settings)
-        if not self.archs or not all(isinstance(o, str) for o in self.archs):
-            raise ValueError("archs must be names, teacher first, such as ['resnet18', 'resnet34']: every round builds "
-                             "a new network from its name")
+        if odd := [o for o in (archs if isinstance(archs, (list, tuple)) else [archs]) if isinstance(o, nn.Module) or o is not None and not (isinstance(o, str) or callable(o))]:
+            raise ValueError(f"archs must be names or functions that make a network, teacher first, such as ['resnet18', 'resnet34'], got {type(odd[0]).__name__}: every round builds a new network")
+        found, self.recipe, self.reasons = configure(data, archs, recipe, noise, self.device, self.limit, **settings)
+        self.networks, self.archs = {arch_name(o): o for o in found}, [arch_name(o) for o in found]
         if self.recipe.init == 'teacher' and len(set(self.archs)) > 1:
             raise ValueError(f"init='teacher' needs one architecture for all rounds, not {', '.join(self.archs)}: "
                              "larger students start from scratch")
@@ -236,7 +236,7 @@ class NoisyStudent:
                              "none: set pretrained, or head_rounds=0")
         n_in = channels(data)
         for i, arch in enumerate(self.archs): # a misspelled student must not wait for its teacher's training
-            with torch.device('meta'): model = create_model(arch, len(data.classes), n_in)
+            with torch.device('meta'): model = create_model(self.networks[arch], len(data.classes), n_in)
             (self.recipe.noise if i else self.recipe.teacher_noise or self.recipe.noise).callbacks(model)
             _splitter(self.recipe)(model)
             try:
@@ -543,14 +543,14 @@ def _check_weights(self: NoisyStudent): # now, not when the networks before it a
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # each is told when the network is made
         for arch in dict.fromkeys(map(self.arch, todo)):
-            create_model(arch, len(self.data.classes), c_in, self.recipe.pretrained)
+            create_model(self.networks[arch], len(self.data.classes), c_in, self.recipe.pretrained)
 
 @patch
 def _stats(self: NoisyStudent, k):
     # mean and standard deviation per channel: of the pretraining, or of (some of) the labeled images
     if self.recipe.pretrained:
         with torch.device('meta'):
-            cfg = getattr(create_model(self.arch(k), len(self.data.classes)), 'pretrained_cfg', None)
+            cfg = getattr(create_model(self.networks[self.arch(k)], len(self.data.classes)), 'pretrained_cfg', None)
         if cfg:
             gray = self._images('labeled').images.shape[-1] == 1
             return tuple([sum(cfg[o]) / len(cfg[o])] if gray else list(cfg[o]) for o in ('mean', 'std'))
@@ -588,7 +588,7 @@ def _learner(self: NoisyStudent, k, selection, noise, pretrained=False, teacher=
 def _network(self: NoisyStudent, k, dls, noise, pretrained=False, loss=None):
     # an untrained learner of the architecture of round k
     r = self.recipe
-    learn = noisy_student_learner(dls, self.arch(k), noise, pretrained, label_smoothing=r.label_smoothing,
+    learn = noisy_student_learner(dls, self.networks[self.arch(k)], noise, pretrained, label_smoothing=r.label_smoothing,
                                   loss_func=loss, opt_func=optimizer(r.optimizer, self.device),
                                   splitter=_splitter(r))
     learn.model.to(self.device, memory_format=torch.channels_last)
@@ -1078,7 +1078,8 @@ def _unseen_probs(self: NoisyStudent, k, folder):
 
 # %% ../nbs/09_rounds.ipynb #031d82e9
 def load_model(path: str | Path, # A run directory (its best round), a round_K folder, or a model.safetensors
-               device: str | torch.device = 'cpu' # Where to put it
+               device: str | torch.device = 'cpu', # Where to put it
+               arch: Callable[..., nn.Module] | None = None # The function that made the network, if one did; None: by the name in the file
               ) -> Trained:
     "The trained network of a run. Raises FileNotFoundError or ValueError, naming the file, if there is none."
     file = Path(path)
@@ -1091,7 +1092,8 @@ def load_model(path: str | Path, # A run directory (its best round), a round_K f
     if not {'arch', 'classes', 'size', 'mean', 'std'} <= meta.keys():
         raise ValueError(f"{file} was not written by noisy_student: it does not say its architecture")
     classes, mean, std = (json.loads(meta[k]) for k in ('classes', 'mean', 'std'))
-    model = create_model(meta['arch'], len(classes), len(mean))
+    try: model = create_model(meta['arch'] if arch is None else arch, len(classes), len(mean))
+    except ValueError as e: raise ValueError(f"{file}: {e}; where a function made the network, give it: load_model(..., arch=...)") from None
     load_weights(model, file)
     return Trained(model.eval().to(device), meta['arch'], classes, int(meta['size']), mean, std)
 
@@ -1103,5 +1105,7 @@ def predict(self: NoisyStudent, # After `fit`
             **kwargs # To `predict_table`: folder, image, suffix, bs
            ) -> pd.DataFrame: # image, label, confidence, and one column per class; a row per item, in order
     "The label of every image. Unreadable images have none, and a warning names them. Raises ValueError before the first round is done."
-    network = load_model(self._round(self.best if k is None else k), self.device)
+    k = self.best if k is None else k
+    made = self.networks[self.arch(k)]
+    network = load_model(self._round(k), self.device, None if isinstance(made, str) else made)
     return predict_table(network, items, progress=lambda done, total: self._tell('predicting (images)', done, total), **kwargs)
