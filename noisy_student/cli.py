@@ -686,7 +686,7 @@ def suspects(
     if not (splits := _data_of(run, data)): raise ValueError(f"suspects are found in images: name the DATA that {path} was made from")
     with show_progress() as progress:
         ns = NoisyStudent(splits, run.config['archs'], path, seed=run.config['seed'], recipe=_recipe_of(run.config),
-                          device=device, progress=progress)
+                          device=device, progress=progress, folds=run.config.get('folds'))
         rows = records(ns.suspects(pictures=0))
     if as_json: return print_table(rows, True)
     if not rows: print("no given label is contradicted"); return
@@ -732,7 +732,8 @@ def _data_of(run, name): # Splits that a run was made from; None, with a word wh
                    "of images that are no files and for true labels")
         return None
     if name:
-        labels = None if name.lower().endswith('.csv') else int(run.summary.labeled[0])
+        known = source['labels'] if source and run.config.get('folds') else int(run.summary.labeled[0]) # folds count validation images, too
+        labels = None if name.lower().endswith('.csv') else known
         source = dict(labels=labels, **{k: v for k, v in (source or {}).items() if k not in ('name', 'labels')}, name=name)
     try: splits = load_data(**dict(source, seed=run.config['seed']))
     except (ValueError, OSError) as e:
@@ -764,6 +765,9 @@ def export(
         raise ValueError(f"--out {out}: the name must end in .onnx or .safetensors")
     t = _trained(model, 'cpu')
     from noisy_student.pretrained import export_onnx, export_safetensors
+    from noisy_student.rounds import Ensemble
+    if isinstance(t.model, Ensemble) and not out.endswith('.onnx'):
+        raise ValueError(f"{model} holds {len(t.model.models)} networks: name one, {Path(model)/'fold_0'}, or write all of them as one .onnx")
     about = dict(arch=t.arch, classes=json.dumps(t.classes), size=str(t.size), mean=json.dumps(t.mean),
                  std=json.dumps(t.std))
     if out.endswith('.onnx'): export_onnx(t.model, out, t.size, len(t.mean), about)
