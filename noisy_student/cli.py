@@ -553,6 +553,7 @@ def evaluate(
         to_stderr(f"warning: the run has seed {own}: with --seed {seed} its training images may be among the "
                    "validation images")
     splits, rows = load_data(data, seed=own if seed is None else seed), []
+    folded = _trained_by_all(path, splits)
     if robustness: return _robustness(path, rounds, data, splits, limit, device, as_json)
     with show_progress() as progress:
         for file in rounds or [path]:
@@ -563,13 +564,32 @@ def evaluate(
             row = dict(model=name, arch=t.arch)
             for part in ('valid', 'test'):
                 split = getattr(splits, part)
-                found = (_accuracy(t, split.images, split.labels, f"{name}: {part} images", progress) if split
-                         else (None, None))
+                if folded and part == 'valid': found = _out_of_fold(file.parent) if rounds else (None, None)
+                else: found = (_accuracy(t, split.images, split.labels, f"{name}: {part} images", progress) if split
+                               else (None, None))
                 row[f'{part}_accuracy'], row[f'{part}_interval'] = found
             rows.append(row)
     print_table(rows, as_json)
 
+def _trained_by_all(path, splits): # whether a run with folds knows the validation images, all of which trained
+    import pandas as pd
+    from noisy_student.rounds import _fingerprint
+    try: config = unsealed(path/'run.json')['config']
+    except (OSError, ValueError, KeyError): return False
+    if not config.get('folds'): return False
+    if not isinstance(splits.valid.images, list): return config.get('data') == _fingerprint(splits)
+    known = {os.path.abspath(str(o)) for f in path.glob('round_*/oof.csv') for o in pd.read_csv(f, usecols=['item']).item}
+    return any(os.path.abspath(o) in known for o in splits.valid.images)
+
+def _out_of_fold(folder): # accuracy over all labeled images, and its interval, as measured during the run
+    from noisy_student.files import read_metrics
+    from noisy_student.metrics import wilson
+    o = read_metrics(folder)
+    return o['valid_accuracy'], [float(x) for x in wilson(round(o['valid_accuracy'] * o['labeled']), o['labeled'])]
+
 def _robustness(path, rounds, name, splits, limit, device, as_json): # all rounds in one table, kept as robustness.csv
+    if not splits.test and _trained_by_all(path, splits):
+        raise ValueError(f"all labeled images trained the networks of {path}, and there are no test images: name other data")
     import torch
     from noisy_student.evaluation import evaluate_run
     from noisy_student.files import write_with_sum
@@ -732,7 +752,7 @@ def _data_of(run, name): # Splits that a run was made from; None, with a word wh
                    "of images that are no files and for true labels")
         return None
     if name:
-        known = source['labels'] if source and run.config.get('folds') else int(run.summary.labeled[0]) # folds count validation images, too
+        known = (source or {}).get('labels') if run.config.get('folds') else int(run.summary.labeled[0]) # folds count validation images, too
         labels = None if name.lower().endswith('.csv') else known
         source = dict(labels=labels, **{k: v for k, v in (source or {}).items() if k not in ('name', 'labels')}, name=name)
     try: splits = load_data(**dict(source, seed=run.config['seed']))
@@ -767,7 +787,7 @@ def export(
     from noisy_student.pretrained import export_onnx, export_safetensors
     from noisy_student.rounds import Ensemble
     if isinstance(t.model, Ensemble) and not out.endswith('.onnx'):
-        raise ValueError(f"{model} holds {len(t.model.models)} networks: name one, {Path(model)/'fold_0'}, or write all of them as one .onnx")
+        raise ValueError(f"{model} holds {len(t.model.models)} networks: name one, such as fold_0 of the run, or write all of them as one .onnx")
     about = dict(arch=t.arch, classes=json.dumps(t.classes), size=str(t.size), mean=json.dumps(t.mean),
                  std=json.dumps(t.std))
     if out.endswith('.onnx'): export_onnx(t.model, out, t.size, len(t.mean), about)

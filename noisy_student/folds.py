@@ -57,7 +57,7 @@ class _Fold(NoisyStudent): # the run without the labels of one fold
         self.whole, self.held = whole, whole.of == f
         data = replace(whole.data, labeled=whole.data.labeled[~self.held], valid=whole.data.labeled[self.held])
         super().__init__(data, path=whole.path/f'fold_{f}', **settings)
-        self.first, self.answers = f == 0, {}
+        self.first, self.answers = f == 0, (None, {})
 
     def _images(self, name):
         if name not in ('labeled', 'valid'): return self.whole._images(name)
@@ -73,8 +73,8 @@ class _Fold(NoisyStudent): # the run without the labels of one fold
     def _accuracy(self, learn, name): # and what was answered
         split = getattr(self.data, name)
         if split is None or not len(split): return None
-        self.answers[name] = _logits(learn, self._images(name).images).softmax(1)
-        return int((self.answers[name].argmax(1).numpy() == split.labels).sum()) / len(split)
+        self.answers[1][name] = _logits(learn, self._images(name).images).softmax(1)
+        return int((self.answers[1][name].argmax(1).numpy() == split.labels).sum()) / len(split)
 
     def _measured(self): return super()._measured() if self.first else self.whole.parts[0]._measured()
 
@@ -85,25 +85,31 @@ class _Fold(NoisyStudent): # the run without the labels of one fold
     def _tell_plan(self): pass # the whole run does, and looks at all folds together
     def _not_in_vain(self, k): pass
     def _warn(self, k):
-        from noisy_student.report import read_run, round_warnings
-        if self.first:
-            for o in round_warnings(read_run(self.path), k): warnings.warn(o)
+        from noisy_student.report import label_warnings, read_run
+        if not self.first: return
+        try: found = label_warnings(read_run(self.path), k)
+        except Exception as e: found = [f"round {k} could not be looked through ({type(e).__name__}: {e}); the run goes on"]
+        for o in found: warnings.warn(o)
+
+    def _fit_round(self, k):
+        self.answers = k, {}
+        super()._fit_round(k)
 
     def answered(self, k): # {'valid', 'test': float32 (n, K)} of the network of round k
-        if not self.answers:
-            learn = self.learner(k)
+        if self.answers[0] != k or 'valid' not in self.answers[1]: # trained by an earlier process
+            self.answers, learn = (k, {}), self.learner(k)
             for name in ('valid', 'test'): self._accuracy(learn, name)
-        return self.answers
+        return self.answers[1]
 
-# %% ../nbs/09c_folds.ipynb #c42a83cb
+# %% ../nbs/09c_folds.ipynb #f1e870a8
 def _joined(data: Splits): # all labels train and judge
     s, v = data.labeled, data.valid
     if not len(v): return replace(data, valid=s)
-    both = lambda a, b: None if a is None or b is None else np.concatenate([a, b])
-    groups = both(s.groups, None if v.groups is None else v.groups)
-    same = isinstance(s.images, np.ndarray)
-    both_piles = Split(np.concatenate([s.images, v.images]) if same else [*s.images, *v.images], both(s.labels, v.labels), None, groups)
-    return replace(data, labeled=both_piles, valid=both_piles)
+    if (s.groups is None) != (v.groups is None): raise ValueError("groups are known of the labeled or of the validation images only: give both, or none")
+    both = lambda a, b: None if a is None else np.concatenate([a, b])
+    images = np.concatenate([s.images, v.images]) if isinstance(s.images, np.ndarray) else [*s.images, *v.images]
+    joined = Split(images, both(s.labels, v.labels), None, both(s.groups, v.groups)) # type: ignore[arg-type]
+    return replace(data, labeled=joined, valid=joined)
 
 class FoldedNoisyStudent(NoisyStudent):
     """The loop once per fold: what `NoisyStudent(..., folds=5)` gives. All labels train, validation images included.
@@ -121,15 +127,18 @@ class FoldedNoisyStudent(NoisyStudent):
         **kwargs # As of `NoisyStudent`; a time limit is for all folds together
     ):
         seed = kwargs.get('seed', args[1] if len(args) > 1 else 0)
+        if kwargs.get('pseudo_labels') is not None:
+            raise ValueError("pseudo_labels made elsewhere and folds do not go together: whoever made them may have known the labels of every fold; leave one of them out")
+        fold_of(np.repeat([0, 1], 2 * folds) if isinstance(folds, int) else np.zeros(2, np.int64), folds) # a wrong number ends here
         opened = open_data(data, seed=seed)
         self._opened = _fingerprint(opened)
-        super().__init__(_joined(opened), archs, path or _run_folder(data, None), *args, **kwargs)
+        super().__init__(_joined(opened), archs, path or _run_folder(data, None), *args, folds=folds, **kwargs) # type: ignore[misc]
         if world() > 1: raise ValueError("folds run in one process: start one, or leave folds out")
         labeled = self.data.labeled
         self.folds, self.of = folds, fold_of(np.asarray(labeled.labels), folds, seed, labeled.groups)
         self.step_seconds: dict[int, float] = {} # Of a step, per round
-        settings = dict(archs=list(self.networks[o] for o in self.archs), seed=self.seed, recipe=self.recipe, device=self.device,
-                        pseudo_labels=self.given, cbs=self.cbs, auto_batch=self.auto_batch, force=True,
+        settings = dict(archs=list(self.networks[o] for o in self.archs), seed=self.seed, recipe=replace(self.recipe, size=self.size), device=self.device,
+                        cbs=self.cbs, auto_batch=self.auto_batch, force=True,
                         time_limit=self.limit and self.limit / folds)
         self.parts = [_Fold(self, f, progress=self._in_fold(f), **settings) for f in range(folds)]
 
@@ -142,14 +151,15 @@ class FoldedNoisyStudent(NoisyStudent):
 
     def fit(self) -> pd.DataFrame: # `summary`
         "As of `NoisyStudent`; `valid_accuracy` is out of fold, `test_accuracy` that of all networks together."
+        begun = time.perf_counter()
         with self._alone(), stoppable():
             self._open()
             if done := self._finished() > self.recipe.rounds: self._write_summary()
             else: self._tell_plan()
-            for part in self.parts: part.opening = self.opening / self.folds
+            for part in self.parts: part.opening = (time.perf_counter() - begun + self._making) / self.folds
             for k in range(self._finished(), self.recipe.rounds + 1):
                 for part in self.parts:
-                    part.answers, part._until = {}, k
+                    part._until = k
                     part.fit()
                 self._judge(k)
                 self._write_summary()
@@ -162,7 +172,8 @@ class FoldedNoisyStudent(NoisyStudent):
         for k in range(self.recipe.rounds + 1):
             if not (self._round(k)/'metrics.json').exists(): return k
             self._check_round(k)
-            if not (self._round(k)/'metrics.json').exists() or any(altered(o._round(k)) for o in self.parts): return k
+            there = all((o/'metrics.json').exists() and not altered(o) for o in (self._round(k), *(o._round(k) for o in self.parts)))
+            if not there: return k
         return self.recipe.rounds + 1
 
     def _judge(self, k): # what the networks of round k are worth
@@ -173,6 +184,7 @@ class FoldedNoisyStudent(NoisyStudent):
         test = dict(test=torch.stack([a['test'] for a in answers]).mean(0)) if 'test' in answers[0] else {}
         folder.mkdir(exist_ok=True)
         save_tensors(dict(valid=valid, **test), folder/'answers.safetensors')
+        write_text(folder/'oof.csv', self.oof(k).to_csv(index=False))
         history = pd.concat([pd.read_csv(o._round(k)/'history.csv') for o in self.parts]).groupby('epoch', as_index=False).mean()
         write_text(folder/'history.csv', history.to_csv(index=False))
         rows = pd.concat([o.summary[o.summary['round'] == k] for o in self.parts])
@@ -183,8 +195,11 @@ class FoldedNoisyStudent(NoisyStudent):
                        test_accuracy=right(test['test'], self.data.test.labels) if test else None,
                        seconds=round(float(rows.seconds.sum()) + time.perf_counter() - begun, 1),
                        pseudo_label_accuracy=None if np.isnan(known) else float(known))
+        parts = [load_tensors(o._round(k)/'model.safetensors') for o in self.parts]
+        save_tensors({f'models.{i}.{name}': x for i, (tensors, _) in enumerate(parts) for name, x in tensors.items()}, folder/'model.safetensors',
+                     {o: parts[0][1][o] for o in ('arch', 'classes', 'size', 'mean', 'std')})
         write_text(folder/'metrics.json', json.dumps(metrics, indent=1))
-        write_sums(folder, ['answers.safetensors', 'history.csv', 'metrics.json'])
+        write_sums(folder, ['model.safetensors', 'answers.safetensors', 'oof.csv', 'history.csv', 'metrics.json'])
 
     def _valid_probs(self, k): return load_tensors(self._round(k)/'answers.safetensors')[0]['valid'].numpy()
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BINS', 'INK', 'SOFT', 'LINE', 'C1', 'C2', 'C3', 'C4', 'GOOD', 'BAD', 'CARD', 'MAX_CLASSES', 'PER_CLASS',
            'MAX_PICTURES', 'SIDE', 'RoundLabels', 'RunRecord', 'read_run', 'skewed_classes', 'difference_interval',
-           'leak_warnings', 'chance_warnings', 'run_warnings', 'round_warnings', 'extremes', 'report_html',
-           'write_report']
+           'leak_warnings', 'chance_warnings', 'run_warnings', 'round_warnings', 'label_warnings', 'extremes',
+           'report_html', 'write_report']
 
 # %% ../nbs/11_report.ipynb #804699d0
 import base64, io, json, re, warnings
@@ -101,11 +101,17 @@ def read_run(path: str | Path, # Run directory
         folder = path/f"round_{o['round']}"
         if (folder/'selected.parquet').exists():
             labels[o['round']] = _count_labels(folder, len(about['config']['classes']), truth)
-    try: leaks = unsealed(path/'leaks.json')['found'] if (path/'leaks.json').exists() else []
+    try: leaks = _found_leaks(path)
     except ValueError: raise ValueError(f"{path/'leaks.json'} is damaged: fit(), or noisy-student run, searches again") from None
     return RunRecord(path, about['config'], about, pd.DataFrame(done), done, history, labels, leaks, data)
 
 # %% ../nbs/11_report.ipynb #169392b5
+def _found_leaks(path): # of a run, or of all its folds
+    files = [o for o in (path/'leaks.json', *sorted(path.glob('fold_*/leaks.json'))) if o.exists()]
+    if len(files) < 2: return [o for f in files for o in unsealed(f)['found']]
+    found = [o for f in files for o in unsealed(f)['found'] if isinstance(o['item'], str)] # positions count within a fold
+    return list({(o['pile'], o['item'], o['also_in'], o['other']): o for o in found}.values())
+
 def _read_table(file, remedy): # CSV whose checksum, if there is one, is right
     try:
         if altered(file.parent, [file.name]): raise ValueError
@@ -232,7 +238,13 @@ def round_warnings(run: RunRecord, # From `read_run`
                    k: int # Round
                   ) -> list[str]: # Sentences
     "What looks wrong with one round: its pseudo labels, its threshold, its student."
-    return (_worse(run, k) if k else []) + [o for f in (_collapsed, _idle_threshold) if k in run.labels for o in f(run, k)]
+    return (_worse(run, k) if k else []) + label_warnings(run, k)
+
+def label_warnings(run: RunRecord, # From `read_run`
+                   k: int # Round
+                  ) -> list[str]: # Sentences
+    "What looks wrong with its pseudo labels and its threshold."
+    return [o for f in (_collapsed, _idle_threshold) if k in run.labels for o in f(run, k)]
 
 def _worse(run, k): # a student below its teacher, or below the first one, by more than chance
     n, p = run.size('valid'), run.metrics[k]['valid_accuracy']
@@ -687,6 +699,12 @@ def _notes(found):
     return f'<section class="notes"><h2>What looks wrong</h2><ul>{"".join(f"<li>{escape(o)}</li>" for o in found)}</ul></section>'
 
 # %% ../nbs/11_report.ipynb #5c62463f
+def _folds_section(run): # where the rest is
+    if not (k := run.config.get('folds')): return ''
+    links = ', '.join(f'<a href="fold_{f}/report.html">fold {f + 1}</a>' for f in range(k))
+    return ('<section><h2>Folds</h2><p>Validation accuracy is out of fold: each labeled image is judged by the network that did not see its label. '
+            f'Test accuracy is that of all {k} networks together. Pseudo labels, and what looks wrong with them, are on the pages of the folds: {links}.</p></section>')
+
 def report_html(run: RunRecord # From `read_run`
                ) -> str: # A whole page that needs nothing else
     "The page of a run. Raises ValueError before the first round is done."
@@ -696,7 +714,7 @@ def report_html(run: RunRecord # From `read_run`
     wanted = run.recipe.get('rounds', 0) + 1
     state = '' if len(run.metrics) >= wanted else f' {len(run.metrics)} of {wanted} rounds are done.'
     sub = f"{' → '.join(dict.fromkeys(o['arch'] for o in run.metrics))}; {counts + ' ' + run.things + '; ' if counts else ''}{len(run.classes)} classes.{state}"
-    sections = [_notes(run_warnings(run)), _tiles(run), _accuracy_section(run), _labels_section(run), _class_pictures(run), _flips_section(run), _suspects_section(run),
+    sections = [_notes(run_warnings(run)), _folds_section(run), _tiles(run), _accuracy_section(run), _labels_section(run), _class_pictures(run), _flips_section(run), _suspects_section(run),
                 _leaks_section(run), _robustness_section(run), _settings_section(run)]
     return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
             f'<title>{escape(name)}: Noisy Student Training</title><style>{_CSS}</style></head><body><main><header><h1>{escape(name)}</h1><p class="sub">{escape(sub)}</p></header>'

@@ -6,7 +6,7 @@
 __all__ = ['MAX_FEATURES', 'NoisyStudent', 'read_summary', 'Ensemble', 'load_model']
 
 # %% ../nbs/09_rounds.ipynb #76c8d33c
-import gc, hashlib, json, os, platform, shutil, sys, time, warnings, zlib
+import gc, hashlib, json, os, platform, re, shutil, sys, time, warnings, zlib
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -177,7 +177,8 @@ class NoisyStudent:
     auto_batch = False
     limit: float | None = None # Seconds that all rounds may take together
     force = False
-    opening = 0. # Seconds before the first training
+    opening = 0. # Seconds that were spent on it elsewhere
+    _clock = 0. # When this process began, less the seconds of earlier ones
     _until: int | None = None # Last round that `fit` makes; None: all
     reasons: dict[str, str] = {} # Of the settings that were decided
     source: dict | None = None # Arguments of `cli.load_data`, if the command line made the data: kept for `noisy-student report`
@@ -208,13 +209,13 @@ class NoisyStudent:
         folds: int | None = None, # So many networks per round, each validated on another part of the labels, see `FoldedNoisyStudent`; None: one network
         **settings # Fields of `Recipe` to change, such as epochs=10
     ):
-        self.limit = None if time_limit is None else seconds(time_limit)
+        begun, self.limit = time.perf_counter(), None if time_limit is None else seconds(time_limit)
         self.path, data = _run_folder(data, path), open_data(data, seed=seed)
         self.data, self.seed, self.force = data, seed, force
         self.device = own_device(device)
         if odd := [o for o in (archs if isinstance(archs, (list, tuple)) else [archs]) if isinstance(o, nn.Module) or o is not None and not (isinstance(o, str) or callable(o))]:
             raise ValueError(f"archs must be names or functions that make a network, teacher first, such as ['resnet18', 'resnet34'], got {type(odd[0]).__name__}: every round builds a new network")
-        found, self.recipe, self.reasons = configure(data, archs, recipe, noise, self.device, self.limit, **settings)
+        found, self.recipe, self.reasons = configure(data, archs, recipe, noise, self.device, self.limit and self.limit / (folds or 1), **settings)
         self.networks, self.archs = {arch_name(o): o for o in found}, [arch_name(o) for o in found]
         if self.recipe.init == 'teacher' and len(set(self.archs)) > 1:
             raise ValueError(f"init='teacher' needs one architecture for all rounds, not {', '.join(self.archs)}: "
@@ -253,6 +254,7 @@ class NoisyStudent:
             except (RuntimeError, AssertionError, ValueError) as e:
                 raise ValueError(f"{arch} cannot take images of {self.size} px ({str(e).splitlines()[0]}): choose "
                                  "another size") from None
+        self._making = time.perf_counter() - begun
 
     @property
     def why(self) -> pd.DataFrame: # setting, value, why
@@ -279,6 +281,7 @@ class NoisyStudent:
         OSError if something cannot be written; MemoryError if the device has too little, see `auto_batch`; `InUseError`
         if another process works in the directory; `Stopped` on SIGTERM and Ctrl-C. What was written stays, and `fit`
         again goes on from there."""
+        self._clock = time.perf_counter() - self._making - self._spent()
         with self._alone(), stoppable(), warnings.catch_warnings():
             with first_rank_first():
                 self._open()
@@ -367,12 +370,13 @@ def _open(self: NoisyStudent): # make the directory, or check that it holds this
     diff = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
     if 'archs' in diff and _networks(old) == _networks(config): diff.remove('archs')
     free = {'recipe.rounds'} if b['recipe.rounds'] > a['recipe.rounds'] else set()
-    if not list(self.path.glob('round_*/selected.parquet')):
+    parts = ('', 'fold_*/') # a run with folds keeps its rounds there
+    if not any(list(self.path.glob(f'{o}round_*/selected.parquet')) for o in parts):
         free |= {f'recipe.{o}' for o in ('threshold', 'per_class', 'strict', 'binned', 'share', 'share_of')}
     def describe(k):
         if k == 'data': return "data: other images or labels, by changed files, labels, seed or pool"
         return f"{k.removeprefix('recipe.')}: {a.get(k)} there, {b.get(k)} here"
-    if not any(f.is_file() for f in self.path.glob('round_*/**/*')): free = set(diff) # nothing has been made yet
+    if not any(f.is_file() for o in parts for f in self.path.glob(f'{o}round_*/**/*')): free = set(diff) # nothing has been made yet
     if bad := [k for k in diff if k not in free]:
         raise ValueError(f"{self.path} holds a run with other settings ({'; '.join(map(describe, bad))}): "
                          "choose another folder, remove this one to start over, or give the same settings to go on "
@@ -722,7 +726,7 @@ def _fit_round(self: NoisyStudent, k): # everything of round k that is not there
     noise = r.teacher_noise if role == 'teacher' and r.teacher_noise is not None else r.noise
     stage = f"round {k}: training the {role} {self.arch(k)} (batches)"
     is_head = k < r.head_rounds
-    if not is_head: r = self._plan_round(k, selection, noise, time.perf_counter() - begun)
+    if not is_head: r = self._plan_round(k, selection, noise)
     epochs = r.teacher_epochs if role == 'teacher' and r.teacher_epochs else r.epochs
     with _seeded(self.seed * 1000 + k): # from here on: labeling, which may be done already, must not shift the numbers
         learn = self._learner(k, selection, noise, r.pretrained, fly)
@@ -872,14 +876,13 @@ def _planned(self: NoisyStudent, k): # steps of round k, None if there is no lim
     except (ValueError, KeyError, TypeError): raise ValueError(f"{self._round(k)/'plan.json'} is damaged: remove the folder {self._round(k)}") from None
 
 @patch
-def _plan_round(self: NoisyStudent, k, selection, noise, elapsed): # the recipe of round k, with steps that fit into what is left of the limit
+def _plan_round(self: NoisyStudent, k, selection, noise): # the recipe of round k, with steps that fit into what is left of the limit
     if self.limit is not None and self._planned(k) is None and not rank():
         _, rate = self._measured()
-        begun = time.perf_counter()
         step = self._step_seconds(k, selection, noise)
         later = sum(len(self._images('unlabeled').images) / rate for j in range(k + 1, self.recipe.rounds + 1) if j >= self.recipe.head_rounds)
         judged = sum(len(o) for o in (self.data.valid, self.data.test) if o is not None) / rate * (self.recipe.rounds + 1 - k)
-        left = self.limit - self._spent() - self.opening - elapsed - (time.perf_counter() - begun) - later - judged - 2
+        left = self.limit - self.opening - (time.perf_counter() - self._clock) - later - judged - 4 # the last for writing
         steps = steps_for(left, k, self.recipe, step)
         if left < 20 * step: warnings.warn(f"time_limit leaves no time for round {k}: it gets 20 steps")
         _write_text(self._round(k)/'plan.json', sealed(dict(steps=steps, step_seconds=step, left=round(left, 1))))
@@ -911,8 +914,7 @@ def plan(self: NoisyStudent) -> pd.DataFrame: # round, stage, amount, seconds
     return pd.DataFrame(rows).round(dict(seconds=1))
 
 @patch
-def _tell_plan(self: NoisyStudent): # one line before the training, and the time that everything before it took
-    begun, self.opening = time.perf_counter(), 0.
+def _tell_plan(self: NoisyStudent): # one line before the training
     if self.limit is None and not (sys.stderr.isatty() or IN_NOTEBOOK): return # nobody is there to read what takes seconds to measure
     for name in ('labeled', 'unlabeled', 'valid', 'test'):
         if getattr(self.data, name) is not None and len(getattr(self.data, name)): self._images(name)
@@ -923,7 +925,6 @@ def _tell_plan(self: NoisyStudent): # one line before the training, and the time
         warnings.warn(f"time_limit={duration(self.limit)} is less than the least that this run takes, {duration(table.seconds.sum())}: fewer "
                       "rounds, a smaller size or a smaller pool would fit")
     print(self.planned, file=sys.stderr, flush=True)
-    self.opening = time.perf_counter() - begun
 
 # %% ../nbs/09_rounds.ipynb #5bbeecba
 @patch
@@ -1042,8 +1043,8 @@ def suspects(self: NoisyStudent, # After `fit`
     Raises ValueError before the first round is done or without a pool, ImportError without cleanlab. Northcutt et al. 2021."""
     from noisy_student.suspects import flipped_labels, rank_suspects, show_suspects
     if not len(self.summary): raise ValueError(f"no round of {self.path} is finished: call fit() first")
-    if not len(self.data.unlabeled):
-        raise ValueError("suspects are found by a network trained on unlabeled images alone, and there are none")
+    if not len(self.data.unlabeled) and not getattr(self, 'folds', None):
+        raise ValueError("suspects are found by a network trained on unlabeled images alone, and there are none: name a pool, or ask for folds=5")
     # before the training
     if find_spec('cleanlab') is None:
         raise ImportError("finding suspects needs cleanlab: pip install '.[eval]' in the clone of noisy_student")
@@ -1097,6 +1098,10 @@ class Ensemble(nn.Module):
                ) -> torch.Tensor: # float (B, K), whose softmax is the mean of theirs
         return torch.stack([o(x).float().softmax(1) for o in self.models]).mean(0).clamp_min(1e-20).log()
 
+def _networks_in(tensors): # of an ensemble, 0 of a single network; counted, not believed
+    found = {int(m[1]) for o in tensors if (m := re.match(r'models\.(\d{1,3})\.', o))}
+    return len(found) if found == set(range(len(found))) and all(o.startswith('models.') for o in tensors) else 0
+
 def load_model(path: str | Path, # A run directory (its best round), a round_K folder, or a model.safetensors
                device: str | torch.device = 'cpu', # Where to put it
                arch: Callable[..., nn.Module] | None = None # The function that made the network, if one did; None: by the name in the file
@@ -1104,9 +1109,6 @@ def load_model(path: str | Path, # A run directory (its best round), a round_K f
     "The trained network of a run. Raises FileNotFoundError or ValueError, naming the file, if there is none."
     file = Path(path)
     if len(summary := read_summary(file)): file = file/f"round_{best_round(summary.to_dict('records'))}"
-    if parts := sorted(file.parent.glob(f'fold_*/{file.name}/model.safetensors')): # of a run with folds
-        networks = [load_model(o, device, arch) for o in parts]
-        return networks[0]._replace(model=Ensemble([o.model for o in networks]).eval())
     if file.is_dir(): file = file/'model.safetensors'
     if not file.exists():
         raise FileNotFoundError(f"no trained model at {path}: give a run directory, a round_K folder or a "
@@ -1115,7 +1117,9 @@ def load_model(path: str | Path, # A run directory (its best round), a round_K f
     if not {'arch', 'classes', 'size', 'mean', 'std'} <= meta.keys():
         raise ValueError(f"{file} was not written by noisy_student: it does not say its architecture")
     classes, mean, std = (json.loads(meta[k]) for k in ('classes', 'mean', 'std'))
-    try: model = create_model(meta['arch'] if arch is None else arch, len(classes), len(mean))
+    n = _networks_in(tensors)
+    make = lambda: create_model(meta['arch'] if arch is None else arch, len(classes), len(mean))
+    try: model = Ensemble([make() for _ in range(n)]) if n else make()
     except ValueError as e: raise ValueError(f"{file}: {e}; where a function made the network, give it: load_model(..., arch=...)") from None
     load_weights(model, file)
     return Trained(model.eval().to(device), meta['arch'], classes, int(meta['size']), mean, std)

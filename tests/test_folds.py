@@ -1,5 +1,5 @@
 "Folds: every label trains and judges, from the shell as from Python, on files and tables, resumable, without leaks."
-import json
+import json, shutil
 
 import numpy as np
 import pandas as pd
@@ -36,6 +36,15 @@ def test_a_table_with_groups_from_the_shell(photos, tmp_path, capsys):
     assert main(["predict", str(tmp_path/"run"), str(photos/"00.png"), "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert sorted(row["classes"]) == ["blue", "red"] and abs(sum(row["probabilities"]) - 1) < 1e-4
+    assert main(["evaluate", str(tmp_path/"run"), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert main(["predict", shown[0]["weights"], str(photos/"00.png")]) == 0
+    out_of_fold = pd.read_csv(tmp_path/"run"/"summary.csv").valid_accuracy
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path/"run"), str(photos/"table.csv"), "--json"]) == 0 # not by networks that saw the label
+    assert np.allclose([o["valid_accuracy"] for o in json.loads(capsys.readouterr().out)], out_of_fold)
+    page = (tmp_path/"run"/"report.html").read_text()
+    assert all(f'href="fold_{f}/report.html"' in page and (tmp_path/"run"/f"fold_{f}"/"report.html").exists() for f in range(3))
     assert main(["evaluate", str(tmp_path/"run")]) == 0 and main(["report", str(tmp_path/"run")]) == 0
     assert main(["suspects", str(tmp_path/"run")]) == 0, capsys.readouterr().err
     capsys.readouterr()
@@ -77,6 +86,24 @@ def test_labels_of_a_fold_do_not_reach_it(photos, tmp_path, monkeypatch):
         answers.append(ns.oof(1)[["blue", "red"]].to_numpy())
     np.testing.assert_allclose(answers[0][::2], answers[1][::2], atol=1e-6)
     assert np.abs(answers[0][1::2] - answers[1][1::2]).max() > 1e-3
+
+
+def test_what_is_missing_or_other_is_noticed(photos, tmp_path):
+    from noisy_student.tables import from_df
+    data = from_df(pd.read_csv(photos/"table.csv"), photos)
+    ns = NoisyStudent(data, "resnet9_4", tmp_path/"run", folds=2, **SMALL)
+    before = ns.fit().valid_accuracy.tolist()
+    shutil.rmtree(tmp_path/"run"/"fold_1"/"round_0")
+    again = NoisyStudent(data, "resnet9_4", tmp_path/"run", folds=2, **SMALL)
+    assert again.fit().valid_accuracy.tolist() == before and (tmp_path/"run"/"fold_1"/"round_0"/"model.safetensors").exists()
+    assert again.oof(0).iloc[:, 5:].equals(ns.oof(0).iloc[:, 5:])
+    with pytest.raises(ValueError, match="other settings"): NoisyStudent(data, "resnet9_4", tmp_path/"run", **SMALL).fit()
+    with pytest.raises(ValueError, match="threshold: 0.0 there, 0.6 here"): NoisyStudent(data, "resnet9_4", tmp_path/"run", folds=2, **{**SMALL, "threshold": .6}).fit()
+    with pytest.raises(ValueError, match="pseudo_labels made elsewhere and folds"):
+        NoisyStudent(data, "resnet9_4", tmp_path/"b", folds=2, pseudo_labels=tmp_path/"run"/"fold_0"/"round_1"/"selected.parquet", **SMALL)
+    alone = NoisyStudent(data, "resnet9_4", tmp_path/"c", folds=2, **{**SMALL, "rounds": 0})
+    alone.fit()
+    assert set(alone.suspects(pictures=0).kind) <= {"labeled"}
 
 
 def test_classes_that_cannot_be_dealt_out(photos, tmp_path):
