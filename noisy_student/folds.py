@@ -156,7 +156,7 @@ class FoldedNoisyStudent(NoisyStudent):
             self._open()
             if done := self._finished() > self.recipe.rounds: self._write_summary()
             else: self._tell_plan()
-            for part in self.parts: part.opening = (time.perf_counter() - begun + self._making) / self.folds
+            for part in self.parts: part.opening, part._reserve = (time.perf_counter() - begun + self._making) / self.folds, self._reserve / self.folds
             for k in range(self._finished(), self.recipe.rounds + 1):
                 for part in self.parts:
                     part._until = k

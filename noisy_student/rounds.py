@@ -178,6 +178,7 @@ class NoisyStudent:
     limit: float | None = None # Seconds that all rounds may take together
     force = False
     opening = 0. # Seconds that were spent on it elsewhere
+    _reserve = 4. # Seconds for writing what came out
     _clock = 0. # When this process began, less the seconds of earlier ones
     _until: int | None = None # Last round that `fit` makes; None: all
     reasons: dict[str, str] = {} # Of the settings that were decided
@@ -882,7 +883,7 @@ def _plan_round(self: NoisyStudent, k, selection, noise): # the recipe of round 
         step = self._step_seconds(k, selection, noise)
         later = sum(len(self._images('unlabeled').images) / rate for j in range(k + 1, self.recipe.rounds + 1) if j >= self.recipe.head_rounds)
         judged = sum(len(o) for o in (self.data.valid, self.data.test) if o is not None) / rate * (self.recipe.rounds + 1 - k)
-        left = self.limit - self.opening - (time.perf_counter() - self._clock) - later - judged - 4 # the last for writing
+        left = self.limit - self.opening - (time.perf_counter() - self._clock) - later - judged - self._reserve
         steps = steps_for(left, k, self.recipe, step)
         if left < 20 * step: warnings.warn(f"time_limit leaves no time for round {k}: it gets 20 steps")
         _write_text(self._round(k)/'plan.json', sealed(dict(steps=steps, step_seconds=step, left=round(left, 1))))
