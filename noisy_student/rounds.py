@@ -178,6 +178,7 @@ class NoisyStudent:
     limit: float | None = None # Seconds that all rounds may take together
     force = False
     opening = 0. # Seconds that were spent on it elsewhere
+    _making = 0. # Seconds that the constructor took
     _reserve = 4. # Seconds for writing what came out
     _clock = 0. # When this process began, less the seconds of earlier ones
     _until: int | None = None # Last round that `fit` makes; None: all
@@ -186,11 +187,6 @@ class NoisyStudent:
     report: Callable[[], Figure] # Below
     suspects: Callable[..., pd.DataFrame] # Below
     _decoded: dict # Decoded images by split
-
-    def __new__(cls, *args, folds: int | None = None, **kwargs):
-        if folds is None or cls is not NoisyStudent: return object.__new__(cls)
-        from noisy_student.folds import FoldedNoisyStudent
-        return object.__new__(FoldedNoisyStudent)
 
     def __init__(
         self,
@@ -210,6 +206,7 @@ class NoisyStudent:
         folds: int | None = None, # So many networks per round, each validated on another part of the labels, see `FoldedNoisyStudent`; None: one network
         **settings # Fields of `Recipe` to change, such as epochs=10
     ):
+        if folds is not None and type(self) is NoisyStudent: return self._in_folds(locals())
         begun, self.limit = time.perf_counter(), None if time_limit is None else seconds(time_limit)
         self.path, data = _run_folder(data, path), open_data(data, seed=seed)
         self.data, self.seed, self.force = data, seed, force
@@ -261,6 +258,12 @@ class NoisyStudent:
     def why(self) -> pd.DataFrame: # setting, value, why
         "Every setting that differs from the plain recipe or fits the data, and the reason."
         return reasons_table(self.recipe, self.reasons)
+
+    def _in_folds(self, given): # become the run of several folds, with the same arguments
+        from noisy_student.folds import FoldedNoisyStudent
+        self.__class__ = FoldedNoisyStudent
+        settings = given.pop('settings')
+        FoldedNoisyStudent.__init__(self, **{k: v for k, v in given.items() if k not in ('self', '__class__')}, **settings)
 
     def arch(self, k: int # Round
             ) -> str: # Name of its architecture
@@ -1091,7 +1094,8 @@ def _unseen_probs(self: NoisyStudent, k, folder):
 # %% ../nbs/09_rounds.ipynb #031d82e9
 class Ensemble(nn.Module):
     "Several networks as one, which answers with the logarithm of their mean probabilities."
-    def __init__(self, models: list[nn.Module]): # Each with logits (B, K)
+    def __init__(self, models: list[nn.Module] # Each with logits (B, K)
+                ):
         super().__init__()
         self.models = nn.ModuleList(models)
 
