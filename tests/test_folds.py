@@ -46,7 +46,6 @@ def test_a_table_with_groups_from_the_shell(photos, tmp_path, capsys):
     page = (tmp_path/"run"/"report.html").read_text()
     assert all(f'href="fold_{f}/report.html"' in page and (tmp_path/"run"/f"fold_{f}"/"report.html").exists() for f in range(3))
     assert main(["evaluate", str(tmp_path/"run")]) == 0 and main(["report", str(tmp_path/"run")]) == 0
-    assert main(["suspects", str(tmp_path/"run")]) == 0, capsys.readouterr().err
     capsys.readouterr()
     assert main(["export", str(tmp_path/"run"), "--out", str(tmp_path/"x.safetensors")]) == 2
     assert "fold_0" in capsys.readouterr().err
@@ -65,7 +64,6 @@ def test_groups_stay_together_and_all_labels_judge(photos, tmp_path):
     assert (oof.label.to_numpy() == truth.to_numpy()).all()
     assert abs((oof.label == oof.predicted).mean() - ns.summary.valid_accuracy[ns.best]) < 1e-9
     assert (oof[["blue", "red"]].sum(axis=1) - 1).abs().max() < 1e-4
-    ns.suspects(pictures=0)
     assert len(ns.predict([str(photos/"30.png")])) == 1 and load_model(ns.path).classes == ["blue", "red"]
     assert ns.plan().seconds.sum() > 0 and len(ns.learner(fold=2).get_preds()[0]) == (ns.of == 2).sum()
     with pytest.raises(ValueError, match=r"fold must be in 0\.\.2"): ns.learner(fold=3)
@@ -101,9 +99,21 @@ def test_what_is_missing_or_other_is_noticed(photos, tmp_path):
     with pytest.raises(ValueError, match="threshold: 0.0 there, 0.6 here"): NoisyStudent(data, "resnet9_4", tmp_path/"run", folds=2, **{**SMALL, "threshold": .6}).fit()
     with pytest.raises(ValueError, match="pseudo_labels made elsewhere and folds"):
         NoisyStudent(data, "resnet9_4", tmp_path/"b", folds=2, pseudo_labels=tmp_path/"run"/"fold_0"/"round_1"/"selected.parquet", **SMALL)
-    alone = NoisyStudent(data, "resnet9_4", tmp_path/"c", folds=2, **{**SMALL, "rounds": 0})
-    alone.fit()
-    assert set(alone.suspects(pictures=0).kind) <= {"labeled"}
+
+
+def test_suspects_are_found_out_of_fold_and_without_a_pool(photos, tmp_path, capsys):
+    pytest.importorskip("cleanlab")
+    from noisy_student.cli import main
+    df = pd.read_csv(photos/"table.csv").dropna()
+    df.loc[0, "label"] = "blue" # of a red one
+    df.to_csv(tmp_path/"table.csv", index=False)
+    line = ["run", tmp_path/"table.csv", "--images", photos, "--out", tmp_path/"run", "--folds", 3, "--recipe", "default", "--arch", "resnet9_4",
+            "--rounds", 0, "--epochs", 5, "--steps", 10, "--bs", 8, "--size", 16, "--force"]
+    assert main([str(o) for o in line]) == 0, capsys.readouterr().err
+    capsys.readouterr()
+    assert main(["suspects", str(tmp_path/"run"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {o["kind"] for o in found} == {"labeled"} and found[0]["item"].endswith("00.png"), found
 
 
 def test_classes_that_cannot_be_dealt_out(photos, tmp_path):
