@@ -64,4 +64,4 @@ if __name__ == "__main__":
             rows.append(dict(case=f"beside {others} busy processes", candidate=policy, step_seconds=round(m["step_seconds"], 4),
                              cpu_per_step=round(m["cpu_per_step"], 4), ratio=round(m["step_seconds"] / mean["ACTIVE"]["step_seconds"], 3),
                              processes=a.turns))
-    save("threads", rows, a, cores_used=str(os.cpu_count()))
+    save("threads", rows, a)
