@@ -18,7 +18,7 @@ from fastai.learner import Learner
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from .distributed import world
-from .files import altered, stoppable, write_sums, write_text
+from .files import altered, read_metrics, stoppable, write_sums, write_text
 from .images import Decoded
 from .models import load_tensors, save_tensors
 from .rounds import NoisyStudent, _fingerprint, _logits, _run_folder
@@ -26,6 +26,10 @@ from .splits import Split, Splits
 from .tables import open_data
 
 # %% ../nbs/09c_folds.ipynb #77ded6d4
+def _check_number(folds):
+    if isinstance(folds, bool) or not isinstance(folds, int) or folds < 2:
+        raise ValueError(f"folds must be a whole number from 2, got {folds!r}")
+
 def fold_of(
     labels: np.ndarray, # int64 (N,), class of each image
     folds: int, # Number of folds, at least 2
@@ -34,8 +38,7 @@ def fold_of(
 ) -> np.ndarray: # int64 (N,), in 0..folds-1
     """The fold of every image, with class shares as even as can be. Raises ValueError where a class would be missing
     from a training, or a fold empty."""
-    if isinstance(folds, bool) or not isinstance(folds, int) or folds < 2:
-        raise ValueError(f"folds must be a whole number from 2, got {folds!r}")
+    _check_number(folds)
     unit, things = (np.arange(len(labels)), 'images') if groups is None else (groups, 'groups of images')
     counts = [len(np.unique(unit[labels == c])) for c in np.unique(labels)]
     if min(counts) < 2:
@@ -70,11 +73,10 @@ class _Fold(NoisyStudent): # the run without the labels of one fold
 
     def _stats(self, k): return self.whole._stats(k) # one normalization for all, so that they can be one network
 
-    def _accuracy(self, learn, name): # and what was answered
-        split = getattr(self.data, name)
-        if split is None or not len(split): return None
-        self.answers[1][name] = _logits(learn, self._images(name).images).softmax(1)
-        return int((self.answers[1][name].argmax(1).numpy() == split.labels).sum()) / len(split)
+    def _answers(self, learn, name): # kept for the whole run
+        logits = super()._answers(learn, name)
+        self.answers[1][name] = logits.softmax(1)
+        return logits
 
     def _measured(self): return super()._measured() if self.first else self.whole.parts[0]._measured()
 
@@ -115,6 +117,7 @@ class FoldedNoisyStudent(NoisyStudent):
     """The loop once per fold: what `NoisyStudent(..., folds=5)` gives. All labels train, validation images included.
 
     Raises ValueError where a class has fewer than two labeled images, and as `NoisyStudent`."""
+    folds: int # Their number
     _open: Callable; _tell_plan: Callable; _warn: Callable; _not_in_vain: Callable; _write_report: Callable # patched into `NoisyStudent`
 
     def __init__(
@@ -129,7 +132,7 @@ class FoldedNoisyStudent(NoisyStudent):
         seed = kwargs.get('seed', args[1] if len(args) > 1 else 0)
         if kwargs.get('pseudo_labels') is not None:
             raise ValueError("pseudo_labels made elsewhere and folds do not go together: whoever made them may have known the labels of every fold; leave one of them out")
-        fold_of(np.repeat([0, 1], 2 * folds) if isinstance(folds, int) else np.zeros(2, np.int64), folds) # a wrong number ends here
+        _check_number(folds)
         opened = open_data(data, seed=seed)
         self._opened = _fingerprint(opened)
         super().__init__(_joined(opened), archs, path or _run_folder(data, None), *args, folds=folds, **kwargs) # type: ignore[misc]
@@ -154,10 +157,11 @@ class FoldedNoisyStudent(NoisyStudent):
         begun = time.perf_counter()
         with self._alone(), stoppable():
             self._open()
-            if done := self._finished() > self.recipe.rounds: self._write_summary()
+            done = (start := self._finished()) > self.recipe.rounds
+            if done: self._write_summary()
             else: self._tell_plan()
             for part in self.parts: part.opening, part._reserve = (time.perf_counter() - begun + self._making) / self.folds, self._reserve / self.folds
-            for k in range(self._finished(), self.recipe.rounds + 1):
+            for k in range(start, self.recipe.rounds + 1):
                 for part in self.parts:
                     part._until = k
                     part.fit()
@@ -170,10 +174,9 @@ class FoldedNoisyStudent(NoisyStudent):
 
     def _finished(self): # rounds from 0 that are there and whole
         for k in range(self.recipe.rounds + 1):
+            self._check_round(k) # what is damaged goes
             if not (self._round(k)/'metrics.json').exists(): return k
-            self._check_round(k)
-            there = all((o/'metrics.json').exists() and not altered(o) for o in (self._round(k), *(o._round(k) for o in self.parts)))
-            if not there: return k
+            if not all((o._round(k)/'metrics.json').exists() and not altered(o._round(k)) for o in self.parts): return k
         return self.recipe.rounds + 1
 
     def _judge(self, k): # what the networks of round k are worth
@@ -187,7 +190,7 @@ class FoldedNoisyStudent(NoisyStudent):
         write_text(folder/'oof.csv', self.oof(k).to_csv(index=False))
         history = pd.concat([pd.read_csv(o._round(k)/'history.csv') for o in self.parts]).groupby('epoch', as_index=False).mean()
         write_text(folder/'history.csv', history.to_csv(index=False))
-        rows = pd.concat([o.summary[o.summary['round'] == k] for o in self.parts])
+        rows = pd.DataFrame([read_metrics(o._round(k)) for o in self.parts])
         right = lambda p, labels: int((p.argmax(1).numpy() == labels).sum()) / len(labels)
         known = rows.pseudo_label_accuracy.astype(float).mean()
         metrics = dict(round=k, role=rows.role.iloc[0], arch=self.arch(k), parameters=int(rows.parameters.iloc[0]), labeled=len(y),

@@ -32,6 +32,9 @@ def _is_length(value: Optional[str]) -> Optional[str]: # of time
     except ValueError: raise typer.BadParameter(f"{value!r} is no length of time: give 2h, 90m, 1h30m or seconds") from None
     return value
 
+def _text(help, metavar): # an optional option of text
+    return typer.Option(metavar=metavar, show_default=False, help=help)
+
 DataArg = Annotated[str, typer.Argument(metavar='DATA',
                                         help="digits, cifar10, imagenette, svhn, a folder with train/CLASS/ and "
                                              "optionally unlabeled/, valid/CLASS/, test/CLASS/, or a .csv file with "
@@ -47,17 +50,13 @@ LabelsOpt = Annotated[Optional[int], typer.Option(metavar='N', min=1, show_defau
 SizeOpt = Annotated[Optional[int], typer.Option(metavar='PX', min=1, show_default=False,
                                                 help="Side of the images in pixels. Default: the recipe's, else the "
                                                      "data's, photographs at most 128.")]
-PretrainedOpt = Annotated[Optional[str], typer.Option(metavar='WEIGHTS', show_default=False,
-                                                      help="Start from these weights: a .safetensors or .pth file, "
-                                                           "package:NAME of an installed package, hub, which "
-                                                           "downloads published ones, or none. Default: the recipe's.")]
+PretrainedOpt = Annotated[Optional[str], _text("Start from these weights: a .safetensors or .pth file, package:NAME of an installed "
+                                               "package, hub, which downloads published ones, or none. Default: the recipe's.", 'WEIGHTS')]
 EpochsOpt = Annotated[Optional[int], typer.Option(metavar='N', min=1, show_default=False,
                                                   help="Epochs per network: passes over the labeled images, "
                                                        "or as many batches as the recipe says. Default: the "
                                                        "recipe's.")]
-RecipeOpt = Annotated[Optional[str], typer.Option(metavar='NAME', show_default=False,
-                                                  help="Settings to start from, see noisy-student recipes. Default: "
-                                                       "the one made for DATA.")]
+RecipeOpt = Annotated[Optional[str], _text("Settings to start from, see noisy-student recipes. Default: the one made for DATA.", 'NAME')]
 SeedOpt = Annotated[int, typer.Option(metavar='N', min=0,
                                       help="Decides which images are labeled, initial weights, order, noise.")]
 DeviceOpt = Annotated[Optional[str], typer.Option(metavar='NAME', callback=_is_device, show_default=False,
@@ -70,9 +69,6 @@ BatchOpt = Annotated[Optional[int], typer.Option(metavar='N', min=1, show_defaul
                                                       "as fit.")]
 JsonOpt = Annotated[bool, typer.Option('--json', help="Results as JSON.")]
 
-
-def _text(help, metavar): # an optional option of text
-    return typer.Option(metavar=metavar, show_default=False, help=help)
 
 ImagesOpt = Annotated[Optional[str], _text("Folder where the file names of a .csv file begin. Default: that of the file.", 'DIR')]
 ImageColumnOpt = Annotated[Optional[str], _text("Column of a .csv file with file names. Default: image.", 'NAME')]

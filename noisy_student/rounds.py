@@ -178,6 +178,7 @@ class NoisyStudent:
     limit: float | None = None # Seconds that all rounds may take together
     force = False
     opening = 0. # Seconds that were spent on it elsewhere
+    folds: int | None = None # Networks per round, where there are several
     _making = 0. # Seconds that the constructor took
     _reserve = 4. # Seconds for writing what came out
     _clock = 0. # When this process began, less the seconds of earlier ones
@@ -713,7 +714,10 @@ def _logits(learn, images): # float32 (N, K) on the CPU, of the clean view
 def _accuracy(self: NoisyStudent, learn, name): # share of right answers on a labeled split, None where there is none
     split = getattr(self.data, name)
     if split is None or not len(split): return None
-    return int((_logits(learn, self._images(name).images).argmax(1).numpy() == split.labels).sum()) / len(split)
+    return int((self._answers(learn, name).argmax(1).numpy() == split.labels).sum()) / len(split)
+
+@patch
+def _answers(self: NoisyStudent, learn, name): return _logits(learn, self._images(name).images) # float32 (n, K)
 
 # %% ../nbs/09_rounds.ipynb #89ef8856
 @patch
@@ -948,7 +952,7 @@ def _not_in_vain(self: NoisyStudent, k): # stop a run that configured itself at 
     if not (found := against_before(y, self._valid_probs(k), self._valid_probs(k - 1), f'the student of round {k}')).ok: warnings.warn(f"{found.text} Round {self.best} is used.")
 
 @patch
-def _valid_probs(self: NoisyStudent, k): return _logits(self.learner(k), self._images('valid').images).softmax(1).numpy() # float32 (n, K)
+def _valid_probs(self: NoisyStudent, k): return self._answers(self.learner(k), 'valid').softmax(1).numpy() # float32 (n, K)
 
 @patch
 def _valid_labels(self: NoisyStudent): return np.asarray(self.data.valid.labels)
@@ -1047,7 +1051,7 @@ def suspects(self: NoisyStudent, # After `fit`
     Raises ValueError before the first round is done or without a pool, ImportError without cleanlab. Northcutt et al. 2021."""
     from noisy_student.suspects import flipped_labels, rank_suspects, show_suspects
     if not len(self.summary): raise ValueError(f"no round of {self.path} is finished: call fit() first")
-    if not len(self.data.unlabeled) and not getattr(self, 'folds', None):
+    if not len(self.data.unlabeled) and not self.folds:
         raise ValueError("suspects are found by a network trained on unlabeled images alone, and there are none: name a pool, or ask for folds=5")
     # before the training
     if find_spec('cleanlab') is None:

@@ -33,15 +33,21 @@ def write(folder, table, cuts, part_size): # as predict_pseudo_labels would, in 
     return folder
 
 
+def with_ties(data, n):
+    "A table of n items, whose confidences are of six values, among them two neighbors in float32."
+    values = np.float32([.3, np.nextafter(np.float32(.3), 1), .5, .75, .99, 1])
+    return pd.DataFrame(dict(item=[f'{i * 7919 % 997:03d}.png' for i in range(n)],
+                             label=data.draw(st.lists(st.integers(0, K - 1), min_size=n, max_size=n)),
+                             confidence=values[data.draw(st.lists(st.integers(0, 5), min_size=n, max_size=n))]))
+
+
 @settings(max_examples=25)
 @given(st.data())
 @pytest.mark.filterwarnings('ignore')
 def test_the_selection_does_not_depend_on_the_shards(tmp_path_factory, data):
     "Many ties: confidences of six values, among them two neighbors in float32."
     root, n = tmp_path_factory.mktemp('shards'), data.draw(st.integers(1, 40))
-    values = np.float32([.3, np.nextafter(np.float32(.3), 1), .5, .75, .99, 1])
-    table = pd.DataFrame(dict(item=[f'{i * 7919 % 997:03d}.png' for i in range(n)], label=data.draw(st.lists(st.integers(0, K - 1), min_size=n, max_size=n)),
-                              confidence=values[data.draw(st.lists(st.integers(0, 5), min_size=n, max_size=n))]))
+    table = with_ties(data, n)
     how = dict(threshold=.3, per_class=data.draw(st.sampled_from([1, 3, 8, 'mean', 'largest', None])))
     if how['per_class'] is not None: how['binned'] = data.draw(st.booleans())
     files = []
@@ -67,10 +73,7 @@ def test_the_selection_does_not_depend_on_the_shards(tmp_path_factory, data):
 def test_a_share_is_the_head_of_the_sorted_pool(tmp_path_factory, data):
     "Many ties, any sharding; the balance comes after, of what is in the share alone."
     root, n = tmp_path_factory.mktemp('share'), data.draw(st.integers(1, 40))
-    values = np.float32([.3, np.nextafter(np.float32(.3), 1), .5, .75, .99, 1])
-    table = pd.DataFrame(dict(item=[f'{i * 7919 % 997:03d}.png' for i in range(n)],
-                              label=data.draw(st.lists(st.integers(0, K - 1), min_size=n, max_size=n)),
-                              confidence=values[data.draw(st.lists(st.integers(0, 5), min_size=n, max_size=n))]))
+    table = with_ties(data, n)
     ordered, of = table.sort_values(['confidence', 'item'], ascending=[False, True]), data.draw(st.sampled_from(['pool', 'class']))
     files, smaller = [], set()
     for i, share in enumerate(sorted(data.draw(st.sets(st.sampled_from([.001, .1, .2, .3, .5, .7, .9]), min_size=1))) + [1]):
