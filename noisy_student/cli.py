@@ -93,6 +93,9 @@ def _print_run(out, rows, as_json): # the rounds of a run, and which one to use
     if as_json: return print_table([dict(r, weights=weights(r['round']), best=r['round'] == best) for r in rows], True)
     print_table(rows)
     print(f"best round: {best} (by validation accuracy), weights: {weights(best)}")
+    if (top := max(rows, key=lambda r: r['valid_accuracy']))['valid_accuracy'] > (used := next(r for r in rows if r['round'] == best))['valid_accuracy']:
+        print(f"round {top['round']} has {100 * top['valid_accuracy']:.1f} % there, which {top['n_valid']:,} validation labels cannot tell from "
+              f"{100 * used['valid_accuracy']:.1f} %: the later round, which has learned from more, is used")
     from noisy_student.report import chance_warnings
     for o in chance_warnings(rows[-1], unsealed(Path(out)/'run.json')): print(o)
 

@@ -197,7 +197,7 @@ class FoldedNoisyStudent(NoisyStudent):
                        pseudo_labeled=round(float(rows.pseudo_labeled.mean())), valid_accuracy=right(valid, y),
                        test_accuracy=right(test['test'], self.data.test.labels) if test else None,
                        seconds=round(float(rows.seconds.sum()) + time.perf_counter() - begun, 1),
-                       pseudo_label_accuracy=None if np.isnan(known) else float(known))
+                       pseudo_label_accuracy=None if np.isnan(known) else float(known), n_valid=len(y))
         parts = [load_tensors(o._round(k)/'model.safetensors') for o in self.parts]
         save_tensors({f'models.{i}.{name}': x for i, (tensors, _) in enumerate(parts) for name, x in tensors.items()}, folder/'model.safetensors',
                      {o: parts[0][1][o] for o in ('arch', 'classes', 'size', 'mean', 'std')})

@@ -331,7 +331,7 @@ class NoisyStudent:
 
     @property
     def best(self) -> int:
-        "The round with the highest validation accuracy, the latest of several. Raises ValueError before the first round is done."
+        "The latest round within one standard error of the highest validation accuracy (`best_round`). Raises ValueError before the first round is done."
         s = self.summary
         if not len(s): raise ValueError(f"no round of {self.path} is finished: call fit() first")
         return best_round(s.to_dict('records'))
@@ -432,7 +432,7 @@ def read_summary(path: Path # A run directory
     "The figures of the finished rounds of a run. Raises ValueError, naming the file, if they are not what was written."
     rows = sorted((read_metrics(f.parent) for f in path.glob('round_*/metrics.json')), key=lambda r: r['round'])
     return pd.DataFrame(rows, columns=['round', 'role', 'arch', 'parameters', 'labeled', 'pseudo_labeled',
-                                       'valid_accuracy', 'test_accuracy', 'seconds', 'pseudo_label_accuracy'])
+                                       'valid_accuracy', 'test_accuracy', 'seconds', 'pseudo_label_accuracy', 'n_valid'])
 
 # %% ../nbs/09_rounds.ipynb #4c9524c8
 @patch
@@ -762,7 +762,7 @@ def _fit_round(self: NoisyStudent, k): # everything of round k that is not there
                    pseudo_labeled=len(self._pool_images()) if fly else 0 if selection is None else len(selection.items),
                    valid_accuracy=self._accuracy(learn, 'valid'),
                    test_accuracy=self._accuracy(learn, 'test'), seconds=round(prepared + seconds, 1),
-                   pseudo_label_accuracy=known, labeling_seconds=round(labeling, 1))
+                   pseudo_label_accuracy=known, labeling_seconds=round(labeling, 1), n_valid=len(self.data.valid))
     metrics['seconds'] = round(metrics['seconds'] + time.perf_counter() - trained, 1) # with its evaluation
     _write_text(folder/'metrics.json', json.dumps(metrics, indent=1))
 

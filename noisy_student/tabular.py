@@ -378,7 +378,7 @@ class TabularNoisyStudent(NoisyStudent):
                        labeled=len(self.data.labeled), pseudo_labeled=0 if selection is None else len(selection),
                        valid_accuracy=self._accuracy(learn, self.data.valid),
                        test_accuracy=self._accuracy(learn, self.data.test),
-                       seconds=round(time.perf_counter() - begun, 1))
+                       seconds=round(time.perf_counter() - begun, 1), n_valid=len(self.data.valid))
         _write_text(folder/'metrics.json', json.dumps(metrics, indent=1))
 
 def _decay_groups(model): # weights of layers, which decay, and biases, normalization and embeddings, which do not
