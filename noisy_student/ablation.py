@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 
 from .datasets import Splits, _did_you_mean
 from .distributed import first_rank_first, rank
+from .progress import Within, default_progress
 from .recipes import Recipe, _describe, get_recipe
-from .rounds import NoisyStudent, _one_line, _write_text
+from .rounds import NoisyStudent, _write_text
 
 # %% ../nbs/10a_ablation.ipynb #e6690e88
 def variants(full: Recipe # With its architectures
@@ -156,14 +157,13 @@ def ablate(
     if not full.rounds: raise ValueError("rounds=0 trains no student: there is nothing to leave out")
     if not seeds or len(set(seeds)) < len(seeds): raise ValueError(f"seeds={seeds}: give at least one seed, each of them once")
     changes, skipped = _chosen(only, full)
-    rows, table, progress = [], None, progress or _one_line()
+    rows, table, progress = [], None, progress or default_progress()
     for seed in seeds:
         d, first = data(seed) if callable(data) else data, None
         decoded: dict[int, dict] = {}
         recipes = {k: same_images(full, c, len(d.labeled)) for k, c in {'full': {}, **changes}.items()}
         for name, r in recipes.items():
-            def tell(stage, done, total, run=f'{name}, seed {seed}'): progress(f'{run}: {stage}', done, total)
-            run = NoisyStudent(d, None, out/name/f'seed_{seed}', seed=seed, recipe=r, device=device, progress=tell)
+            run = NoisyStudent(d, None, out/name/f'seed_{seed}', seed=seed, recipe=r, device=device, progress=Within(progress, f'{name}, seed {seed}: '))
             run._decoded = decoded.setdefault(run.size, {}) # images are decoded once for all runs of a seed
             first = first or run
             with first_rank_first(): _share_teacher(run, first)

@@ -74,7 +74,7 @@ class RunState(Callback):
     order = 80 # before_epoch after fastai's SkipToEpoch (70), so only for epochs that are really trained
     every = 600. # seconds between checkpoints within an epoch
     def __init__(self, file: str | Path, # The checkpoint
-                 progress: Callable[[int, int], None] | None = None, # Called with (done, total) batches
+                 progress: Callable[[int, int], None] | None = None, # Called with (done, total) batches; its method `epoch`, if it has one, with (done, total, figures)
                  asked: Sequence[int] = () # Signals to stop at the next step, as `stoppable` notes them
                 ):
         self.file, self.progress, self.asked = Path(file), progress, asked
@@ -159,7 +159,9 @@ class RunState(Callback):
         if not np.isfinite([loss, valid]).all():
             raise FloatingPointError(f"the loss is {loss} in training and {valid} in validation after epoch "
                                      f"{self.epoch}: {_DIVERGED}")
-        self.history.append(dict(epoch=self.epoch, train_loss=loss, valid_loss=valid, valid_accuracy=acc))
+        more = {k: None if v is None else float(v) for k, v in zip(self.recorder.metric_names[4:], self.recorder.log[4:]) if k != 'time'}
+        self.history.append(row := dict(epoch=self.epoch, train_loss=loss, valid_loss=valid, valid_accuracy=acc, **more))
+        if tell := getattr(self.progress, 'epoch', None): tell(self.epoch + 1, self.n_epoch, {k: v for k, v in row.items() if k != 'epoch'})
         self._save(self.epoch, self.rng)
 
     def _check_loss(self):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEVEL', 'CHOOSE_BY', 'Verdict', 'p_above', 'Majority', 'majority', 'against_chance', 'mcnemar', 'against_before',
-           'against_linear', 'class_metrics', 'score']
+           'against_linear', 'class_metrics', 'score', 'accuracy_error', 'score_error', 'valid_figures']
 
 # %% ../nbs/08f_checks.ipynb #f86b4c74
 from typing import NamedTuple
@@ -195,3 +195,36 @@ def score(metrics: dict, # Of `class_metrics`
         raise ValueError(f"choose_by={choose_by!r} must be a metric that was measured, got none; log_loss needs "
                          "probabilities")
     return CHOOSE_BY[choose_by] * value
+
+def accuracy_error(p: float, # Accuracy, in [0, 1]
+                   n: int # Images, > 0
+                  ) -> float: # In [0, .5]
+    "The standard error of an accuracy, sqrt(p (1 - p) / n)."
+    return (p * (1 - p) / n)**.5
+
+def score_error(
+    y: np.ndarray, # True labels, int (n,), in 0..K-1
+    prob_or_pred: np.ndarray, # Probabilities (n, K), or labels (n,)
+    n_classes: int, # K, from 2 on
+    choose_by: str = 'accuracy', # A name in `CHOOSE_BY`
+    draws: int = 200, # Samples of the bootstrap, which all but accuracy need
+    seed: int = 0, # Of the samples
+) -> float: # >= 0
+    "The standard error of a score: how far it would be off with other images, by `accuracy_error` or the bootstrap (Efron 1979)."
+    y, o = np.asarray(y), np.asarray(prob_or_pred)
+    if choose_by == 'accuracy': return accuracy_error(float((_classes_of('prob_or_pred', o, len(y)) == y).mean()), len(y))
+    rows = np.random.default_rng(seed).integers(len(y), size=(draws, len(y)))
+    return float(np.std([score(class_metrics(y[i], o[i], n_classes), choose_by) for i in rows]))
+
+def valid_figures(
+    y: np.ndarray, # True labels of the validation images, int (n,)
+    logits: np.ndarray, # float (n, K), or log probabilities
+    choose_by: str = 'accuracy', # A name in `CHOOSE_BY`
+) -> dict: # valid_accuracy, valid_balanced_accuracy, valid_f1, valid_log_loss, score, score_error
+    "What is noted of a round, and what chooses among rounds."
+    y, z = np.asarray(y), np.asarray(logits, np.float64)
+    prob = np.exp(z - z.max(1, keepdims=True)); prob /= prob.sum(1, keepdims=True)
+    found = class_metrics(y, prob, z.shape[1])
+    found['accuracy'] = int((z.argmax(1) == y).sum()) / len(y)
+    return dict({f'valid_{k}': v for k, v in found.items()}, score=score(found, choose_by),
+                score_error=score_error(y, prob, z.shape[1], choose_by))

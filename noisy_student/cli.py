@@ -89,15 +89,18 @@ def _data_set(name, labels, unlabeled, seed, recipe): # by name
 # %% ../nbs/13_cli.ipynb #5181cecb
 def _print_run(out, rows, as_json): # the rounds of a run, and which one to use
     def weights(k): return str(Path(out)/f'round_{k}'/'model.safetensors')
-    best = best_round(rows)
+    about = unsealed(Path(out)/'run.json')
+    best, by = best_round(rows), about['config']['recipe'].get('choose_by', 'accuracy')
     if as_json: return print_table([dict(r, weights=weights(r['round']), best=r['round'] == best) for r in rows], True)
-    print_table(rows)
-    print(f"best round: {best} (by validation accuracy), weights: {weights(best)}")
-    if (top := max(rows, key=lambda r: r['valid_accuracy']))['valid_accuracy'] > (used := next(r for r in rows if r['round'] == best))['valid_accuracy']:
-        print(f"round {top['round']} has {100 * top['valid_accuracy']:.1f} % there, which {top['n_valid']:,} validation labels cannot tell from "
-              f"{100 * used['valid_accuracy']:.1f} %: the later round, which has learned from more, is used")
+    hidden = {'valid_balanced_accuracy', 'valid_f1', 'score', 'score_error'} - {f'valid_{by}'}
+    print_table([{k: v for k, v in r.items() if k not in hidden} for r in rows])
+    print(f"best round: {best} (by validation {by.replace('_', ' ')}), weights: {weights(best)}")
+    scored = [r for r in rows if r.get('score') is not None] # older runs have none
+    if scored and (top := max(scored, key=lambda r: (r['score'], r['round'])))['round'] != best:
+        print(f"round {top['round']} is better there, but by less than one standard error: the later round, which has learned from more, is used")
     from noisy_student.report import chance_warnings
-    for o in chance_warnings(rows[-1], unsealed(Path(out)/'run.json')): print(o)
+    for o in chance_warnings(rows[-1], about): print(o)
+
 
 # %% ../nbs/13_cli.ipynb #8a38e853
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)

@@ -83,6 +83,7 @@ def fit_head(
     pseudo: np.ndarray | None = None, # float (M, K): their pseudo labels, whose rows sum to the weight of an image; 0 where there is none
     C: float | None = None, # Inverse strength of the penalty, > 0; None: `choose_strength`
     seed: int = 0, # Of the folds that choose C
+    class_weight: np.ndarray | None = None, # float (K,): weight of a label of each class; None: all 1
 ) -> LinearHead:
     "Logistic regression on labeled and pseudo-labeled images. Raises ValueError for features that are not finite."
     everything = features if pool is None else np.concatenate([features, pool])
@@ -96,6 +97,9 @@ def fit_head(
         some = np.flatnonzero(pseudo.sum(1) > 0)
         x, targets = np.concatenate([x, scale.transform(pool[some])]), np.concatenate([np.eye(K)[labels], pseudo[some]])
         weight = np.ones(len(x))
+    if class_weight is not None: # a soft label weighs what the classes in it do
+        if targets.ndim == 1: weight = np.asarray(class_weight)[targets]
+        else: targets = targets * class_weight
     found = _regression(x, targets, weight, C)
     w, b = found.coef_, found.intercept_
     if K == 2: w, b = np.concatenate([-w, w]) / 2, np.concatenate([-b, b]) / 2 # scikit-learn keeps one row for two classes

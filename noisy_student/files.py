@@ -53,20 +53,22 @@ def read_metrics(folder: Path # round_K of a run
         if 'metrics.json' in altered(folder, ['metrics.json']): raise ValueError
         d = dict(json.loads((folder/'metrics.json').read_text()))
         # what the best round is chosen by
-        if folder.name != f"round_{d['round']}" or not 0 <= d['valid_accuracy'] <= 1 or d.get('n_valid', 0) < 0: raise ValueError
+        if folder.name != f"round_{d['round']}" or not 0 <= d['valid_accuracy'] <= 1 or not all(_is_number(d[o]) for o in ('score', 'score_error') if o in d): raise ValueError
         return d
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{folder/'metrics.json'} is damaged: fit(), or noisy-student run, makes it again") from None
 
-def best_round(rounds: list[dict] # Their metrics, at least one
-              ) -> int: # Test accuracy never chooses
-    """The round to use: the latest whose validation accuracy is within one standard error, sqrt(p (1 - p) / n) of n
-    validation images, of the highest one, p. Few images cannot tell rounds apart, and a later one has learned from more.
-    (The one-standard-error rule: Hastie, Tibshirani, Friedman, Elements of Statistical Learning, 7.10.)"""
-    top = max(rounds, key=lambda r: (r['valid_accuracy'], r['round']))
-    p, n = top['valid_accuracy'], top.get('n_valid') or 0 # runs of older versions do not say how many
-    error = (p * (1 - p) / n)**.5 if n > 0 else 0. # a missing number is no number
-    return max(r['round'] for r in rounds if r['valid_accuracy'] >= p - error)
+def best_round(rounds: list[dict] # Their metrics, at least one; figures of test images never choose
+              ) -> int: # Its number
+    """The round to use: the latest whose `score` on validation images is within one standard error, `score_error`, of the
+    highest one. Few images cannot tell rounds apart, and a later round has learned from more (the one-standard-error rule:
+    Hastie, Tibshirani, Friedman, Elements of Statistical Learning, 7.10)."""
+    def score(r): return r.get('score') if _is_number(r.get('score')) else r['valid_accuracy'] # of runs of older versions
+    top = max(rounds, key=lambda r: (score(r), r['round']))
+    error = top.get('score_error') if _is_number(top.get('score_error')) else 0.
+    return max(r['round'] for r in rounds if score(r) >= score(top) - error)
+
+def _is_number(o): return isinstance(o, (int, float)) and o == o
 
 def sealed(d: dict # JSON types
           ) -> str: # JSON with one more key, `sha256`

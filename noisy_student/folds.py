@@ -17,10 +17,12 @@ import torch
 from fastai.learner import Learner
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
+from .checks import valid_figures
 from .distributed import world
 from .files import altered, read_metrics, stoppable, write_sums, write_text
 from .images import Decoded
 from .models import load_tensors, save_tensors
+from .progress import Within
 from .rounds import NoisyStudent, _fingerprint, _logits, _run_folder
 from .splits import Split, Splits
 from .tables import open_data
@@ -141,11 +143,11 @@ class FoldedNoisyStudent(NoisyStudent):
         self.folds, self.of = folds, fold_of(np.asarray(labeled.labels), folds, seed, labeled.groups)
         self.step_seconds: dict[int, float] = {} # Of a step, per round
         settings = dict(archs=list(self.networks[o] for o in self.archs), seed=self.seed, recipe=replace(self.recipe, size=self.size), device=self.device,
-                        cbs=self.cbs, auto_batch=self.auto_batch, force=True,
+                        cbs=self.cbs, auto_batch=self.auto_batch, force=True, metrics=self.metrics,
                         time_limit=self.limit and self.limit / folds)
         self.parts = [_Fold(self, f, progress=self._in_fold(f), **settings) for f in range(folds)]
 
-    def _in_fold(self, f): return lambda stage, done, total: self._tell(f'fold {f + 1} of {self.folds}, {stage}', done, total)
+    def _in_fold(self, f): return Within(self._tell, f'fold {f + 1} of {self.folds}, ')
 
     @property
     def config(self) -> dict:
@@ -194,10 +196,10 @@ class FoldedNoisyStudent(NoisyStudent):
         right = lambda p, labels: int((p.argmax(1).numpy() == labels).sum()) / len(labels)
         known = rows.pseudo_label_accuracy.astype(float).mean()
         metrics = dict(round=k, role=rows.role.iloc[0], arch=self.arch(k), parameters=int(rows.parameters.iloc[0]), labeled=len(y),
-                       pseudo_labeled=round(float(rows.pseudo_labeled.mean())), valid_accuracy=right(valid, y),
+                       pseudo_labeled=round(float(rows.pseudo_labeled.mean())), **valid_figures(y, valid.clamp_min(1e-20).log().numpy(), self.recipe.choose_by),
                        test_accuracy=right(test['test'], self.data.test.labels) if test else None,
                        seconds=round(float(rows.seconds.sum()) + time.perf_counter() - begun, 1),
-                       pseudo_label_accuracy=None if np.isnan(known) else float(known), n_valid=len(y))
+                       pseudo_label_accuracy=None if np.isnan(known) else float(known))
         parts = [load_tensors(o._round(k)/'model.safetensors') for o in self.parts]
         save_tensors({f'models.{i}.{name}': x for i, (tensors, _) in enumerate(parts) for name, x in tensors.items()}, folder/'model.safetensors',
                      {o: parts[0][1][o] for o in ('arch', 'classes', 'size', 'mean', 'std')})

@@ -11,18 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from .progress import Log, in_words
+
 
 # %% ../nbs/12b_output.ipynb #ee9f4a7e
-class _Log:
-    "Progress where there is no terminal: one line per finished stage and per epoch."
-    def __init__(self): self.begun: dict[str, float] = {}
-
-    def __call__(self, stage, done, total):
-        self.begun.setdefault(stage, time.perf_counter())
-        if done == total: to_stderr(f"{stage}: {total:,} in {time.perf_counter() - self.begun.pop(stage):.0f} s")
-
-    def epoch(self, stage, done, total, figures): to_stderr(f"{stage}: epoch {done:,} of {total:,}{_figures(figures)}")
-
 class _Bar:
     "One Rich bar, used by one stage after the other; epochs show in its description."
     def __init__(self, bar):
@@ -36,17 +28,13 @@ class _Bar:
         self.bar.update(self.task, completed=done, total=total, description=stage + self.more,
                         rate=f"{rate:,.{0 if rate >= 10 else 1}f}/s" if rate else '')
 
-    def epoch(self, stage, done, total, figures): self.more = _figures(figures)
-
-def _figures(figures): # ', train loss 1.204, accuracy 71.2 %'
-    def one(k, v): return f"{k.replace('_', ' ')} " + (f"{100 * v:.1f} %" if k.endswith('accuracy') else f"{v:,.3f}")
-    return ''.join(f", {one(k, v)}" for k, v in figures.items() if v is not None)
+    def epoch(self, stage, done, total, figures): self.more = in_words(figures)
 
 @contextmanager
 def show_progress() -> Iterator[Any]:
     """Yields the function (stage, done, total) that tells stderr how far the work is. Its method `epoch(stage, done, total,
     figures)` is for the end of an epoch: `figures` maps names, such as train_loss, valid_loss and accuracy, to numbers."""
-    if not sys.stderr.isatty(): yield _Log(); return
+    if not sys.stderr.isatty(): yield Log(); return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     columns = (TextColumn('{task.description}', markup=False), BarColumn(20), MofNCompleteColumn(),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, get_args
 
 if TYPE_CHECKING: import pandas as pd
 
+from .checks import CHOOSE_BY
 from .efficientnets import EFFICIENTNETS
 from .folders import _did_you_mean
 from .noise import Noise
@@ -74,6 +75,8 @@ class Recipe:
     head_rounds: int = 0 # First rounds that train the classifier alone, on frozen features; all others then start from such a classifier
     body_lr: float = 1. # Learning rate of all but the classifier, as a share of `lr`, in (0, 1]
     freeze_norm: bool = False # Batch normalization keeps the statistics it was pretrained with
+    class_weights: str | None = None # Weight of a label in the loss: 'balanced', N / (K n_k), or 'sqrt', its square root; None: all alike
+    choose_by: str = 'accuracy' # Figure of the validation images that chooses the round: 'accuracy', 'balanced_accuracy', 'f1' (macro) or 'log_loss'
     bf16: bool = True # Compute in bfloat16 where the hardware is fast at it
     source: str = '' # Where the numbers are from, and what came out there
 
@@ -92,7 +95,8 @@ class Recipe:
         above = dict(lr=0, temperature=0, decay_every=0)
         below_one = ('label_smoothing', 'ema')
         one_of = dict(optimizer=_OPTIMIZERS, schedule=SCHEDULES, wd_on=('weights', 'shortcuts'),
-                      init=('scratch', 'teacher'), relabel=('all', 'selected'), share_of=('pool', 'class'))
+                      init=('scratch', 'teacher'), relabel=('all', 'selected'), share_of=('pool', 'class'),
+                      class_weights=('balanced', 'sqrt'), choose_by=tuple(CHOOSE_BY))
         for name, want, ok in [
             *((k, f'at least {v}', lambda x, v=v: x >= v) for k, v in at_least.items()),
             *((k, f'greater than {v}', lambda x, v=v: x > v) for k, v in above.items()),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BINS', 'INK', 'SOFT', 'LINE', 'C1', 'C2', 'C3', 'C4', 'GOOD', 'BAD', 'CARD', 'MAX_CLASSES', 'PER_CLASS',
            'MAX_PICTURES', 'SIDE', 'RoundLabels', 'RunRecord', 'read_run', 'skewed_classes', 'difference_interval',
-           'leak_warnings', 'chance_warnings', 'run_warnings', 'round_warnings', 'label_warnings', 'extremes',
-           'report_html', 'write_report']
+           'leak_warnings', 'chance_warnings', 'run_warnings', 'round_warnings', 'label_warnings', 'plot_run',
+           'extremes', 'report_html', 'write_report']
 
 # %% ../nbs/11_report.ipynb #804699d0
 import base64, io, json, re, warnings
@@ -278,8 +278,8 @@ def _idle_threshold(run, k): # a filter that keeps almost nothing or everything
     return []
 
 # %% ../nbs/11_report.ipynb #d8a324b3
-_COLORS = {f'#0000{i:02x}': f'var(--{name})' for i, name in enumerate(('ink', 'soft', 'line', 'c1', 'c2', 'c3', 'c4', 'good', 'bad', 'card'), 1)}
-INK, SOFT, LINE, C1, C2, C3, C4, GOOD, BAD, CARD = _COLORS
+_LIGHT = dict(ink='#1a2230', soft='#667085', line='#dfe3ea', c1='#2f6fed', c2='#f2994a', c3='#27ae8f', c4='#9b51e0', good='#1e9e6a', bad='#dc4c4c', card='#ffffff')
+INK, SOFT, LINE, C1, C2, C3, C4, GOOD, BAD, CARD = _LIGHT.values() # on the page they become variables, which a dark one sets anew
 _STYLE = {'svg.fonttype': 'none', 'svg.hashsalt': 'noisy_student', 'text.parse_math': False, 'font.size': 10.5, 'axes.edgecolor': LINE,
           'axes.labelcolor': SOFT, 'text.color': INK, 'xtick.color': LINE, 'ytick.color': LINE, 'xtick.labelcolor': SOFT,
           'ytick.labelcolor': SOFT, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.color': LINE,
@@ -297,7 +297,7 @@ def _chart(draw, label, *args): # SVG text of what draw(ax, *args) draws
         FigureCanvasSVG(fig).print_svg(out, metadata=dict(Date=None, Creator=None, Format=None, Type=None))
     svg = out.getvalue()
     svg = svg[svg.index('<svg'):]
-    for color, name in _COLORS.items(): svg = svg.replace(color, name)
+    for name, color in _LIGHT.items(): svg = svg.replace(color, f'var(--{name})')
     svg = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 system-ui, sans-serif", svg)
     unique = re.sub(r'\W+', '-', label)
     svg = re.sub(r'(id="|url\(#|href="#)', rf'\g<1>{unique}-', svg) # ids of different charts must not meet on one page
@@ -415,6 +415,20 @@ def _draw_seconds(ax, run): # per round and stage
     ax.barh(y, (total - labeling) / unit, .6, labeling / unit, color=C1, label='training and measuring')
     ax.set(yticks=y, xlabel=name); ax.set_yticklabels([f"{'teacher' if o['round'] == 0 else 'round'} {o['round']}" if o['round'] else o['role'] for o in run.metrics])
     ax.set_position((.19, .17, .79, .71)); ax.invert_yaxis(); ax.grid(axis='y', visible=False); _legend(ax)
+def plot_run(run: RunRecord # From `read_run`
+            ) -> Figure: # Accuracy per round; confidence of the latest labels; class counts before and after selection
+    "Three charts of the page in one picture, or one of a run without a table of pseudo labels."
+    import matplotlib.pyplot as plt # which the page does without
+    k = max(run.labels, default=None)
+    with rc_context(_STYLE), warnings.catch_warnings():
+        warnings.simplefilter('ignore') # glyphs that the font lacks
+        fig, axes = plt.subplots(1, 1 if k is None else 3, figsize=(4 if k is None else 12, 3.2), layout='constrained', squeeze=False)
+        titles = ['Accuracy per round', f'Pseudo labels of round {k}', f'Class counts of round {k}']
+        for ax, title in zip(axes[0], titles): ax.set_title(title, loc='left', pad=20)
+        _draw_accuracy(axes[0, 0], run)
+        if k is not None: _draw_confidence(axes[0, 1], run, run.labels[k]); _draw_classes(axes[0, 2], run, run.labels[k])
+    return fig
+
 
 # %% ../nbs/11_report.ipynb #98b4fc88
 MAX_CLASSES, PER_CLASS, MAX_PICTURES, SIDE = 20, 4, 24, 112
@@ -452,8 +466,7 @@ def _picture(uri, caption, title, mark=''): # one figure; captions may be HTML, 
 
 # %% ../nbs/11_report.ipynb #6f317311
 _CSS = """
-:root { color-scheme: light dark; --bg: #f5f6f8; --card: #ffffff; --ink: #1a2230; --soft: #667085; --line: #dfe3ea; --c1: #2f6fed; --c2: #f2994a;
-  --c3: #27ae8f; --c4: #9b51e0; --good: #1e9e6a; --bad: #dc4c4c; --warn-bg: #fff6e5; --warn: #a86400; --ok-bg: #e9f8f1; }
+:root { color-scheme: light dark; --bg: #f5f6f8; LIGHT --warn-bg: #fff6e5; --warn: #a86400; --ok-bg: #e9f8f1; }
 @media (prefers-color-scheme: dark) { :root { --bg: #0f141c; --card: #18202c; --ink: #e7ecf3; --soft: #93a0b4; --line: #2c3645; --c1: #6ea8ff; --c2: #ffb066;
   --c3: #4fd1b0; --c4: #c49bff; --good: #4cd39a; --bad: #ff7b7b; --warn-bg: #2e2410; --warn: #ffcc7a; --ok-bg: #12291f; } }
 * { box-sizing: border-box; }
@@ -490,7 +503,7 @@ figcaption { font-size: 11.5px; line-height: 1.3; color: var(--soft); margin-top
   .many td, .many td.text { display: flex; justify-content: space-between; gap: 16px; max-width: none; padding: 3px 0; border: 0; white-space: normal; text-align: right; }
   .many td::before { content: attr(data-label); color: var(--soft); font-weight: 400; text-align: left; } .many td:empty { display: none; } td .sub { display: inline; } }
 details summary { cursor: pointer; color: var(--soft); padding: 4px 0; } footer { margin-top: 40px; color: var(--soft); font-size: 13px; }
-"""
+""".replace('LIGHT', ' '.join(f'--{k}: {v};' for k, v in _LIGHT.items()))
 
 def _html_table(columns, rows, best=None): # columns: (title, is text); cells are HTML; the row `best` stands out
     head = ''.join(f'<th{" class=text" if text else ""}>{escape(title)}</th>' for title, text in columns)
@@ -542,11 +555,14 @@ def _rounds_table(run):
                ('test (95 %)', False), ('validation against the round before', True), ('time', False)]
     rows = [[o['round'], escape(o['role']), escape(o['arch']), f"{o['parameters']:,}", f"{o['pseudo_labeled']:,}", _interval(o['valid_accuracy'], run.size('valid')),
              _interval(o.get('test_accuracy'), run.size('test')), _verdict(run, k), _duration(o['seconds'])] for k, o in enumerate(run.metrics)]
+    if (by := run.recipe.get('choose_by', 'accuracy')) != 'accuracy': # beside accuracy, before the verdict
+        columns.insert(7, (f"validation {by.replace('_', ' ')}", False))
+        for r, o in zip(rows, run.metrics): r.insert(7, f"{o[f'valid_{by}']:.3f}" if by == 'log_loss' else _percent(o[f'valid_{by}']))
     return _html_table(columns, rows, best_round(run.metrics))
 
 def _accuracy_section(run):
     n = f" on {run.size('valid'):,} validation {run.things}" if run.size('valid') else ''
-    cards = [_card('Accuracy per round', f'Bars are 95 % intervals{n}. The round to use is chosen by validation.', _chart(_draw_accuracy, 'accuracy per round', run)),
+    cards = [_card('Accuracy per round', f'Bars are 95 % intervals{n}. The round to use is the latest within one standard error of the best on validation.', _chart(_draw_accuracy, 'accuracy per round', run)),
              _card('Loss', 'Solid: validation, dotted: training, which is noised and higher.', _chart(_draw_curves, 'loss per epoch', run, 'valid_loss', 'loss')),
              _card('Accuracy during training', 'On validation ' + run.things + ', after every epoch.',
                    _chart(_draw_curves, 'accuracy per epoch', run, 'valid_accuracy', 'validation accuracy (%)', 100))]

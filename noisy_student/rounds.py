@@ -14,7 +14,6 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -25,8 +24,10 @@ from fastai.callback.schedule import ParamScheduler # and fit_one_cycle
 from fastai.callback.training import GradientAccumulation
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
+from fastai.metrics import accuracy
 from fastai.vision.augment import aug_transforms
 from fastcore.basics import patch
+from fastcore.foundation import L
 from fastcore.imports import IN_NOTEBOOK
 from matplotlib.figure import Figure
 from torch import nn
@@ -34,7 +35,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .archives import split_item
 from .auto import Stage, duration, round_weights, seconds, steps_for, with_steps
-from .checks import against_before, against_chance, majority
+from .checks import against_before, against_chance, majority, valid_figures
 from .checkpoints import RunState, _seeded, pack, unpack # pack and unpack for those who import them here
 from .configure import channels, configure, default_size, reasons_table
 from .dataloaders import PadCropFlip, ResizedCropFlip, mixed_dataloaders
@@ -45,11 +46,12 @@ from .files import (altered, best_round, locked, read_metrics, sealed, stoppable
                                  write_text, write_with_sum)
 from .leaks import find_leaks
 from .learner import Noise, noisy_student_learner
-from .losses import SoftLabelCrossEntropy
+from .losses import SoftLabelCrossEntropy, class_weights
 from .models import (_resolved, arch_name, create_model, load_tensors, load_weights, n_parameters, save_tensors,
                                   save_weights, split_head)
 from .predictions import predict_table
 from .pretrained import Trained
+from .progress import StageProgress, default_progress
 from .pseudo_labels import (PseudoLabelError, PseudoLabels, Selection, _half, predict_pseudo_labels, read_selection,
                                          relabel_pseudo_labels, select_pseudo_labels)
 from .randaugment import BatchRandAugment
@@ -128,28 +130,6 @@ def _fit(learn, epochs, recipe, state, more):
     if not rank(): state.previous.unlink(missing_ok=True) # the last one holds the finished training
     return state.history, time.perf_counter() - state.begun
 
-# %% ../nbs/09_rounds.ipynb #b873f69e
-def _one_line(): # progress(stage, done, total) as one line, updated twice a second, empty at the end of a stage
-    if IN_NOTEBOOK:
-        from html import escape
-        from IPython.display import HTML, display
-        handles = []
-        def show(text): # nothing is displayed for what is done at once
-            if handles: handles[0].update(HTML(escape(text)))
-            elif text and (h := display(HTML(escape(text)), display_id=True)): handles.append(h)
-    elif sys.stderr.isatty():
-        def show(text): print(f"\r{text:<79}", end='' if text else '\r', file=sys.stderr, flush=True)
-    else: return lambda stage, done, total: None
-    seen = {}
-    def tell(stage, done, total):
-        now = time.perf_counter()
-        begun, first, last = seen.get(stage, (now, done, 0.))
-        if done < total and now - last < .5: return
-        seen[stage] = (begun, first, now)
-        left = f", {(now - begun) / (done - first) * (total - done):.0f} s left" if done > first else ''
-        show('' if done == total else f"{stage}: {done:,} of {total:,}{left}")
-    return tell
-
 # %% ../nbs/09_rounds.ipynb #59bae878
 def _run_folder(data, path): # where the run is
     if path is not None: return Path(path)
@@ -204,6 +184,7 @@ class NoisyStudent:
         auto_batch: bool = False, # Out of memory: compute the batch in halves, whose gradients are added, instead of giving up
         time_limit: str | float | None = None, # Length of all rounds together, such as '2h' or seconds; None: as the recipe says
         force: bool = False, # Go on though a network is no better than chance
+        metrics: Callable | list | None = None, # More fastai metrics, beside accuracy: figures of every epoch in history.csv, and those of `learner`
         folds: int | None = None, # So many networks per round, each validated on another part of the labels, see `FoldedNoisyStudent`; None: one network
         **settings # Fields of `Recipe` to change, such as epochs=10
     ):
@@ -222,7 +203,10 @@ class NoisyStudent:
         if self.device.type == 'cuda' and not torch.cuda.is_available():
             raise ValueError("device='cuda', but torch sees no GPU here: use 'cpu'")
         self.size = self.recipe.size or default_size(data, self.recipe.pretrained)
-        self._tell, self.auto_batch, self.cbs = progress or _one_line(), auto_batch, cbs or (lambda k, folder: [])
+        self.metrics = [] if metrics is None else list(metrics) if isinstance(metrics, (list, tuple, L)) else [metrics]
+        if odd := [o for o in self.metrics if not callable(o)]:
+            raise ValueError(f"metrics must be fastai metrics, such as F1Score(average='macro'), got {odd[0]!r}; choose_by='f1' is what chooses the round")
+        self._tell, self.auto_batch, self.cbs = progress or default_progress(), auto_batch, cbs or (lambda k, folder: [])
         self.given = None if pseudo_labels is None else read_selection(pseudo_labels)
         if self.given is not None and self.given.classes != list(data.classes):
             raise ValueError(f"the pseudo labels have the classes {', '.join(self.given.classes)}, but the data "
@@ -331,7 +315,7 @@ class NoisyStudent:
 
     @property
     def best(self) -> int:
-        "The latest round within one standard error of the highest validation accuracy (`best_round`). Raises ValueError before the first round is done."
+        "The latest round within one standard error of the best on validation images (`best_round`). Raises ValueError before the first round is done."
         s = self.summary
         if not len(s): raise ValueError(f"no round of {self.path} is finished: call fit() first")
         return best_round(s.to_dict('records'))
@@ -388,7 +372,7 @@ def _open(self: NoisyStudent): # make the directory, or check that it holds this
                          "with it")
     if diff: self._write_run(config)
 
-_SINCE = ('share', 'share_of', 'head_rounds', 'body_lr', 'freeze_norm') # settings that older runs do not know
+_SINCE = ('share', 'share_of', 'head_rounds', 'body_lr', 'freeze_norm', 'class_weights', 'choose_by') # settings that older runs do not know
 
 def _networks(config): # of the rounds, by one name for all spellings
     names = [_resolved(o, config['recipe'].get('pretrained')) for o in config.get('archs', [])]
@@ -432,7 +416,8 @@ def read_summary(path: Path # A run directory
     "The figures of the finished rounds of a run. Raises ValueError, naming the file, if they are not what was written."
     rows = sorted((read_metrics(f.parent) for f in path.glob('round_*/metrics.json')), key=lambda r: r['round'])
     return pd.DataFrame(rows, columns=['round', 'role', 'arch', 'parameters', 'labeled', 'pseudo_labeled',
-                                       'valid_accuracy', 'test_accuracy', 'seconds', 'pseudo_label_accuracy', 'n_valid'])
+                                       'valid_accuracy', 'test_accuracy', 'seconds', 'pseudo_label_accuracy', 'valid_balanced_accuracy', 'valid_f1',
+                                       'score', 'score_error'])
 
 # %% ../nbs/09_rounds.ipynb #4c9524c8
 @patch
@@ -469,7 +454,7 @@ def _images(self: NoisyStudent, name): # Decoded images of a split, decoded on f
         with first_rank_first():
             d = load_images(split.images, self.size,
                             None if isinstance(split.images, np.ndarray) else self.path/'cache',
-                            lambda done, total: self._tell(f'decoding {name} images', done, total))
+                            StageProgress(self._tell, f'decoding {name} images'))
         if d.bad and name != 'unlabeled':
             named = '; '.join(f"{o.item}: {o.reason}" for o in d.bad[:10])
             more = f" (and {len(d.bad) - 10} more)" if len(d.bad) > 10 else ''
@@ -596,7 +581,7 @@ def _learner(self: NoisyStudent, k, selection, noise, pretrained=False, teacher=
                             stats=self._stats(k), seed=self.seed * 1000 + k, device=self.device)
     loss = None
     if pseudo is not None and r.unlabeled_weight is not None:
-        loss = SoftLabelCrossEntropy(r.label_smoothing, bs, r.unlabeled_weight)
+        loss = SoftLabelCrossEntropy(r.label_smoothing, bs, r.unlabeled_weight, self._class_weights())
     # what does not fit in training does not fit here
     if parts > self.recipe.accumulate: dls.valid.bs = max(1, dls.valid.bs * self.recipe.accumulate // parts)
     return self._network(k, dls, noise, pretrained, loss)
@@ -606,10 +591,15 @@ def _network(self: NoisyStudent, k, dls, noise, pretrained=False, loss=None):
     # an untrained learner of the architecture of round k
     r = self.recipe
     learn = noisy_student_learner(dls, self.networks[self.arch(k)], noise, pretrained, label_smoothing=r.label_smoothing,
-                                  loss_func=loss, opt_func=optimizer(r.optimizer, self.device),
-                                  splitter=_splitter(r))
+                                  loss_func=loss, opt_func=optimizer(r.optimizer, self.device), metrics=[accuracy, *self.metrics],
+                                  class_weights=None if loss else self._class_weights(), splitter=_splitter(r))
     learn.model.to(self.device, memory_format=torch.channels_last)
     return learn
+
+@patch
+def _class_weights(self: NoisyStudent): # float32 (K,), of labels in the loss, or None
+    how = self.recipe.class_weights
+    return class_weights(self._labels(), len(self.data.classes), how) if how else None
 
 @patch
 def _targets(self: NoisyStudent, selection): # float32 (n, K): soft, or one-hot and smoothed
@@ -669,7 +659,7 @@ def _rows(self: NoisyStudent, items): # positions in the decoded pool of the ite
 @patch
 def _label(self: NoisyStudent, k): # the pseudo labels for round k, made by the network of round k - 1
     out, before = self._round(k)/'selected.parquet', self._round(k - 1)/'selected.parquet'
-    tell, items = lambda done, total: self._tell(f'round {k}: labeling (images)', done, total), self.data.unlabeled.images
+    tell, items = StageProgress(self._tell, f'round {k}: labeling (images)'), self.data.unlabeled.images
     there = out.exists()
     barrier() # all have looked before the first process writes
     if there:
@@ -717,6 +707,10 @@ def _accuracy(self: NoisyStudent, learn, name): # share of right answers on a la
     return int((self._answers(learn, name).argmax(1).numpy() == split.labels).sum()) / len(split)
 
 @patch
+def _figures(self: NoisyStudent, learn): # of the validation images
+    return valid_figures(self._valid_labels(), self._answers(learn, 'valid').numpy(), self.recipe.choose_by)
+
+@patch
 def _answers(self: NoisyStudent, learn, name): return _logits(learn, self._images(name).images) # float32 (n, K)
 
 # %% ../nbs/09_rounds.ipynb #89ef8856
@@ -745,7 +739,7 @@ def _fit_round(self: NoisyStudent, k): # everything of round k that is not there
         if self.recipe.head_rounds and not fly: self._start_from_head(k, learn, selection)
         prepared = time.perf_counter() - begun
         history, seconds = ([self._head_history(learn)], 0.) if is_head else _train(
-            learn, epochs, r, folder, lambda done, total: self._tell(stage, done, total), self.cbs(k, folder))
+            learn, epochs, r, folder, StageProgress(self._tell, stage), self.cbs(k, folder))
     trained = time.perf_counter()
     _write_text(folder/'history.csv', pd.DataFrame(history).to_csv(index=False))
     mean, std = self._stats(k)
@@ -760,9 +754,9 @@ def _fit_round(self: NoisyStudent, k): # everything of round k that is not there
     metrics = dict(round=k, role=role, arch=self.arch(k), parameters=n_parameters(learn.model),
                    labeled=len(self.data.labeled),
                    pseudo_labeled=len(self._pool_images()) if fly else 0 if selection is None else len(selection.items),
-                   valid_accuracy=self._accuracy(learn, 'valid'),
+                   **self._figures(learn),
                    test_accuracy=self._accuracy(learn, 'test'), seconds=round(prepared + seconds, 1),
-                   pseudo_label_accuracy=known, labeling_seconds=round(labeling, 1), n_valid=len(self.data.valid))
+                   pseudo_label_accuracy=known, labeling_seconds=round(labeling, 1))
     metrics['seconds'] = round(metrics['seconds'] + time.perf_counter() - trained, 1) # with its evaluation
     _write_text(folder/'metrics.json', json.dumps(metrics, indent=1))
 
@@ -783,7 +777,7 @@ def _features(self: NoisyStudent, k): # (labeled, pool) float32 (n, F) of the pr
                 with _seeded(0): learn = self._learner(k, None, Noise.none(), self.recipe.pretrained)
                 sets = dict(labeled=self._images('labeled').images, **(dict(pool=pool) if len(pool) else {}))
                 def features(name, images):
-                    tell = lambda done, total: self._tell(f'features of {name} images (images)', done, total)
+                    tell = StageProgress(self._tell, f'features of {name} images (images)')
                     return torch.from_numpy(frozen_features(learn.model, images, learn.dls.clean_view, progress=tell))
                 tensors = {name: features(name, images) for name, images in sets.items()}
                 save_tensors(tensors, file)
@@ -794,7 +788,8 @@ def _features(self: NoisyStudent, k): # (labeled, pool) float32 (n, F) of the pr
 def _start_from_head(self: NoisyStudent, k, learn, selection): # the classifier that the labels of round k give on frozen features
     labeled, pool = self._features(k)
     pseudo = None if selection is None or pool is None else self._head_targets(selection, len(pool))
-    put_head(learn.model, fit_head(labeled, self._labels(), pool, pseudo, seed=self.seed))
+    weights = self._class_weights()
+    put_head(learn.model, fit_head(labeled, self._labels(), pool, pseudo, seed=self.seed, class_weight=None if weights is None else weights.numpy()))
 
 @patch
 def _head_targets(self: NoisyStudent, selection, n): # float32 (n, K) of the first n images of the pool: pseudo labels times their weight
@@ -808,11 +803,12 @@ def _head_targets(self: NoisyStudent, selection, n): # float32 (n, K) of the fir
 
 @patch
 def _head_history(self: NoisyStudent, learn): # of a training that has no epochs
-    valid = _logits(learn, self._images('valid').images)
-    y, known = torch.from_numpy(self._valid_labels()), torch.from_numpy(self._labels()[:2000])
+    with learn.no_bar(), learn.no_logging(): loss, acc, *more = learn.validate()
+    known = torch.from_numpy(self._labels()[:2000])
     train = _logits(learn, self._images('labeled').images[:2000])
-    return dict(epoch=0, train_loss=float(nn.functional.cross_entropy(train, known)),
-                valid_loss=float(nn.functional.cross_entropy(valid, y)), valid_accuracy=float((valid.argmax(1) == y).float().mean()))
+    return dict(epoch=0, train_loss=float(nn.functional.cross_entropy(train, known)), valid_loss=float(loss), valid_accuracy=float(acc),
+                **{m.name: float(v) for m, v in zip(learn.metrics[1:], more)})
+
 
 # %% ../nbs/09_rounds.ipynb #a38c5635
 class _Clock(Callback): # times steps, and ends the fit after `seconds` of them
@@ -1009,36 +1005,11 @@ def _labeler(self: NoisyStudent, k): # the network of round k, as it labels
 def report(self: NoisyStudent # After `fit`
           ) -> Figure: # Accuracy per round; confidence of the latest labels; class counts before and after selection
     "Three pictures of a run, or one if it has no table of pseudo labels, and the whole page `report.html`. Raises ValueError before the first round is done."
-    s, K = self.summary, len(self.data.classes)
-    if not len(s): raise ValueError(f"no round of {self.path} is finished: call fit() first")
-    last = int(s['round'].max())
-    has_labels = (self._round(last)/'selected.parquet').exists()
+    from noisy_student.report import plot_run, read_run
+    if not len(self.summary): raise ValueError(f"no round of {self.path} is finished: call fit() first")
     self._write_report()
-    fig, axes = plt.subplots(1, 3 if has_labels else 1, figsize=(11 if has_labels else 4, 2.8), layout='constrained',
-                             squeeze=False)
-    ax, hist, bars = (*axes[0], None, None)[:3]
-    for name, style in (('valid', 'o-'), ('test', 's--')):
-        if s[f'{name}_accuracy'].notna().any():
-            ax.plot(s['round'], 100 * s[f'{name}_accuracy'].astype(float), style,
-                    label={'valid': 'validation'}.get(name, name))
-    ax.set(xlabel='round (0 is the teacher)', ylabel='accuracy (%)', xticks=s['round'], title='Accuracy per round')
-    ax.legend()
-    if has_labels:
-        # the latter not if only the selection was relabeled
-        chosen, everything = self._round(last)/'selected.parquet', self._round(last)/'pseudo_labels'
-        table = pd.read_parquet(everything if everything.exists() else chosen, columns=['label', 'confidence'])
-        kept = read_selection(chosen)
-        hist.hist(table.confidence, bins=np.linspace(0, 1, 51), color='tab:gray')
-        hist.axvline(self.recipe.threshold, color='tab:red', label=f'threshold {self.recipe.threshold:g}')
-        hist.set(xlabel='confidence', ylabel='images', yscale='log', title=f'Pseudo labels of round {last}')
-        hist.legend()
-        x = np.arange(K)
-        bars.bar(x - .2, np.bincount(table.label, minlength=K), .4, label='labeled by the teacher')
-        bars.bar(x + .2, np.bincount(kept.labels, kept.copies, minlength=K), .4, label='trained on')
-        bars.set(xticks=x, ylabel='images', title='Class counts')
-        bars.set_xticklabels(self.data.classes, rotation=0 if K <= 10 and max(map(len, self.data.classes)) < 3 else 90)
-        bars.set_ylim(0, 1.35 * bars.get_ylim()[1]); bars.legend(fontsize=8)
-    return fig
+    return plot_run(read_run(self.path, self.data if isinstance(self.data, Splits) else None))
+
 
 # %% ../nbs/09_rounds.ipynb #23585d30
 @patch
@@ -1078,7 +1049,7 @@ def suspects(self: NoisyStudent, # After `fit`
 @patch
 def _unseen_probs(self: NoisyStudent, k, folder):
     # float32 (N, K) of the labeled images, by a network that was not trained on them
-    r, seed, tell = self._recipe(k), self.seed * 1000 + 999, lambda done, total: self._tell('suspects: labeling (images)', done, total)
+    r, seed, tell = self._recipe(k), self.seed * 1000 + 999, StageProgress(self._tell, 'suspects: labeling (images)')
     sel = (read_selection(folder/'selected.parquet') if (folder/'selected.parquet').exists()
            else self._label_pool(k, folder, tell))
     pool = _Rows(self._images('unlabeled').images, self._rows(sel.items))
@@ -1092,7 +1063,7 @@ def _unseen_probs(self: NoisyStudent, k, folder):
             augment=_student_view(r), stats=self._stats(k), seed=seed, device=self.device)
         learn = self._network(k, dls, r.noise, r.pretrained)
         stage = 'suspects: training a network without the labeled images (batches)'
-        _train(learn, r.epochs, r, folder, lambda done, total: self._tell(stage, done, total))
+        _train(learn, r.epochs, r, folder, StageProgress(self._tell, stage))
     return _logits(learn, self._images('labeled').images).softmax(1).numpy()
 
 # %% ../nbs/09_rounds.ipynb #031d82e9
@@ -1144,4 +1115,4 @@ def predict(self: NoisyStudent, # After `fit`
     k = self.best if k is None else k
     made = self.networks[self.arch(k)]
     network = load_model(self._round(k), self.device, None if isinstance(made, str) else made)
-    return predict_table(network, items, progress=lambda done, total: self._tell('predicting (images)', done, total), **kwargs)
+    return predict_table(network, items, progress=StageProgress(self._tell, 'predicting (images)'), **kwargs)

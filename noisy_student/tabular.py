@@ -27,16 +27,17 @@ from fastai.tabular.core import Categorify, TabDataLoader, TabularPandas, Tabula
 from fastai.tabular.data import TabularDataLoaders
 from fastai.tabular.learner import TabularLearner, tabular_learner
 from fastai.torch_core import TensorBase, TensorCategory
-from matplotlib.figure import Figure
 from torch import nn
 
+from .checks import accuracy_error
 from .dataloaders import MixedDL
 from .datasets import stratified
 from .distributed import world
 from .losses import HardTargets, SoftLabelCrossEntropy
 from .models import load_weights, n_parameters, save_weights
 from .pseudo_labels import _digest, predict_pseudo_labels, read_selection, select_pseudo_labels
-from .rounds import NoisyStudent, _one_line, _seeded, _train, _write_text
+from .progress import StageProgress, default_progress
+from .rounds import NoisyStudent, _seeded, _train, _write_text
 from .stochastic_depth import ClassifierDropout
 
 # %% ../nbs/14_tabular.ipynb #98a95038
@@ -241,7 +242,7 @@ class TabularNoisyStudent(NoisyStudent):
         self.layers = [list(o) for o in layers]
         if not self.layers:
             raise ValueError("layers must have one list of widths per round, teacher first, such as [[100], [200]]")
-        self.archs, self._tell = [str(o) for o in self.layers], progress or _one_line()
+        self.archs, self._tell = [str(o) for o in self.layers], progress or default_progress()
         self.data = self._cut(df, y_name, cat_names, cont_names, unlabeled, test, valid_idx)
         if recipe.rounds and not len(self.data.unlabeled):
             raise ValueError(f"no unlabeled rows: leave {y_name} missing in some, give them as unlabeled=, or ask for "
@@ -306,13 +307,6 @@ class TabularNoisyStudent(NoisyStudent):
         load_weights(learn.model, self._round(k)/'model.safetensors')
         return learn
 
-    def report(self) -> Figure: # Accuracy per round; confidence of the latest labels; class counts
-        "Three pictures of a run. Raises ValueError before the first round is done."
-        fig = super().report()
-        for ax in fig.axes:
-            if ax.get_ylabel() == 'images': ax.set_ylabel('rows')
-        return fig
-
     def suspects(self, pictures: int = 0 # None are drawn of a table
                 ) -> pd.DataFrame:
         "Not for tables yet: raises NotImplementedError."
@@ -344,7 +338,7 @@ class TabularNoisyStudent(NoisyStudent):
         if not (out := folder/'selected.parquet').exists():
             predict_pseudo_labels(self.learner(k - 1), self.data.unlabeled, folder/'pseudo_labels', bs=1024,
                                   temperature=r.temperature, classes=self.data.classes,
-                                  progress=partial(self._tell, f'round {k}: labeling (rows)'))
+                                  progress=StageProgress(self._tell, f'round {k}: labeling (rows)'))
             select_pseudo_labels(folder/'pseudo_labels', out, threshold=r.threshold, per_class=r.per_class)
         return read_selection(out)
 
@@ -370,15 +364,16 @@ class TabularNoisyStudent(NoisyStudent):
             if k and n_parameters(learn.model) < self.summary.parameters[k - 1]:
                 warnings.warn(f"round {k}: the student {arch} is smaller than its teacher {self.arch(k - 1)}: this is "
                               "distillation, Noisy Student wants an equal or larger student")
-            tell = partial(self._tell, f"round {k}: training the {role} {arch} (batches)")
+            tell = StageProgress(self._tell, f"round {k}: training the {role} {arch} (batches)")
             history, _ = _train(learn, r.epochs, r, folder, tell)
         _write_text(folder/'history.csv', pd.DataFrame(history).to_csv(index=False))
         save_weights(learn.model, folder/'model.safetensors', dict(layers=arch, classes=json.dumps(self.data.classes)))
         metrics = dict(round=k, role=role, arch=arch, parameters=n_parameters(learn.model),
                        labeled=len(self.data.labeled), pseudo_labeled=0 if selection is None else len(selection),
-                       valid_accuracy=self._accuracy(learn, self.data.valid),
+                       valid_accuracy=(valid := self._accuracy(learn, self.data.valid)), score=valid,
+                       score_error=accuracy_error(valid, len(self.data.valid)),
                        test_accuracy=self._accuracy(learn, self.data.test),
-                       seconds=round(time.perf_counter() - begun, 1), n_valid=len(self.data.valid))
+                       seconds=round(time.perf_counter() - begun, 1))
         _write_text(folder/'metrics.json', json.dumps(metrics, indent=1))
 
 def _decay_groups(model): # weights of layers, which decay, and biases, normalization and embeddings, which do not

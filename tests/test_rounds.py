@@ -312,3 +312,54 @@ def test_hard_labels_and_a_given_selection(tmp_path):
     assert list(given.role) == ["student"] and given.pseudo_labeled[0] == len(pd.read_parquet(selected))
     config = json.loads((tmp_path / "b" / "run.json").read_text())["config"]
     assert config["pseudo_labels"]
+
+
+class Heard:
+    "A progress function that also hears epochs."
+    def __init__(self): self.epochs = []
+    def __call__(self, stage, done, total): pass
+    def epoch(self, stage, done, total, figures): self.epochs.append((stage, done, total, figures))
+
+
+def test_figures_of_every_epoch_are_told_and_kept(tmp_path):
+    from fastai.metrics import F1Score, top_k_accuracy
+    from noisy_student.rounds import NoisyStudent
+    ns = NoisyStudent(miniature(), "resnet9_4", tmp_path/"a", progress=(heard := Heard()), metrics=[F1Score(average="macro"), top_k_accuracy],
+                      **{**SETTINGS, "rounds": 1})
+    ns.fit()
+    kept = pd.concat([pd.read_csv(tmp_path/"a"/f"round_{k}"/"history.csv") for k in (0, 1)])
+    assert [o[1:3] for o in heard.epochs] == [(1, 3), (2, 3), (3, 3), (1, 2), (2, 2)] and [o[0][:7] for o in heard.epochs] == ["round 0"] * 3 + ["round 1"] * 2
+    told = pd.DataFrame([o[3] for o in heard.epochs])
+    assert list(told) == ["train_loss", "valid_loss", "valid_accuracy", "f1_score", "top_k_accuracy"] == list(kept)[1:]
+    assert np.allclose(told, kept.iloc[:, 1:]) and (kept.top_k_accuracy >= kept.valid_accuracy).all()
+    with ns.learner(1).no_bar(): again = ns.learner(1).validate()
+    assert np.allclose(again, kept.iloc[-1, 2:], atol=1e-5)
+    with pytest.raises(ValueError, match="choose_by='f1'"): NoisyStudent(miniature(), "resnet9_4", tmp_path/"b", metrics="f1", **SETTINGS)
+
+
+def test_the_figure_that_chooses_and_the_weights_of_classes(tmp_path):
+    from dataclasses import replace
+    from noisy_student.checks import class_metrics
+    from noisy_student.rounds import NoisyStudent, load_model
+    data = miniature()
+    rare = np.concatenate([np.flatnonzero(data.labeled.labels == c)[1:] for c in (0, 5)])  # one image is left of each
+    data = replace(data, labeled=data.labeled[np.setdiff1d(np.arange(len(data.labeled)), rare)])
+    settings = {**SETTINGS, "rounds": 1}
+    ns = NoisyStudent(data, "resnet9_4", tmp_path/"a", choose_by="f1", class_weights="balanced", **settings)
+    s = ns.fit()
+    for k in (0, 1):
+        with (learn := ns.learner(k)).no_bar(): probs, y = learn.get_preds()
+        found = class_metrics(y.numpy(), probs.numpy(), 10)
+        assert abs(found["f1"] - s.valid_f1[k]) < 1e-9 and s.score[k] == s.valid_f1[k] and 0 < s.score_error[k] < .1
+        assert abs(found["balanced_accuracy"] - s.valid_balanced_accuracy[k]) < 1e-9
+    top = s.score.idxmax()
+    assert ns.best == max(s["round"][s.score >= s.score[top] - s.score_error[top]])
+    used = load_model(tmp_path/"a").model.state_dict()
+    assert all((v == load_model(tmp_path/"a"/f"round_{ns.best}").model.state_dict()[k]).all() for k, v in used.items())
+    weight = ns._learner(0, None, ns.recipe.noise).loss_func.weight
+    counts = np.bincount(data.labeled.labels, minlength=10)
+    assert np.allclose(weight * counts, len(data.labeled) / 10)
+    plain = NoisyStudent(data, "resnet9_4", tmp_path/"b", **{**settings, "rounds": 0}).fit()
+    assert plain.valid_f1[0] != s.valid_f1[0] and plain.score[0] == plain.valid_accuracy[0]
+    for wrong in (dict(choose_by="precision"), dict(class_weights="heavy")):
+        with pytest.raises(ValueError, match="must be '"): NoisyStudent(data, "resnet9_4", tmp_path/"c", **settings, **wrong)
