@@ -15,8 +15,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .datasets import Splits, _did_you_mean
+from .datasets import Splits
 from .distributed import first_rank_first, rank
+from .files import did_you_mean, into_place
 from .progress import Within, default_progress
 from .recipes import Recipe, _describe, get_recipe
 from .rounds import NoisyStudent, _write_text
@@ -117,7 +118,7 @@ def _share_teacher(run, full): # copy the finished first round of `full` if `run
     tmp = new.with_name('.round_0.tmp') # no round to anyone
     shutil.rmtree(tmp, ignore_errors=True)
     shutil.copytree(old, tmp, ignore=shutil.ignore_patterns('checkpoint'))
-    tmp.rename(new)
+    into_place(tmp, new)
 
 def _trained_images(run): # by the epochs that are in the histories
     n = len(run.data.labeled)
@@ -136,7 +137,7 @@ def _chosen(only, full): # name -> changes, name -> why not
     for k in only:
         if k in skipped: raise ValueError(f"{k} cannot be tried: {skipped[k]}")
         if k not in grid and k != 'full':
-            raise ValueError(f"unknown variant {k!r}: there are {', '.join(grid)}{_did_you_mean(k, grid)}")
+            raise ValueError(f"unknown variant {k!r}: there are {', '.join(grid)}{did_you_mean(k, grid)}")
     return {k: v for k, v in grid.items() if k in only}, {}
 
 def ablate(

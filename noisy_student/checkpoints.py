@@ -20,7 +20,7 @@ from fastcore.basics import noop
 
 from .dataloaders import MixedDL
 from .distributed import rank, world
-from .files import Stopped
+from .files import Stopped, into_place
 from .models import load_tensors, save_tensors
 
 # %% ../nbs/08d_checkpoints.ipynb #0ef3dbc0
@@ -187,6 +187,6 @@ class RunState(Callback):
         skeleton = json.dumps(pack(state, tensors))
         new = save_tensors(tensors, self.file.with_name('new.safetensors'), dict(skeleton=skeleton))
         if self.file.exists(): os.replace(self.file, self.previous) # at any moment one of the two is whole
-        os.replace(new, self.file)
+        into_place(new, self.file)
 
 _DIVERGED = "training diverged; the last good weights are kept, try a lower lr in a new run"

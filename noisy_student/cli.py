@@ -16,8 +16,7 @@ from typing import Annotated, Any, NamedTuple, Optional
 import typer
 
 from . import __version__
-from .files import best_round, stoppable, unsealed
-from .folders import _beside, _did_you_mean
+from .files import best_round, did_you_mean, folders_beside, stoppable, unsealed
 from .options import (AutoBatchOpt, BatchOpt, BsOpt, DataArg, DeviceOpt, EpochsOpt, FoldsOpt, ForceOpt,
     GroupColumnOpt, ImageColumnOpt, ImagesOpt, JsonOpt, LabelColumnOpt, LabelsOpt, LrOpt, ModelArg, NoiseOpt,
     PretrainedOpt, RatioOpt, RecipeOpt, SeedOpt, SetOpt, ShareOpt, SizeOpt, StepsOpt, SuffixOpt, TimeLimitOpt,
@@ -57,7 +56,7 @@ def load_data(name: str, # digits, cifar10, imagenette, svhn, a folder as `from_
     is_csv = name not in DATA and name.lower().endswith('.csv')
     if name not in DATA and not (Path(name).is_dir() or is_csv and Path(name).is_file()): # before anything is imported for it
         raise ValueError(f"no data set or folder {name!r}: use {', '.join(DATA)}, a folder or a .csv file"
-                         f"{_did_you_mean(name, [*DATA, *_beside(name)])}")
+                         f"{did_you_mean(name, [*DATA, *folders_beside(name)])}")
     if table and not is_csv:
         raise ValueError(f"{', '.join(map(_option, table))} can be given with a .csv file only, got {name}: leave it out")
     if is_csv:
@@ -82,7 +81,7 @@ def _data_set(name, labels, unlabeled, seed, recipe): # by name
         raise ValueError("digits has no pool but its own unlabeled images: name none, or another data set")
     if isinstance(unlabeled, str) and unlabeled not in d.pools and not Path(unlabeled).exists():
         raise ValueError(f"no pool or folder {unlabeled!r}: {name} has {', '.join(d.pools)}; or name a folder"
-                         f"{_did_you_mean(unlabeled, [*d.pools, *_beside(unlabeled)])}")
+                         f"{did_you_mean(unlabeled, [*d.pools, *folders_beside(unlabeled)])}")
     from noisy_student import datasets
     return datasets.digits(labels, seed) if name == 'digits' else getattr(datasets, name)(labels, unlabeled, seed)
 
@@ -239,7 +238,7 @@ def _trained(path, device): # a network on its device; what to do with images of
         import timm
         raise FileNotFoundError(f"no trained model at {path}: give a run directory, a round_K folder, a "
                                 "model.safetensors, a timm name or package:NAME"
-                                f"{_did_you_mean(path, [*_beside(path), *timm.list_models()])}")
+                                f"{did_you_mean(path, [*folders_beside(path), *timm.list_models()])}")
     if len(t.mean) == 1: # a network for grey images sees the luminance of color images
         luma = torch.tensor([.299, .587, .114], device=device).view(3, 1, 1)
         t.model.register_forward_pre_hook(lambda _, x: (x[0] * luma).sum(1, keepdim=True) if x[0].shape[1] == 3
@@ -249,7 +248,7 @@ def _trained(path, device): # a network on its device; what to do with images of
 def _must_exist(path): # a name with a slash is none of timm's: known before torch is loaded
     if '/' in str(path) and not Path(path).exists():
         raise FileNotFoundError(f"no trained model at {path}: give a run directory, a round_K folder, a "
-                                f"model.safetensors, a timm name or package:NAME{_did_you_mean(path, _beside(path))}")
+                                f"model.safetensors, a timm name or package:NAME{did_you_mean(path, folders_beside(path))}")
 
 def _is_published(path): # not something of ours: a package of weights, or a name in timm
     if str(path).startswith('package:'): return True
@@ -676,7 +675,7 @@ def _items(items, table): # arguments of `predict_table`, before torch is loaded
     from noisy_student.archives import is_archive
     from noisy_student.folders import list_images
     if len(items) == 1 and items[0].lower().endswith('.csv'):
-        if not Path(items[0]).is_file(): raise FileNotFoundError(f"no file {items[0]}{_did_you_mean(items[0], _beside(items[0]))}")
+        if not Path(items[0]).is_file(): raise FileNotFoundError(f"no file {items[0]}{did_you_mean(items[0], folders_beside(items[0]))}")
         return dict(items=items[0], **table)
     if table:
         raise ValueError(f"{', '.join('--images' if o == 'folder' else _option(o) for o in table)} can be given with one "
@@ -721,7 +720,7 @@ def suspects(
 
 def _must_be_run(path):
     if not (Path(path)/'run.json').exists():
-        raise ValueError(f"{path} is not the directory of a run: there is no readable run.json in it{_did_you_mean(path, _beside(path))}")
+        raise ValueError(f"{path} is not the directory of a run: there is no readable run.json in it{did_you_mean(path, folders_beside(path))}")
 
 def _recipe_of(config): # of run.json
     from noisy_student.noise import Noise

@@ -9,7 +9,6 @@ __all__ = ['native_size', 'default_size', 'channels', 'in_color', 'Configured', 
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np

@@ -6,7 +6,7 @@
 __all__ = ['CORRUPTIONS', 'PERTURBATIONS', 'NOISE_SEQUENCES', 'corrupt', 'corrupted_set', 'perturbation_frames']
 
 # %% ../nbs/09b_corruptions.ipynb #2604897c
-import hashlib, os, zlib
+import hashlib, zlib
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +16,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+
+from .files import replacing
+
 
 # %% ../nbs/09b_corruptions.ipynb #0e6a072f
 CORRUPTIONS = ('gaussian_noise', 'shot_noise', 'impulse_noise', 'defocus_blur', 'glass_blur', 'motion_blur',
@@ -98,12 +101,7 @@ def corrupted_set(
     for i in range(0, len(images), 1024): h.update(np.ascontiguousarray(images[i:i + 1024]))
     file = Path(folder)/f"{corruption}-{severity}-{seed}-{h.hexdigest()[:16]}.npy"
     if (done := _open(file, images.shape)) is not None: return done
-    file.parent.mkdir(parents=True, exist_ok=True)
-    tmp = file.with_name(f"{file.name}.{os.getpid()}.tmp") # two processes may be making it
-    try:
-        fill(np.lib.format.open_memmap(tmp, 'w+', np.uint8, images.shape)).flush()
-        os.replace(tmp, file)
-    finally: tmp.unlink(missing_ok=True)
+    with replacing(file) as new: fill(np.lib.format.open_memmap(new, 'w+', np.uint8, images.shape)).flush()
     return _open(file, images.shape)
 
 def _open(file, shape): # the memory map; None if there is none that can be used

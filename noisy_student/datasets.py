@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .folders import _beside, _concat, _did_you_mean, _labeled_folder, _pool, _without_labeled
+from .files import into_place
+from .folders import _concat, _labeled_folder, _pool, _without_labeled
 from .folders import from_folder, list_files, list_images
 from .images import BadImage, Decoded, ImageFileError, MAX_PIXELS, file_sha256, load_image, load_images
 from .images import _new_array, square
@@ -121,7 +122,7 @@ def _svhn_download(root, missing): # these .mat files
     wanted = ', '.join(SVHN.split_list[o][0] for o in missing)
     for url, file, md5 in map(SVHN.split_list.get, missing):
         part = root/f'.part-{os.getpid()}' # a download that breaks off leaves nothing under the final name
-        try: download_url(url, part, file, md5); os.replace(part/file, root/file)
+        try: download_url(url, part, file, md5); into_place(part/file, root/file)
         except (OSError, RuntimeError) as e: # RuntimeError: a wrong checksum
             raise FileNotFoundError(f"no {file} in {root}, and it cannot be downloaded ({e}): with no internet, "
                                     f"fetch {wanted} elsewhere and put the .mat files into {root}") from None
@@ -158,7 +159,7 @@ def _svhn_array(root, name): # Split of one .mat file, memory-mapped
         with open(part[1], 'wb') as f: np.save(f, y)
         part[2].write_text(json.dumps(made_of))
         meta.unlink(missing_ok=True) # it comes last and says that the other two are of this .mat file
-        for a, b in zip(part, done): os.replace(a, b)
+        for a, b in zip(part, done): into_place(a, b)
     except OSError as e:
         raise OSError(e.errno, f"cannot convert {mat}: {e.strerror} in {root}; "
                                "put it where there is room for its pixels") from None

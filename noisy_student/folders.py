@@ -7,7 +7,6 @@ __all__ = ['list_files', 'list_images', 'from_folder']
 
 # %% ../nbs/00c_folders.ipynb #c6b9765d
 import mimetypes, os, warnings
-from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -15,20 +14,10 @@ import numpy as np
 from PIL import Image
 
 from .archives import is_archive, list_archive
+from .files import did_you_mean, folders_beside
 from .splits import Split, Splits, _hold_out, _label_some
 
 # %% ../nbs/00c_folders.ipynb #f954f109
-def _did_you_mean(name: str | Path, # What was given
-                  known: Iterable[str], # What there is
-                  n: int = 1 # How many to name at most
-                 ) -> str: # The end of a message; empty if nothing is near
-    near = get_close_matches(str(name), list(known), n)
-    return f" (did you mean {', '.join(near)}?)" if near else ''
-
-def _beside(path): # the folders where `path` was looked for
-    folder = Path(path).parent
-    return sorted(str(o) for o in folder.iterdir() if o.is_dir()) if folder.is_dir() else []
-
 _NO_PICTURES = ('PDF', 'MPEG', 'HDF5', 'GRIB', 'BUFR', 'EPS') # formats that Pillow knows
 
 def _is_image(name): # by its suffix; also of a format that Pillow cannot read, which loading it will say
@@ -97,7 +86,7 @@ def _test_folder(folder, classes): # Split of folder/<class>/**; None, with a wa
 # %% ../nbs/00c_folders.ipynb #daa3211b
 def _train_folder(path): # labeled images in path/train, or in class folders directly in it; names of the classes
     if not path.is_dir():
-        raise FileNotFoundError(f"no folder {path}{_did_you_mean(path, _beside(path))}: {_layout(path)}")
+        raise FileNotFoundError(f"no folder {path}{did_you_mean(path, folders_beside(path))}: {_layout(path)}")
     where = path/'train' if (path/'train').is_dir() else path
     if where == path:
         for o in _folders(path):
@@ -178,7 +167,7 @@ def _pool(unlabeled, rest, default): # the unlabeled Split that the argument `un
     if unlabeled == 'rest': return rest
     if not Path(unlabeled).is_dir() and not (is_archive(unlabeled) and Path(unlabeled).exists()):
         raise FileNotFoundError(f"no folder or archive {unlabeled} with unlabeled images"
-                                f"{_did_you_mean(unlabeled, ['rest', *_beside(unlabeled)])}")
+                                f"{did_you_mean(unlabeled, ['rest', *folders_beside(unlabeled)])}")
     return Split(list_images(os.path.abspath(unlabeled)))
 
 def _concat(a, b): # two unlabeled piles of files; hidden labels survive where both have them, unknown is -1

