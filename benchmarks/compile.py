@@ -14,13 +14,13 @@ import torch
 from common import arguments, in_turns, save
 from step import CASES, bare, made
 
-from noisy_student.rounds import _has_fast_bf16
+from noisy_student.precision import has_fast_bf16
 
 
 def case(device, arch, size, batch, steps, budget):
     model, images, labels = made(device, arch, size, batch, steps)
     networks = dict(eager=copy.deepcopy(model), compiled=torch.compile(copy.deepcopy(model)))
-    half = _has_fast_bf16(torch.device(device))
+    half = has_fast_bf16(torch.device(device))
     fs = {k: bare(m, images, labels, batch, steps, False, device, half) for k, m in networks.items()}
     def wall(f):
         start = time.monotonic()

@@ -36,7 +36,9 @@ from noisy_student.cli import DATA, load_data
 from noisy_student.learner import Noise
 from noisy_student.models import create_model
 from noisy_student.recipes import get_recipe
-from noisy_student.rounds import NoisyStudent, _seeded, _student_view
+from noisy_student.checkpoints import seeded
+from noisy_student.fitting import student_view
+from noisy_student.rounds import NoisyStudent
 
 VERSIONS = 20 # augmented versions of every image, for methods that take arrays
 
@@ -75,7 +77,7 @@ def usb(ns, seed, budget) -> list[dict]:
 def augmented(ns, images, noised): # float (VERSIONS * N, C, S, S), normalized
     mean, std = (torch.tensor(o).view(-1, 1, 1) for o in ns._stats(0))
     x = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 255
-    tfms = [*_student_view(ns.recipe), *ns.recipe.noise.transforms()] if noised else []
+    tfms = [*student_view(ns.recipe), *ns.recipe.noise.transforms()] if noised else []
     from fastai.torch_core import TensorImage
     def once():
         y = TensorImage(x)
@@ -95,13 +97,13 @@ def modssc(ns, seed, budget) -> list[dict]:
         warnings.warn(f"modssc is left out: {e}")
         return []
     data, r, device = ns.data, ns.recipe, DeviceSpec(ns.device.type)
-    with _seeded(seed):
+    with seeded(seed):
         x_l, x_us = (augmented(ns, ns._images(o).images, True).to(ns.device) for o in ("labeled", "unlabeled"))
         x_uw = augmented(ns, ns._images("unlabeled").images, False).to(ns.device)
     y_l = torch.from_numpy(np.tile(data.labeled.labels, VERSIONS)).to(ns.device)
     held = {o: augmented(ns, ns._images(o).images[:], False)[:len(ns._images(o).images)].to(ns.device) for o in ("valid", "test")}
     def fit(kind, spec, **epochs):
-        with _seeded(seed):
+        with seeded(seed):
             model = create_model(ns.archs[-1], len(data.classes), x_l.shape[1]).to(ns.device)
             bundle = TorchModelBundle(model, torch.optim.AdamW(model.parameters(), r.lr / 2.5, weight_decay=r.wd))
             method = kind(spec(model_bundle=bundle, batch_size=r.bs, **epochs, **settings[kind]))

@@ -39,7 +39,7 @@ from torch import nn
 from torchvision import transforms as T
 
 from noisy_student.models import create_model
-from noisy_student.rounds import _seeded
+from noisy_student.checkpoints import seeded
 
 COMMON = dict(batch_size=64, eval_batch_size=256, ulb_loss_ratio=1., p_cutoff=.95, ema_m=.999, optim="SGD", lr=.03,
               momentum=.9, weight_decay=5e-4, layer_decay=1., crop_ratio=.875, amp=False, use_cat=True)
@@ -149,7 +149,7 @@ def fit(ns, name, iterations, seed, folder):
 def quiet(seed, device):
     "A folder; inside seeded, without its messages, on a CPU with what it needs there."
     with ExitStack() as stack:
-        stack.enter_context(_seeded(seed))
+        stack.enter_context(seeded(seed))
         stack.enter_context(redirect_stdout(io.StringIO()))
         if device.type == "cpu": stack.enter_context(on_cpu())
         logging.disable(logging.INFO)

@@ -26,7 +26,7 @@ from torch import nn
 from noisy_student.dataloaders import PadCropFlip, mixed_dataloaders
 from noisy_student.learner import Noise, noisy_student_learner
 from noisy_student.models import create_model
-from noisy_student.rounds import _in_bf16
+from noisy_student.precision import in_bf16
 from noisy_student.training import optimizer
 
 CASES = {"cpu": (("resnet9_8", 32, 64, 10), ("resnet9_24", 32, 64, 5), ("resnet18", 64, 32, 4)),
@@ -66,7 +66,7 @@ def ours(model, images, labels, batch, steps, augment, device, noise=Noise.none(
                             steps=steps, augment=[PadCropFlip(4)] if augment else [], stats=STATS, device=device)
     learn = noisy_student_learner(dls, model, noise, opt_func=optimizer("adamw", torch.device(device)), cbs=[NoValidation()])
     def run():
-        with _in_bf16(learn.model, torch.device(device)), learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-3)
+        with in_bf16(learn.model, torch.device(device)), learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-3)
     return run
 
 
@@ -79,7 +79,7 @@ def fastai(model, images, labels, batch, steps, device):
     loss = CrossEntropyLossFlat()
     learn = Learner(dls, model, lambda pred, y: loss(pred.float(), y), cbs=[NoValidation()])
     def run():
-        with _in_bf16(learn.model, torch.device(device)), learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-3)
+        with in_bf16(learn.model, torch.device(device)), learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-3)
     return run
 
 

@@ -16,11 +16,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .datasets import Splits
-from .distributed import first_rank_first, rank
+from .distributed import first_rank_first, rank, write_once
 from .files import did_you_mean, into_place
 from .progress import Within, default_progress
 from .recipes import Recipe, _describe, get_recipe
-from .rounds import NoisyStudent, _write_text
+from .rounds import NoisyStudent
 
 # %% ../nbs/10a_ablation.ipynb #e6690e88
 def variants(full: Recipe # With its architectures
@@ -177,7 +177,7 @@ def ablate(
 def _write(out, runs, skipped): # the table so far
     table = ablation_table(runs, skipped)
     if rank(): return table # of several processes one writes
-    for name, o in (('runs', runs), ('ablation', table)): _write_text(out/f'{name}.csv', o.to_csv(index=False))
+    for name, o in (('runs', runs), ('ablation', table)): write_once(out/f'{name}.csv', o.to_csv(index=False))
     fig = plot_ablation(runs)
     fig.savefig(out/'.ablation.png', dpi=150); plt.close(fig)
     (out/'.ablation.png').replace(out/'ablation.png')

@@ -26,7 +26,7 @@ from .learner import Noise, noisy_student_learner
 from .losses import temperature_softmax
 from .pseudo_labels import _table
 from .randaugment import BatchRandAugment
-from .rounds import _has_fast_bf16, _in_bf16
+from .precision import has_fast_bf16, in_bf16
 from .training import optimizer
 
 # %% ../nbs/12a_bench.ipynb #e09c01d9
@@ -78,7 +78,7 @@ def bench(
     except (RuntimeError, AssertionError, ValueError) as e:
         raise ValueError(f"{arch} cannot take images of {size} px ({str(e).splitlines()[0]}): choose another size") from None
     noised = [o for o in learn.dls.train.after_batch.fs if isinstance(o, BatchRandAugment)]
-    fast = _in_bf16(learn.model, device) if _has_fast_bf16(device) else nullcontext()
+    fast = in_bf16(learn.model, device) if has_fast_bf16(device) else nullcontext()
     done = []
     def tick(value):
         done.append(value)

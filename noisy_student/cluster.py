@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from .files import locked, read_sums, stoppable
-from .pseudo_labels import PseudoLabelError, _finish_shard, _half, _is_streamed, _label_part, _labeling, _parts, _share, _Teacher
+from .precision import half_of
+from .pseudo_labels import PseudoLabelError, _finish_shard, _is_streamed, _label_part, _labeling, _parts, _share, _Teacher
 
 # %% ../nbs/12_cluster.ipynb #d131f738
 class _Replica: # an actor: a teacher that labels whole pieces of a pool
@@ -66,7 +67,7 @@ def label_on_ray(
     gpus, cores = (int(ray.cluster_resources().get(o, 0)) for o in ('GPU', 'CPU'))
     half = None
     if gpus and all(p.dtype == torch.float32 for p in teacher.parameters()): # as on one machine with such a GPU
-        half = ray.get(ray.remote(num_gpus=1)(_half).remote(torch.device('cuda')))
+        half = ray.get(ray.remote(num_gpus=1)(half_of).remote(torch.device('cuda')))
     t, items, folder, meta = _labeling(teacher, items, Path(out).absolute(), 1, temperature, bs, size, mean, std, classes, None, 'cpu', part_size, half)
     meta.pop('precision') # whatever the GPUs are fast at
     replicas = replicas or gpus or max(1, int(cores // cpus))

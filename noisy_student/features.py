@@ -19,6 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from .models import head
+from .network import evaluating
 
 # %% ../nbs/04c_features.ipynb #4039676e
 @torch.inference_mode()
@@ -30,17 +31,15 @@ def frozen_features(
     progress: Callable[[int, int], None] | None = None, # Called with (done, total) images
 ) -> np.ndarray: # float32 (N, F)
     "What goes into the classifier for every image, in evaluation mode. Raises ValueError if there is no classifier."
-    modes, caught, out = {m: m.training for m in model.modules()}, [], []
+    caught, out = [], []
     hook = head(model).register_forward_pre_hook(lambda _, args: caught.append(args[0].flatten(1).float().cpu()))
     try:
-        model.eval()
-        for i in range(0, len(images), bs):
-            model(view(images[i:i + bs]))
-            out.append(caught.pop().numpy())
-            if progress: progress(min(i + bs, len(images)), len(images))
-    finally:
-        hook.remove()
-        for m, mode in modes.items(): m.training = mode
+        with evaluating(model):
+            for i in range(0, len(images), bs):
+                model(view(images[i:i + bs]))
+                out.append(caught.pop().numpy())
+                if progress: progress(min(i + bs, len(images)), len(images))
+    finally: hook.remove()
     return np.concatenate(out)
 
 # %% ../nbs/04c_features.ipynb #54fb3ce6

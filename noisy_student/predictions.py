@@ -7,8 +7,7 @@ __all__ = ['class_columns', 'predict_table', 'write_submission']
 
 # %% ../nbs/05a_predictions.ipynb #086878f7
 import os, warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ from .archives import is_archive
 from .datasets import as_frame, check_files, image_files, is_table, pick_column, read_table
 from .datasets import Split, list_images, load_images
 from .files import write_text
-from .pretrained import Trained
-from .pseudo_labels import _ahead, _half
+from .network import Network, evaluating
+from .precision import half_of
+from .pseudo_labels import _ahead
 
 # %% ../nbs/05a_predictions.ipynb #f8565925
 def _named(items, folder, image, suffix): # files or uint8 (N, H, W, C), and a Series of the names that the result has
@@ -59,7 +59,7 @@ def _with_channels(images, c): # uint8 (B, H, W, 1 or 3) -> uint8 (B, H, W, c)
 
 def _softmax(t, images, bs): # float32 (B, K) of uint8 (B, size, size, C), with the network in evaluation mode
     p = next(t.model.parameters())
-    half, images = _half(p.device) if p.dtype == torch.float32 else None, _with_channels(images, len(t.mean))
+    half, images = half_of(p.device) if p.dtype == torch.float32 else None, _with_channels(images, t.channels)
     out, i = [], 0
     while i < len(images):
         try:
@@ -73,17 +73,6 @@ def _softmax(t, images, bs): # float32 (B, K) of uint8 (B, size, size, C), with 
     if half == torch.float16 and not torch.isfinite(probs).all(): # something was larger than 65504
         probs = torch.cat([t.predict(images[i:i + bs]) for i in range(0, len(images), bs)])
     return probs.cpu().numpy()
-
-@contextmanager
-def _evaluating(networks, device) -> Iterator[None]: # on `device`; afterwards every module is as it was
-    modes = [(m, m.training) for t in networks for m in t.model.modules()]
-    homes = [next(t.model.parameters()).device for t in networks]
-    try:
-        for t in networks: t.model.eval().to(device or next(t.model.parameters()).device)
-        yield
-    finally:
-        for m, training in modes: m.training = training
-        for t, home in zip(networks, homes): t.model.to(home)
 
 def _parts(networks, images, bs): # (positions of images that could be read, their pixels by size, what could not be)
     sizes = {t.size for t in networks}
@@ -122,7 +111,7 @@ def class_columns(classes: Sequence[str] # K names
     return [free(o) for o in classes]
 
 def predict_table(
-    networks: Trained | Sequence[Trained], # One, or several with equal classes, whose probabilities are averaged
+    networks: Network | Sequence[Network], # One, or several with equal classes, whose probabilities are averaged
     items: Any, # A folder, a file or a list of them, a DataFrame or .csv file, uint8 (N, H, W, C), or a `Split`
     folder: str | Path | None = None, # Where the file names of a table begin; None: the folder of the .csv file, or '.'
     image: str | int = 'image', # Column of a table that holds file names, by name or number
@@ -139,7 +128,7 @@ def predict_table(
         raise ValueError(f"networks must have the same classes in the same order, got {nets[0].classes} and {other[0]}")
     if bs < 1: raise ValueError(f"bs must be at least 1, got {bs}")
     images, names = _named(items, folder, image, suffix)
-    with _evaluating(nets, device): probs, bad = _mean_probabilities(nets, images, bs, progress)
+    with evaluating(*nets, device=device): probs, bad = _mean_probabilities(nets, images, bs, progress)
     if bad:
         warnings.warn(f"{len(bad)} of {len(images)} images cannot be read and have no label: "
                       f"{'; '.join(f'{o.item}: {o.reason}' for o in bad[:3])}{'; ...' if len(bad) > 3 else ''}")

@@ -741,7 +741,7 @@ def write_report(path: str | Path, # Run directory
                  data: Splits | None = None # Its images, for pictures and true labels; None: pictures only where the tables name files
                 ) -> Path: # report.html in it
     "Write the page of a run. Raises ValueError before its first round is done, OSError if it cannot be written."
-    from noisy_student.rounds import _write_text
+    from noisy_student.distributed import write_once
     html = report_html(read_run(path, data))
-    _write_text(file := Path(path)/'report.html', html)
+    write_once(file := Path(path)/'report.html', html)
     return file

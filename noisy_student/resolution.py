@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-import fastai.callback.progress, fastai.callback.schedule # Learner.no_bar, fit_one_cycle
+import fastai.callback.progress, fastai.callback.schedule # noqa: F401, for Learner.no_bar and fit_one_cycle
 import numpy as np
 import torch
-from fastai.data.core import TfmdDL
 from fastai.data.transforms import IntToFloatTensor, Normalize
 from fastai.learner import Learner
 from fastai.optimizer import Adam
@@ -25,6 +24,7 @@ from .dataloaders import (ArrayDataset, ArrayDL, MixedDL, NoisyStudentDataLoader
                                        stream)
 from .datasets import Split, Splits, load_images
 from .losses import SoftLabelCrossEntropy
+from .network import normalization
 from .stochastic_depth import TrainingNoise
 
 # %% ../nbs/08_resolution.ipynb #3dd8e617
@@ -91,12 +91,6 @@ class EpochsDL(MixedDL):
             yield self.dataset.batch(idxs)
 
 # %% ../nbs/08_resolution.ipynb #51d41d2f
-def _stats(dls): # mean and standard deviation per channel with which `dls` normalize; None if they do not
-    if not isinstance(dls.valid, TfmdDL):
-        raise TypeError(f"learn.dls must hold fastai data loaders, which know how to normalize, not {type(dls.valid)}")
-    norm = next((o for o in dls.valid.after_batch.fs if isinstance(o, Normalize)), None)
-    return norm and tuple(o.flatten().tolist() for o in (norm.mean, norm.std))
-
 def _labeled(split, size, cache=None): # images at `size`, and labels
     if split.labels is None or not len(split):
         raise ValueError("there are no images with labels: fine-tuning and accuracy need them")
@@ -122,7 +116,7 @@ def fix_resolution(
 
     Raises ValueError for settings, data or networks that this cannot work with, before anything is trained."""
     if not isinstance(data, Splits): raise ValueError(f"data must be Splits, such as from_folder(...), not {type(data).__name__}")
-    stats = _stats(learn.dls)
+    stats = normalization(learn.dls)
     now = getattr(learn.dls, 'size', None) or max(learn.dls.valid.one_batch()[0].shape[-2:])
     if size <= now: raise ValueError(f"size={size} must be larger than the {now} px that the learner's images have now")
     if not epochs > 0: raise ValueError(f"epochs={epochs} must be greater than 0: the paper takes 1.5")
@@ -153,7 +147,7 @@ def accuracy_by_size(
     bs: int = 256, # Images per batch
 ) -> dict[int, float]: # Accuracy in 0..1 by size
     "Accuracy of one network on the same images at several sizes, in evaluation mode and without augmentation."
-    stats, accuracy = _stats(learn.dls), {}
+    stats, accuracy = normalization(learn.dls), {}
     tfms = [IntToFloatTensor(), *([Normalize.from_stats(*stats, cuda=False)] if stats else [])]
     with ExitStack() as undo, torch.no_grad():
         _evaluate(learn.model.modules(), undo)

@@ -22,8 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import resnet as tv_resnet
 
 # %% auto #0
-__all__ = ['survival_probs', 'drop_branch', 'DropBranch', 'ResidualBlock', 'residual_blocks', 'TrainingNoise', 'StochasticDepth',
-           'ClassifierDropout']
+__all__ = ['survival_probs', 'drop_branch', 'DropBranch', 'ResidualBlock', 'residual_blocks', 'unwrapped', 'TrainingNoise',
+           'StochasticDepth', 'ClassifierDropout']
 
 # %% ../nbs/02_stochastic_depth.ipynb #4fa86df7
 def survival_probs(
@@ -164,6 +164,12 @@ class _TrainGuard:
                 if isinstance(cb, TrainingNoise): cb.detach()
             raise
 
+def unwrapped(model: nn.Module  # Any network
+             ) -> nn.Module:  # The network itself
+    "Without the wrappers of data parallel training and `torch.compile`, which share its weights."
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
+    return getattr(model, '_orig_mod', model)
+
 class TrainingNoise(Callback):
     """Base class of callbacks that change the model during the training phase of an epoch, and only then.
 
@@ -184,9 +190,7 @@ class TrainingNoise(Callback):
     @property
     def plain_model(self) -> nn.Module:
         "The learner's model without the wrappers of data parallel training and `torch.compile`."
-        model = self.learn.model
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
-        return getattr(model, '_orig_mod', model)
+        return unwrapped(self.learn.model)
 
     def before_epoch(self):
         if not isinstance(vars(self.learn).get('_with_events'), _TrainGuard):

@@ -29,15 +29,17 @@ from fastai.tabular.learner import TabularLearner, tabular_learner
 from fastai.torch_core import TensorBase, TensorCategory
 from torch import nn
 
+from .checkpoints import seeded
 from .checks import accuracy_error
 from .dataloaders import MixedDL
 from .datasets import stratified
-from .distributed import world
+from .distributed import world, write_once
+from .fitting import fit_resumably
 from .losses import HardTargets, SoftLabelCrossEntropy
 from .models import load_weights, n_parameters, save_weights
 from .pseudo_labels import _digest, predict_pseudo_labels, read_selection, select_pseudo_labels
 from .progress import StageProgress, default_progress
-from .rounds import NoisyStudent, _seeded, _train, _write_text
+from .rounds import NoisyStudent
 from .stochastic_depth import ClassifierDropout
 
 # %% ../nbs/14_tabular.ipynb #98a95038
@@ -302,7 +304,7 @@ class TabularNoisyStudent(NoisyStudent):
                ) -> TabularLearner: # On the labeled rows, without noise, weights loaded
         "The trained network of a round as an ordinary `TabularLearner`: `predict(row)`, `dls.test_dl(df)`, `export`."
         k = self.best if k is None else k
-        with _seeded(0): learn = self._learner(k, None, TabularNoise.none())
+        with seeded(0): learn = self._learner(k, None, TabularNoise.none())
         learn.dls = self.dls
         load_weights(learn.model, self._round(k)/'model.safetensors')
         return learn
@@ -359,14 +361,14 @@ class TabularNoisyStudent(NoisyStudent):
         selection, role = (self._label(k), 'student') if k else (None, 'teacher')
         noise = r.teacher_noise if role == 'teacher' and r.teacher_noise is not None else r.noise
         arch = self.arch(k)
-        with _seeded(self.seed * 1000 + k): # labeling, which may be done already, must not shift the numbers
+        with seeded(self.seed * 1000 + k): # labeling, which may be done already, must not shift the numbers
             learn = self._learner(k, selection, noise)
             if k and n_parameters(learn.model) < self.summary.parameters[k - 1]:
                 warnings.warn(f"round {k}: the student {arch} is smaller than its teacher {self.arch(k - 1)}: this is "
                               "distillation, Noisy Student wants an equal or larger student")
             tell = StageProgress(self._tell, f"round {k}: training the {role} {arch} (batches)")
-            history, _ = _train(learn, r.epochs, r, folder, tell)
-        _write_text(folder/'history.csv', pd.DataFrame(history).to_csv(index=False))
+            history, _ = fit_resumably(learn, r.epochs, r, folder, tell)
+        write_once(folder/'history.csv', pd.DataFrame(history).to_csv(index=False))
         save_weights(learn.model, folder/'model.safetensors', dict(layers=arch, classes=json.dumps(self.data.classes)))
         metrics = dict(round=k, role=role, arch=arch, parameters=n_parameters(learn.model),
                        labeled=len(self.data.labeled), pseudo_labeled=0 if selection is None else len(selection),
@@ -374,7 +376,7 @@ class TabularNoisyStudent(NoisyStudent):
                        score_error=accuracy_error(valid, len(self.data.valid)),
                        test_accuracy=self._accuracy(learn, self.data.test),
                        seconds=round(time.perf_counter() - begun, 1))
-        _write_text(folder/'metrics.json', json.dumps(metrics, indent=1))
+        write_once(folder/'metrics.json', json.dumps(metrics, indent=1))
 
 def _decay_groups(model): # weights of layers, which decay, and biases, normalization and embeddings, which do not
     decay = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}

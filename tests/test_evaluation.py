@@ -10,7 +10,7 @@ from torch import nn
 from noisy_student import corruptions as C
 from noisy_student.corruptions import CORRUPTIONS, PERTURBATIONS, corrupt, corrupted_set, perturbation_frames
 from noisy_student.datasets import Split, digits
-from noisy_student.evaluation import (ALEXNET_ERRORS, Network, as_network, corruption_error, evaluate_run, fgsm,
+from noisy_student.evaluation import (ALEXNET_ERRORS, as_network, corruption_error, evaluate_run, fgsm,
                                       flip_rate, mce, pgd)
 from noisy_student.metrics import (accuracy_table, confusion, correct_in_top, ece, fit_temperature, nll, reliability,
                                    softmax, wilson)
@@ -236,7 +236,7 @@ def test_perfect_baseline(library):
         def forward(self, x): m = x.mean((1, 2, 3))[:, None] - .5; return torch.cat([-m, m], 1)
     images = np.stack([np.full((32, 32, 1), v, np.uint8) for v in (0, 20, 230, 255)])
     split = Split(images, np.array([0, 0, 1, 1]))
-    net = Network(Knows(), [0.], [1.])
+    net = as_network(Knows(), ([0.], [1.]))
     table = evaluate_run(dict(a=net, b=net), split, 4, ("pixelate",), (1,), perturbations=("rotate",), eps=None)
     assert (table.accuracy == 1).all() and (table.corrupted_error == 0).all() and table.mce_vs_first.isna().all()
     errors = corruption_error(net, images, split.labels, ("pixelate",), (1,))

@@ -19,7 +19,8 @@ from torch import nn
 from noisy_student import models, pretrained
 from noisy_student.models import (EFFICIENTNETS, arch_name, create_model, find_weights, fine_tuning_groups, head,
                                   load_pretrained, n_parameters, read_checkpoint, save_weights, split_head)
-from noisy_student.pretrained import (Trained, export_onnx, export_safetensors, imagenet_classes,
+from noisy_student.network import Network
+from noisy_student.pretrained import (export_onnx, export_safetensors, imagenet_classes,
                                       pretrained_model, published_accuracies, push_to_hub)
 from noisy_student.stochastic_depth import ClassifierDropout, StochasticDepth, residual_blocks
 
@@ -242,7 +243,7 @@ def test_package(size):
     with torch.inference_mode():
         got, want = net.model(images(size=size)), forward(sd, images(size=size), F.relu6, False)
     assert torch.allclose(got, want, atol=1e-4)
-    assert isinstance(net, Trained) and len(net.classes) == 1000 and not net.model.training
+    assert isinstance(net, Network) and len(net.classes) == 1000 and not net.model.training
     assert (net.arch, net.size, net.mean, net.std) == ('tf_efficientnet_lite0', 224, [.5] * 3, [.5] * 3)
 
 @pytest.mark.slow
@@ -370,10 +371,6 @@ def test_pretrained_model_needs_its_classes(tmp_path):
     with pytest.raises(ValueError, match='at random'): pretrained_model('resnet18', False)
     own = save_weights(create_model('resnet9_8', 3), tmp_path/'r.safetensors')
     with pytest.raises(ValueError, match='no timm name'): pretrained_model('resnet9_8', own, ['a', 'b', 'c'])
-
-def test_runs_and_published_weights_give_the_same_kind():
-    rounds = pytest.importorskip('noisy_student.rounds')
-    assert rounds.Trained is Trained
 
 # --- export
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from noisy_student.datasets import Split, load_images
 from noisy_student.predictions import class_columns, predict_table, write_submission
-from noisy_student.pretrained import Trained
+from noisy_student.network import Network
 
 N = 9
 
@@ -22,7 +22,7 @@ def network(classes=("cat", "dog", "emu"), size=8, c=3, seed=0):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Conv2d(c, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, len(classes)))
         nn.init.normal_(model[-1].weight, std=9)
-    return Trained(model, "tiny", list(classes), size, [.5] * c, [.25] * c)
+    return Network(model, "tiny", list(classes), size, [.5] * c, [.25] * c)
 
 
 def expected(net, images):
@@ -80,7 +80,7 @@ def test_network_is_left_as_it_was(folder):
     assert net.model.training and not net.model[3].training
     assert all(torch.equal(v, before[k]) for k, v in net.model.state_dict().items())
     with pytest.raises(RuntimeError):
-        predict_table(net._replace(model=nn.Sequential(net.model, nn.Linear(7, 3))), folder)
+        predict_table(Network(nn.Sequential(net.model, nn.Linear(7, 3)), net.arch, net.classes, net.size, net.mean, net.std), folder)
     assert net.model.training
 
 

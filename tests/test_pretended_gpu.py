@@ -19,13 +19,15 @@ from noisy_student.checkpoints import RunState
 from noisy_student.dataloaders import PadCropFlip, ResizedCropFlip, mixed_dataloaders
 from noisy_student.datasets import Split, Splits
 from noisy_student.evaluation import evaluate_run
+from noisy_student.fitting import fit_resumably, splitter
 from noisy_student.learner import Noise, noisy_student_learner
-from noisy_student.models import create_model, load_tensors
+from noisy_student.models import create_model
+from noisy_student.precision import Half, in_bf16
 from noisy_student.pseudo_labels import PseudoLabelError, _meta, _Teacher, predict_pseudo_labels, read_selection, select_pseudo_labels
 from noisy_student.randaugment import BatchRandAugment
 from noisy_student.recipes import get_recipe
 from noisy_student.resolution import accuracy_by_size, fix_resolution
-from noisy_student.rounds import _SPLITTERS, NoisyStudent, _Half, _in_bf16, _train, load_model
+from noisy_student.rounds import NoisyStudent, load_model
 from noisy_student.tabular import TabularNoisyStudent, TabularRecipe
 from noisy_student.training import EMA, TeacherTargets, optimizer
 
@@ -118,7 +120,7 @@ STUDENTS = {
 def test_training_step_never_waits(watched, name):
     kwargs = dict(STUDENTS[name])
     cbs, learn = kwargs.pop("cbs", list)(), learner(**kwargs)
-    with _in_bf16(learn.model, torch.device("cuda")), learn.no_bar(), learn.no_logging():
+    with in_bf16(learn.model, torch.device("cuda")), learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(1, 1e-3, cbs=[*cbs, steps := Steps(watched)])
     assert steps.seen == 3 and len(learn.recorder.losses) == 5
     assert all(o.device.type == "cpu" for o in learn.recorder.losses) and all(o.is_cuda for o in learn.model.parameters())
@@ -139,7 +141,7 @@ def test_float16_trains_as_fastai_does_and_waits_less(name):
             with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=[cb(init_scale=2. ** 34), Note()])
             assert not {"grad_scale", "found_inf"} & set(vars(learn.opt.opt))
             return waits[-1][len(waits[0]):], [o.item() for o in seen], [o.detach().cpu().clone() for o in learn.model.parameters()]
-    (ours, seen, weights), (_, expected, other) = train(_Half), train(MixedPrecision)
+    (ours, seen, weights), (_, expected, other) = train(Half), train(MixedPrecision)
     assert seen == expected and {2. ** 33, 2. ** 32} < set(seen)
     assert all(map(torch.equal, weights, other))
     assert all("grad_scaler" in o for o in ours) and bool(ours) == (name != "adamw"), ours
@@ -324,9 +326,9 @@ def ending(tmp_path, monkeypatch):
         for i, where in enumerate(wheres):
             with PretendedGPU(where == "bf16") if where != "cpu" else contextlib.nullcontext():
                 torch.manual_seed(0)
-                learn, last = learner("cpu" if where == "cpu" else "cuda", steps=3, noise=Noise(1, 10, .5, .8), splitter=_SPLITTERS["weights"]), i == len(wheres) - 1
+                learn, last = learner("cpu" if where == "cpu" else "cuda", steps=3, noise=Noise(1, 10, .5, .8), splitter=splitter(get_recipe("default"))), i == len(wheres) - 1
                 with contextlib.nullcontext() if last else pytest.raises(RuntimeError, match="pulled"):
-                    _train(learn, 2, get_recipe("default", ema=.9), tmp_path/name, None, [] if last else [Plug()])
+                    fit_resumably(learn, 2, get_recipe("default", ema=.9), tmp_path/name, None, [] if last else [Plug()])
                 found = {k: v.cpu() for k, v in learn.model.state_dict().items()}
         return found
     return weights

@@ -12,7 +12,9 @@ from noisy_student.learner import Noise
 from noisy_student.models import load_tensors
 from noisy_student.pseudo_labels import read_selection
 from noisy_student.recipes import RECIPES, Recipe, get_recipe
-from noisy_student.rounds import NoisyStudent, _shortcuts, _student_view, unpack
+from noisy_student.checkpoints import unpack
+from noisy_student.fitting import fit_resumably, splitter, student_view
+from noisy_student.rounds import NoisyStudent
 
 TINY = dict(recipe="digits", epochs=2, teacher_epochs=2, steps=6, bs=16, ratio=2, size=8, threshold=0.0, rounds=1, noise=Noise(1, 3, 0.1, 0.95), force=True)
 
@@ -181,7 +183,6 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(weight, data, tmp_pa
     from noisy_student.dataloaders import mixed_dataloaders
     from noisy_student.learner import noisy_student_learner
     from noisy_student.losses import SoftLabelCrossEntropy
-    from noisy_student.rounds import _train
     from noisy_student.training import optimizer
     probs, ends = np.random.default_rng(0).dirichlet(np.ones(10), 100).astype(np.float32), []
     for parts in (1, 4):
@@ -192,7 +193,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(weight, data, tmp_pa
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))  # no batch norm, which would see parts
         learn = noisy_student_learner(dls, model, Noise.none(), loss_func=SoftLabelCrossEntropy(0.1, 16 // parts, weight),
                                       opt_func=optimizer("rmsprop"), splitter=lambda m: [[m[1].weight], [m[1].bias]])
-        _train(learn, 3, r, tmp_path / f"{parts}", None)
+        fit_resumably(learn, 3, r, tmp_path / f"{parts}", None)
         ends.append(model[1].weight.detach().clone())
     torch.testing.assert_close(*ends, atol=1e-6, rtol=0)
     assert not ends[0].allclose(torch.nn.Linear(64, 10).weight)
@@ -231,11 +232,12 @@ def test_suspects_of_every_way(way, data, tmp_path):
 def test_shortcuts_and_cutout():
     from noisy_student.models import create_model
     model = create_model("resnet18", 10)
-    decayed, others = _shortcuts(model)
+    shortcuts = splitter(Recipe(wd_on='shortcuts'))
+    decayed, others = shortcuts(model)
     assert [tuple(o.shape) for o in decayed] == [(128, 64, 1, 1), (256, 128, 1, 1), (512, 256, 1, 1)]
     assert len(decayed) + len(others) == len(list(model.parameters()))
-    with pytest.raises(ValueError, match="wd_on='weights'"): _shortcuts(create_model("resnet9_4", 10))
-    (square,) = _student_view(Recipe(flip=False, cutout=16))
+    with pytest.raises(ValueError, match="wd_on='weights'"): shortcuts(create_model("resnet9_4", 10))
+    (square,) = student_view(Recipe(flip=False, cutout=16))
     out = square.augment(torch.zeros(200, 3, 32, 32, dtype=torch.uint8))
     side = (out > 0).any(1).float().sum((1, 2))
     assert side.max() == 256 and side.min() >= 64 and (side == 256).float().mean() > 0.2  # whole unless the border cuts it
