@@ -112,7 +112,7 @@ def _teacher_config(run): # all that decides the first teacher
     return {**c, 'archs': c['archs'][0], 'recipe': {k: v for k, v in c['recipe'].items() if k not in _STUDENTS}}
 
 def _share_teacher(run, full): # copy the finished first round of `full` if `run` would train the same
-    new, old = run._round(0), full._round(0)
+    new, old = run.dir.round(0), full.dir.round(0)
     if new.exists() or not (old/'metrics.json').exists() or _teacher_config(run) != _teacher_config(full): return
     run._open()
     tmp = new.with_name('.round_0.tmp') # no round to anyone
@@ -122,7 +122,7 @@ def _share_teacher(run, full): # copy the finished first round of `full` if `run
 
 def _trained_images(run): # by the epochs that are in the histories
     n = len(run.data.labeled)
-    return sum(_images_of(run.recipe, n, k, len(pd.read_csv(run._round(k)/'history.csv'))) for k in range(run.recipe.rounds + 1))
+    return sum(_images_of(run.recipe, n, k, len(pd.read_csv(run.dir.round(k)/'history.csv'))) for k in range(run.recipe.rounds + 1))
 
 def _in_words(r, full): # the settings that differ
     a, b = _describe(full), _describe(r)

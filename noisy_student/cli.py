@@ -16,7 +16,7 @@ from typing import Annotated, Any, NamedTuple, Optional
 import typer
 
 from . import __version__
-from .files import best_round, did_you_mean, folders_beside, stoppable, unsealed
+from .files import did_you_mean, folders_beside, stoppable, unsealed
 from .options import (AutoBatchOpt, BatchOpt, BsOpt, DataArg, DeviceOpt, EpochsOpt, FoldsOpt, ForceOpt,
     GroupColumnOpt, ImageColumnOpt, ImagesOpt, JsonOpt, LabelColumnOpt, LabelsOpt, LrOpt, ModelArg, NoiseOpt,
     PretrainedOpt, RatioOpt, RecipeOpt, SeedOpt, SetOpt, ShareOpt, SizeOpt, StepsOpt, SuffixOpt, TimeLimitOpt,
@@ -88,6 +88,7 @@ def _data_set(name, labels, unlabeled, seed, recipe): # by name
 # %% ../nbs/13_cli.ipynb #5181cecb
 def _print_run(out, rows, as_json): # the rounds of a run, and which one to use
     def weights(k): return str(Path(out)/f'round_{k}'/'model.safetensors')
+    from noisy_student.rundir import best_round
     about = unsealed(Path(out)/'run.json')
     best, by = best_round(rows), about['config']['recipe'].get('choose_by', 'accuracy')
     if as_json: return print_table([dict(r, weights=weights(r['round']), best=r['round'] == best) for r in rows], True)
@@ -587,7 +588,7 @@ def _trained_by_all(path, splits): # whether a run with folds knows the validati
     return any(os.path.abspath(o) in known for o in splits.valid.images)
 
 def _out_of_fold(folder): # accuracy over all labeled images, and its interval, as measured during the run
-    from noisy_student.files import read_metrics
+    from noisy_student.rundir import read_metrics
     from noisy_student.metrics import wilson
     o = read_metrics(folder)
     return o['valid_accuracy'], [float(x) for x in wilson(round(o['valid_accuracy'] * o['labeled']), o['labeled'])]

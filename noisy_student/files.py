@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['into_place', 'replacing', 'write_text', 'file_sha256', 'write_sums', 'read_sums', 'write_with_sum', 'altered',
-           'read_metrics', 'best_round', 'sealed', 'unsealed', 'InUseError', 'locked', 'Stopped', 'stoppable',
-           'did_you_mean', 'folders_beside']
+           'sealed', 'unsealed', 'InUseError', 'locked', 'Stopped', 'stoppable', 'did_you_mean', 'folders_beside']
 
 # %% ../nbs/04b_files.ipynb #233a527d
 import glob, hashlib, json, os, re, secrets, signal, socket, threading, time, zlib
@@ -111,30 +110,6 @@ def altered(folder: Path, # With or without SHA256SUMS
     "Compare the files of a folder with their checksums."
     return [k for k, v in read_sums(folder/'SHA256SUMS').items() if names is None or k in names
             if not (folder/k).is_file() or file_sha256(folder/k) != v]
-
-def read_metrics(folder: Path # round_K of a run
-                ) -> dict: # metrics.json
-    "The figures of a finished round. Raises ValueError, naming the file, if they are not what was written."
-    try:
-        if 'metrics.json' in altered(folder, ['metrics.json']): raise ValueError
-        d = dict(json.loads((folder/'metrics.json').read_text()))
-        # what the best round is chosen by
-        if folder.name != f"round_{d['round']}" or not 0 <= d['valid_accuracy'] <= 1 or not all(_is_number(d[o]) for o in ('score', 'score_error') if o in d): raise ValueError
-        return d
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder/'metrics.json'} is damaged: fit(), or noisy-student run, makes it again") from None
-
-def best_round(rounds: list[dict] # Their metrics, at least one; figures of test images never choose
-              ) -> int: # Its number
-    """The round to use: the latest whose `score` on validation images is within one standard error, `score_error`, of the
-    highest one. Few images cannot tell rounds apart, and a later round has learned from more (the one-standard-error rule:
-    Hastie, Tibshirani, Friedman, Elements of Statistical Learning, 7.10)."""
-    def score(r): return r.get('score') if _is_number(r.get('score')) else r['valid_accuracy'] # of runs of older versions
-    top = max(rounds, key=lambda r: (score(r), r['round']))
-    error = top.get('score_error') if _is_number(top.get('score_error')) else 0.
-    return max(r['round'] for r in rounds if score(r) >= score(top) - error)
-
-def _is_number(o): return isinstance(o, (int, float)) and o == o
 
 def sealed(d: dict # JSON types
           ) -> str: # JSON with one more key, `sha256`

@@ -19,11 +19,12 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from .checks import valid_figures
 from .distributed import world
-from .files import altered, read_metrics, stoppable, write_sums, write_text
+from .files import altered, stoppable, write_sums, write_text
 from .images import Decoded
 from .models import load_tensors, save_tensors
 from .progress import Within
 from .rounds import NoisyStudent, _fingerprint, _run_folder
+from .rundir import read_metrics
 from .splits import Split, Splits
 from .tables import open_data
 
@@ -157,10 +158,10 @@ class FoldedNoisyStudent(NoisyStudent):
     def fit(self) -> pd.DataFrame: # `summary`
         "As of `NoisyStudent`; `valid_accuracy` is out of fold, `test_accuracy` that of all networks together."
         begun = time.perf_counter()
-        with self._alone(), stoppable():
+        with self.dir.alone(), stoppable():
             self._open()
             done = (start := self._finished()) > self.recipe.rounds
-            if done: self._write_summary()
+            if done: self.dir.write_summary()
             else: self._tell_plan()
             for part in self.parts: part.opening, part._reserve = (time.perf_counter() - begun + self._making) / self.folds, self._reserve / self.folds
             for k in range(start, self.recipe.rounds + 1):
@@ -168,7 +169,7 @@ class FoldedNoisyStudent(NoisyStudent):
                     part._until = k
                     part.fit()
                 self._judge(k)
-                self._write_summary()
+                self.dir.write_summary()
                 self._warn(k)
                 self._not_in_vain(k)
             if not done or not (self.path/'report.html').exists(): self._write_report()
@@ -176,13 +177,13 @@ class FoldedNoisyStudent(NoisyStudent):
 
     def _finished(self): # rounds from 0 that are there and whole
         for k in range(self.recipe.rounds + 1):
-            self._check_round(k) # what is damaged goes
-            if not (self._round(k)/'metrics.json').exists(): return k
-            if not all((o._round(k)/'metrics.json').exists() and not altered(o._round(k)) for o in self.parts): return k
+            self.dir.check(k) # what is damaged goes
+            if not self.dir.is_done(k): return k
+            if not all(o.dir.is_done(k) and not altered(o.dir.round(k)) for o in self.parts): return k
         return self.recipe.rounds + 1
 
     def _judge(self, k): # what the networks of round k are worth
-        begun, folder, y = time.perf_counter(), self._round(k), self.data.labeled.labels
+        begun, folder, y = time.perf_counter(), self.dir.round(k), self.data.labeled.labels
         answers = [o.answered(k) for o in self.parts]
         valid = torch.zeros(len(y), len(self.data.classes))
         for f, a in enumerate(answers): valid[torch.from_numpy(self.of == f)] = a['valid']
@@ -190,9 +191,9 @@ class FoldedNoisyStudent(NoisyStudent):
         folder.mkdir(exist_ok=True)
         save_tensors(dict(valid=valid, **test), folder/'answers.safetensors')
         write_text(folder/'oof.csv', self.oof(k).to_csv(index=False))
-        history = pd.concat([pd.read_csv(o._round(k)/'history.csv') for o in self.parts]).groupby('epoch', as_index=False).mean()
+        history = pd.concat([pd.read_csv(o.dir.round(k)/'history.csv') for o in self.parts]).groupby('epoch', as_index=False).mean()
         write_text(folder/'history.csv', history.to_csv(index=False))
-        rows = pd.DataFrame([read_metrics(o._round(k)) for o in self.parts])
+        rows = pd.DataFrame([read_metrics(o.dir.round(k)) for o in self.parts])
         right = lambda p, labels: int((p.argmax(1).numpy() == labels).sum()) / len(labels)
         known = rows.pseudo_label_accuracy.astype(float).mean()
         metrics = dict(round=k, role=rows.role.iloc[0], arch=self.arch(k), parameters=int(rows.parameters.iloc[0]), labeled=len(y),
@@ -200,13 +201,13 @@ class FoldedNoisyStudent(NoisyStudent):
                        test_accuracy=right(test['test'], self.data.test.labels) if test else None,
                        seconds=round(float(rows.seconds.sum()) + time.perf_counter() - begun, 1),
                        pseudo_label_accuracy=None if np.isnan(known) else float(known))
-        parts = [load_tensors(o._round(k)/'model.safetensors') for o in self.parts]
+        parts = [load_tensors(o.dir.weights(k)) for o in self.parts]
         save_tensors({f'models.{i}.{name}': x for i, (tensors, _) in enumerate(parts) for name, x in tensors.items()}, folder/'model.safetensors',
                      {o: parts[0][1][o] for o in ('arch', 'classes', 'size', 'mean', 'std')})
         write_text(folder/'metrics.json', json.dumps(metrics, indent=1))
         write_sums(folder, ['model.safetensors', 'answers.safetensors', 'oof.csv', 'history.csv', 'metrics.json'])
 
-    def _valid_probs(self, k): return load_tensors(self._round(k)/'answers.safetensors')[0]['valid'].numpy()
+    def _valid_probs(self, k): return load_tensors(self.dir.round(k)/'answers.safetensors')[0]['valid'].numpy()
 
     def plan(self) -> pd.DataFrame: # round, stage, amount, seconds
         "As of `NoisyStudent`, for all folds together."

@@ -26,9 +26,10 @@ from PIL import Image
 
 from .checks import against_chance
 from .datasets import ImageFileError, Splits, load_image, square
-from .files import altered, best_round, read_metrics, unsealed
+from .files import altered, unsealed
 from .metrics import wilson
 from .pseudo_labels import _batches, _duckdb, _parquet, _too_low, selected_by, share_cuts
+from .rundir import best_round, read_metrics
 from .suspects import flipped_labels
 
 # %% ../nbs/11_report.ipynb #ab4440de

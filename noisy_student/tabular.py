@@ -40,6 +40,7 @@ from .models import load_weights, n_parameters, save_weights
 from .pseudo_labels import _digest, predict_pseudo_labels, read_selection, select_pseudo_labels
 from .progress import StageProgress, default_progress
 from .rounds import NoisyStudent
+from .rundir import RunDir
 from .stochastic_depth import ClassifierDropout
 
 # %% ../nbs/14_tabular.ipynb #98a95038
@@ -240,6 +241,7 @@ class TabularNoisyStudent(NoisyStudent):
         progress: Callable[[str, int, int], None] | None = None, # Called with (stage, done, total); None: one line
     ):
         if world() > 1: raise ValueError("a table is trained on by one process: start it without torchrun")
+        self.dir = RunDir(path)
         self.path, self.recipe, self.seed, self.device = Path(path), recipe, seed, torch.device(device or 'cpu')
         self.layers = [list(o) for o in layers]
         if not self.layers:
@@ -306,7 +308,7 @@ class TabularNoisyStudent(NoisyStudent):
         k = self.best if k is None else k
         with seeded(0): learn = self._learner(k, None, TabularNoise.none())
         learn.dls = self.dls
-        load_weights(learn.model, self._round(k)/'model.safetensors')
+        load_weights(learn.model, self.dir.weights(k))
         return learn
 
     def suspects(self, pictures: int = 0 # None are drawn of a table
@@ -336,7 +338,7 @@ class TabularNoisyStudent(NoisyStudent):
         return learn
 
     def _label(self, k): # the pseudo labels for round k, made by the network of round k - 1
-        folder, r = self._round(k), self.recipe
+        folder, r = self.dir.round(k), self.recipe
         if not (out := folder/'selected.parquet').exists():
             predict_pseudo_labels(self.learner(k - 1), self.data.unlabeled, folder/'pseudo_labels', bs=1024,
                                   temperature=r.temperature, classes=self.data.classes,
@@ -357,7 +359,7 @@ class TabularNoisyStudent(NoisyStudent):
         return float((np.array(self.data.vocab)[probs.argmax(1).numpy()] == df[self.data.y_name].to_numpy()).mean())
 
     def _fit_round(self, k): # everything of round k that is not there yet
-        r, folder, begun = self.recipe, self._round(k), time.perf_counter()
+        r, folder, begun = self.recipe, self.dir.round(k), time.perf_counter()
         selection, role = (self._label(k), 'student') if k else (None, 'teacher')
         noise = r.teacher_noise if role == 'teacher' and r.teacher_noise is not None else r.noise
         arch = self.arch(k)
@@ -376,7 +378,7 @@ class TabularNoisyStudent(NoisyStudent):
                        score_error=accuracy_error(valid, len(self.data.valid)),
                        test_accuracy=self._accuracy(learn, self.data.test),
                        seconds=round(time.perf_counter() - begun, 1))
-        write_once(folder/'metrics.json', json.dumps(metrics, indent=1))
+        self.dir.finish(metrics)
 
 def _decay_groups(model): # weights of layers, which decay, and biases, normalization and embeddings, which do not
     decay = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
