@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from .datasets import Splits
 from .distributed import first_rank_first, rank, write_once
-from .files import did_you_mean, into_place
+from .files import did_you_mean, into_place, replacing
 from .progress import Within, default_progress
 from .recipes import Recipe, _describe, get_recipe
 from .rounds import NoisyStudent
@@ -179,6 +179,6 @@ def _write(out, runs, skipped): # the table so far
     if rank(): return table # of several processes one writes
     for name, o in (('runs', runs), ('ablation', table)): write_once(out/f'{name}.csv', o.to_csv(index=False))
     fig = plot_ablation(runs)
-    fig.savefig(out/'.ablation.png', dpi=150); plt.close(fig)
-    (out/'.ablation.png').replace(out/'ablation.png')
+    with replacing(out/'ablation.png') as new: fig.savefig(new, dpi=150, format='png')
+    plt.close(fig)
     return table

@@ -198,23 +198,35 @@ def score(metrics: dict, # Of `class_metrics`
 
 def accuracy_error(p: float, # Accuracy, in [0, 1]
                    n: int # Images, > 0
-                  ) -> float: # In [0, .5]
-    "The standard error of an accuracy, sqrt(p (1 - p) / n)."
-    return (p * (1 - p) / n)**.5
+                  ) -> float: # In (0, .5]
+    """The standard error of an accuracy, sqrt(q (1 - q) / n), of q = (p n + 1) / (n + 2): not 0 if all images are right, of
+    which a few prove little."""
+    q = (p * n + 1) / (n + 2)
+    return (q * (1 - q) / n)**.5
 
 def score_error(
     y: np.ndarray, # True labels, int (n,), in 0..K-1
     prob_or_pred: np.ndarray, # Probabilities (n, K), or labels (n,)
     n_classes: int, # K, from 2 on
     choose_by: str = 'accuracy', # A name in `CHOOSE_BY`
-    draws: int = 200, # Samples of the bootstrap, which all but accuracy need
+    draws: int = 200, # Samples of the bootstrap, which F1 and balanced accuracy need
     seed: int = 0, # Of the samples
 ) -> float: # >= 0
-    "The standard error of a score: how far it would be off with other images, by `accuracy_error` or the bootstrap (Efron 1979)."
+    """The standard error of a score: how far it would be off with other images. `accuracy_error`; of log loss the deviation of
+    the images' losses / sqrt(n); of F1 and balanced accuracy by the bootstrap (Efron 1979) of the confusion matrix."""
     y, o = np.asarray(y), np.asarray(prob_or_pred)
-    if choose_by == 'accuracy': return accuracy_error(float((_classes_of('prob_or_pred', o, len(y)) == y).mean()), len(y))
-    rows = np.random.default_rng(seed).integers(len(y), size=(draws, len(y)))
-    return float(np.std([score(class_metrics(y[i], o[i], n_classes), choose_by) for i in rows]))
+    pred, n = _classes_of('prob_or_pred', o, len(y)), len(y)
+    if choose_by == 'accuracy': return accuracy_error(float((pred == y).mean()), n)
+    if choose_by == 'log_loss':
+        own = (o / o.sum(1, keepdims=True))[np.arange(n), y]
+        return float(np.std(-np.log(np.clip(own, np.finfo(np.float64).eps, 1))) / n**.5)
+    cells, counts = np.unique(y * n_classes + pred, return_counts=True) # those of the confusion matrix that are not empty
+    true, said = cells // n_classes, cells % n_classes
+    def rate(c): # of counts per cell
+        of, right, taken = (np.bincount(k, c, n_classes) for k, c in ((true, c), (true, c * (true == said)), (said, c)))
+        size = of if choose_by == 'balanced_accuracy' else (of + taken) / 2
+        return (right[size > 0] / size[size > 0]).mean()
+    return float(np.std([rate(c) for c in np.random.default_rng(seed).multinomial(n, counts / n, draws)]))
 
 def valid_figures(
     y: np.ndarray, # True labels of the validation images, int (n,)

@@ -92,7 +92,7 @@ def _print_run(out, rows, as_json): # the rounds of a run, and which one to use
     about = unsealed(Path(out)/'run.json')
     best, by = best_round(rows), about['config']['recipe'].get('choose_by', 'accuracy')
     if as_json: return print_table([dict(r, weights=weights(r['round']), best=r['round'] == best) for r in rows], True)
-    hidden = {'valid_balanced_accuracy', 'valid_f1', 'score', 'score_error'} - {f'valid_{by}'}
+    hidden = {'valid_balanced_accuracy', 'valid_f1', 'valid_log_loss', 'score', 'score_error', 'worse_than'} - {f'valid_{by}'}
     print_table([{k: v for k, v in r.items() if k not in hidden} for r in rows])
     print(f"best round: {best} (by validation {by.replace('_', ' ')}), weights: {weights(best)}")
     scored = [r for r in rows if r.get('score') is not None] # older runs have none

@@ -237,7 +237,7 @@ def evaluate_run(
     return table.rename_axis('name' if base is None else 'round')
 
 def _key(net, images, labels, asked): # what a measurement depends on
-    h = hashlib.sha256(f"{model_hash(net)}{net.size}{net.subset}{json.dumps(asked)}{images.shape}".encode())
+    h = hashlib.sha256(f"{model_hash(net)}{net.metadata}{net.subset}{json.dumps(asked)}{images.shape}".encode())
     for i in range(0, len(images), 1024): h.update(np.ascontiguousarray(images[i:i + 1024]))
     return h.hexdigest()[:16] + '-' + hashlib.sha256(np.ascontiguousarray(labels)).hexdigest()[:8]
 

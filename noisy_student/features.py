@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.optimize import minimize
+from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.model_selection import StratifiedKFold
@@ -55,11 +57,22 @@ class LinearHead(NamedTuple):
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.) # of C, from strongly to hardly held back
 
-def _regression(x, targets, weight, C): # int (N,), or float (N, K): a row per class that a target gives weight to
-    if targets.ndim == 2:
-        rows, labels = np.nonzero(targets > 1e-4)
-        x, weight, targets = x[rows], weight[rows] * targets[rows, labels], labels
-    return LogisticRegression(C=C, max_iter=1000).fit(x, targets, sample_weight=weight)
+def _regression(x, labels, weight, C): return LogisticRegression(C=C, max_iter=1000).fit(x, labels, sample_weight=weight)
+
+def _soft_regression(x, targets, C): # float (N, F), float (N, K) whose rows sum to the weight of an image -> float (K, F), (K,)
+    F, K = x.shape[1], targets.shape[1]
+    x, t = x.astype(np.float64), targets.astype(np.float64)
+    mass = t.sum(1, keepdims=True)
+    penalty, size = 2. if K == 2 else 1., C * t.sum() # scikit-learn holds back the difference of two classes, not each
+    def objective(w):
+        w = w.reshape(K, F + 1)
+        logp = log_softmax(x @ w[:, :F].T + w[:, F], axis=1)
+        wrong = C * (np.exp(logp) * mass - t)
+        slope = np.column_stack([wrong.T @ x + penalty * w[:, :F], wrong.sum(0)])
+        return (-C * (t * logp).sum() + penalty / 2 * (w[:, :F]**2).sum()) / size, slope.ravel() / size
+    found = minimize(objective, np.zeros(K * (F + 1)), jac=True, method='L-BFGS-B',
+                     options=dict(maxiter=1000, maxls=50, gtol=1e-4, ftol=64 * np.finfo(float).eps)).x.reshape(K, F + 1) # as scikit-learn stops
+    return found[:, :F], found[:, F]
 
 def choose_strength(
     features: np.ndarray, # float32 (N, F), standardized
@@ -82,7 +95,7 @@ def fit_head(
     pseudo: np.ndarray | None = None, # float (M, K): their pseudo labels, whose rows sum to the weight of an image; 0 where there is none
     C: float | None = None, # Inverse strength of the penalty, > 0; None: `choose_strength`
     seed: int = 0, # Of the folds that choose C
-    class_weight: np.ndarray | None = None, # float (K,): weight of a label of each class; None: all 1
+    class_weight: np.ndarray | None = None, # float (K,): weight of a true label of each class; None: all 1
 ) -> LinearHead:
     "Logistic regression on labeled and pseudo-labeled images. Raises ValueError for features that are not finite."
     everything = features if pool is None else np.concatenate([features, pool])
@@ -91,17 +104,15 @@ def fit_head(
     scale = StandardScaler().fit(everything)
     x, K = scale.transform(features), int(labels.max()) + 1
     C = choose_strength(x, labels, seed) if C is None else C
-    targets, weight = labels, np.ones(len(x))
+    of_class = np.ones(K) if class_weight is None else np.asarray(class_weight, float)
     if pool is not None and pseudo is not None:
         some = np.flatnonzero(pseudo.sum(1) > 0)
-        x, targets = np.concatenate([x, scale.transform(pool[some])]), np.concatenate([np.eye(K)[labels], pseudo[some]])
-        weight = np.ones(len(x))
-    if class_weight is not None: # a soft label weighs what the classes in it do
-        if targets.ndim == 1: weight = np.asarray(class_weight)[targets]
-        else: targets = targets * class_weight
-    found = _regression(x, targets, weight, C)
-    w, b = found.coef_, found.intercept_
-    if K == 2: w, b = np.concatenate([-w, w]) / 2, np.concatenate([-b, b]) / 2 # scikit-learn keeps one row for two classes
+        w, b = _soft_regression(np.concatenate([x, scale.transform(pool[some])]),
+                                np.concatenate([np.eye(K)[labels] * of_class, pseudo[some]]), C)
+    else:
+        found = _regression(x, labels, of_class[labels], C)
+        w, b = found.coef_, found.intercept_
+        if K == 2: w, b = np.concatenate([-w, w]) / 2, np.concatenate([-b, b]) / 2 # scikit-learn keeps one row for two classes
     w = w / scale.scale_
     return LinearHead(w.astype(np.float32), (b - w @ scale.mean_).astype(np.float32), C)
 

@@ -7,7 +7,7 @@ __all__ = ['into_place', 'replacing', 'write_text', 'file_sha256', 'write_sums',
            'sealed', 'unsealed', 'InUseError', 'locked', 'Stopped', 'stoppable', 'did_you_mean', 'folders_beside']
 
 # %% ../nbs/04b_files.ipynb #233a527d
-import glob, hashlib, json, os, re, secrets, signal, socket, threading, time, zlib
+import functools, glob, hashlib, json, os, re, secrets, signal, socket, threading, time, zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -17,14 +17,16 @@ from filelock import FileLock, Timeout
 
 
 # %% ../nbs/04b_files.ipynb #f1150002
-def into_place(new: str | Path, # A finished file or folder
+def into_place(new: str | Path, # A finished file, or a folder, whose files are not synced
                target: str | Path # Where it belongs, in the same file system; a file there is replaced
               ) -> None:
-    "Rename, so that also a crash of the machine leaves the old or the new one. Raises OSError, naming the target."
+    "Rename, so that also a crash of the machine leaves the old file or the new one. Raises OSError, naming the target."
     with _naming(target):
         if os.path.isfile(new): _sync(new, os.O_RDWR)
         os.replace(new, target)
-        if os.name == 'posix': _sync(os.path.dirname(target) or '.', os.O_RDONLY)
+    if os.name != 'posix': return
+    try: _sync(os.path.dirname(target) or '.', os.O_RDONLY)
+    except OSError: pass # some network file systems refuse it for folders; the file is there
 
 def _sync(path, flags):
     f = os.open(path, flags)
@@ -32,33 +34,44 @@ def _sync(path, flags):
     finally: os.close(f)
 
 @contextmanager
-def _naming(file): # inside, an OSError says which file could not be written
+def _naming(file): # inside, an OSError about this file says so; one about another file stays as it is
     try: yield
-    except OSError as e: raise OSError(e.errno, f"cannot write {file}: {e.strerror or e}") from e
+    except OSError as e:
+        if e.filename is not None and os.path.dirname(os.path.abspath(e.filename)) not in map(os.path.abspath, (file, *Path(os.path.abspath(file)).parents)): raise
+        raise OSError(e.errno, f"cannot write {file}: {e.strerror or e}") from e
 
 _STALE = 86_400 # Seconds after which nobody is writing any more
 
-def _is_abandoned(new): # a temporary file whose process is gone; of other machines only the age tells
-    try:
-        host, pid = new.name.split('.')[-4:-2]
-        if host == _host(): os.kill(int(pid), 0); return False
-    except ProcessLookupError: return True
-    except (ValueError, OSError): pass # not made here, or not ours
-    return time.time() - new.stat().st_mtime > _STALE
+@functools.lru_cache(1)
+def _here(): # where process numbers mean the same: this machine, since it started, and this container
+    told = [socket.gethostname()]
+    for read in (lambda: Path('/proc/sys/kernel/random/boot_id').read_text(), lambda: str(os.stat('/proc/self/ns/pid').st_ino)):
+        try: told.append(read())
+        except OSError: pass
+    return f'{zlib.crc32(" ".join(told).encode()):08x}'
 
-def _host(): return f'{zlib.crc32(socket.gethostname().encode()):08x}'
+def _remove_if_abandoned(new): # a temporary file whose process is gone; of other machines only the age tells
+    try:
+        here, pid = new.name.split('.')[-4:-2]
+        if here == _here() and os.name == 'posix' and not _is_alive(int(pid)) or time.time() - new.stat().st_mtime > _STALE: new.unlink()
+    except (ValueError, OSError): pass # not made here; gone by now; somebody else's: tidying up must not fail a write
+
+def _is_alive(pid):
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    except OSError: pass # it is there, and somebody else's
+    return True
 
 @contextmanager
 def replacing(file: str | Path # Target; its folder is made
              ) -> Iterator[Path]: # A name to write to, in the same folder
     "The one way to write a file, whole or not at all. Raises OSError, naming the file, if it cannot be written; then nothing is left of it."
     file = Path(file)
-    new = file.with_name(f'.{file.name}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}.tmp')
+    new = file.with_name(f'.{file.name}.{_here()}.{os.getpid()}.{secrets.token_hex(4)}.tmp')
     try:
         with _naming(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-            for o in file.parent.glob(f'.{glob.escape(file.name)}.*.tmp'):
-                if _is_abandoned(o): o.unlink(missing_ok=True)
+            for o in file.parent.glob(f'.{glob.escape(file.name)}.*.tmp'): _remove_if_abandoned(o)
             yield new
         into_place(new, file)
     finally:

@@ -87,6 +87,7 @@ class _Fold(NoisyStudent): # the run without the labels of one fold
         if k not in self.whole.step_seconds: self.whole.step_seconds[k] = super()._step_seconds(k, selection, noise)
         return self.whole.step_seconds[k]
 
+    def _figures(self, k, learn): return valid_figures(self._valid_labels(), self._answers(learn, 'valid').numpy()) # what chooses is that of all folds
     def _tell_plan(self): pass # the whole run does, and looks at all folds together
     def _not_in_vain(self, k): pass
     def _warn(self, k):
@@ -121,7 +122,7 @@ class FoldedNoisyStudent(NoisyStudent):
 
     Raises ValueError where a class has fewer than two labeled images, and as `NoisyStudent`."""
     folds: int # Their number
-    _open: Callable; _tell_plan: Callable; _warn: Callable; _not_in_vain: Callable; _write_report: Callable # patched into `NoisyStudent`
+    _open: Callable; _against_best: Callable; _tell_plan: Callable; _warn: Callable; _not_in_vain: Callable; _write_report: Callable # patched into `NoisyStudent`
 
     def __init__(
         self,
@@ -191,13 +192,14 @@ class FoldedNoisyStudent(NoisyStudent):
         folder.mkdir(exist_ok=True)
         save_tensors(dict(valid=valid, **test), folder/'answers.safetensors')
         write_text(folder/'oof.csv', self.oof(k).to_csv(index=False))
-        history = pd.concat([pd.read_csv(o.dir.round(k)/'history.csv') for o in self.parts]).groupby('epoch', as_index=False).mean()
+        history = pd.concat([pd.read_csv(o.dir.round(k)/'history.csv') for o in self.parts]).groupby('epoch', as_index=False).mean(numeric_only=True)
         write_text(folder/'history.csv', history.to_csv(index=False))
         rows = pd.DataFrame([read_metrics(o.dir.round(k)) for o in self.parts])
         right = lambda p, labels: int((p.argmax(1).numpy() == labels).sum()) / len(labels)
         known = rows.pseudo_label_accuracy.astype(float).mean()
         metrics = dict(round=k, role=rows.role.iloc[0], arch=self.arch(k), parameters=int(rows.parameters.iloc[0]), labeled=len(y),
                        pseudo_labeled=round(float(rows.pseudo_labeled.mean())), **valid_figures(y, valid.clamp_min(1e-20).log().numpy(), self.recipe.choose_by),
+                       **self._against_best(k, valid.numpy()),
                        test_accuracy=right(test['test'], self.data.test.labels) if test else None,
                        seconds=round(float(rows.seconds.sum()) + time.perf_counter() - begun, 1),
                        pseudo_label_accuracy=None if np.isnan(known) else float(known))

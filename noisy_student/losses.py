@@ -42,7 +42,7 @@ class SoftLabelCrossEntropy(nn.Module):
         labeled: int | None = None,  # leading rows of a float target with true labels: they are smoothed; None: none
         unlabeled_weight: float | None = None,  # r of mean(labeled) + r * mean(others); None: one mean; needs `labeled`
         reduction: str = 'mean',  # 'mean', 'sum' or 'none'; `unlabeled_weight` acts on 'mean' only
-        weight: Tensor | None = None,  # float (K,), at least 0: weight of every class, see `class_weights`; None: all 1
+        weight: Tensor | None = None,  # float (K,), at least 0: weight of every class, of the labeled rows if `labeled` is given, see `class_weights`; None: all 1
     ):
         super().__init__()
         if not 0 <= label_smoothing < 1: raise ValueError(f'label_smoothing is {label_smoothing}: it lies in [0, 1).')
@@ -76,11 +76,13 @@ class SoftLabelCrossEntropy(nn.Module):
             return self._reduce(losses, sizes, len(losses), pred.requires_grad)
         n = min(self.labeled or 0, len(targ))
         targ = targ.to(pred.dtype)
-        sizes = None if weight is None else targ @ weight  # of labels before smoothing, as in PyTorch
+        true = len(targ) if self.labeled is None or weight is None else n  # rows whose classes are weighed: pseudo labels are balanced when they are selected
+        sizes = None if weight is None else torch.cat([targ[:true] @ weight, targ.new_ones(len(targ) - true)])  # before smoothing, as in PyTorch
         if n and self.label_smoothing:
             smooth = torch.lerp(targ[:n], torch.full_like(targ[:n], 1 / targ.shape[1]), self.label_smoothing)
             targ = torch.cat([smooth, targ[n:]])
-        losses = F.cross_entropy(pred, targ, weight, reduction='none')
+        losses = F.cross_entropy(pred[:true], targ[:true], weight, reduction='none')
+        if true < len(targ): losses = torch.cat([losses, F.cross_entropy(pred[true:], targ[true:], reduction='none')])
         return self._reduce(losses, sizes, n, pred.requires_grad)
 
     def _weight_for(self, pred):  # class weights like `pred`, which stay where they were needed once

@@ -18,8 +18,7 @@ from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from torch import nn
 
-from .models import create_model, load_tensors, load_weights, save_weights
-from .stochastic_depth import unwrapped
+from .models import create_model, load_tensors, load_weights, save_weights, unwrapped
 
 
 # %% ../nbs/04d_network.ipynb #b1000006
@@ -29,14 +28,14 @@ def evaluating(*modules: nn.Module, # Their parts may be in different modes
               ) -> Iterator[None]:
     "Evaluation mode inside; afterwards, also after an error, each module has its own mode again and is where it was."
     modes = [(m, m.training) for o in modules for m in o.modules()]
-    homes = [next((p.device for p in o.parameters()), None) for o in modules]
+    homes = [(o, p.device) for o in modules if device is not None and (p := next(o.parameters(), None)) is not None and p.device != torch.device(device)]
     try:
-        for o in modules: o.eval().to(device)
+        for o in modules: o.eval()
+        for o, _ in homes: o.to(device)
         yield
     finally:
         for m, training in modes: m.training = training
-        for o, home in zip(modules, homes):
-            if home is not None: o.to(home)
+        for o, home in homes: o.to(home)
 
 
 # %% ../nbs/04d_network.ipynb #b1000009
@@ -56,11 +55,10 @@ class Network(nn.Module):
                 ):
         super().__init__()
         self.model, self.arch, self.classes, self.size = model, arch, list(classes), size
-        self.mean, self.std = list(mean), list(std)
-        self.subset = None if subset is None else list(subset)
-        where = next(model.parameters(), torch.zeros(())).device
-        for name, o in (('_mean', mean), ('_std', std)):
-            self.register_buffer(name, torch.as_tensor(o, dtype=torch.float32, device=where).view(-1, 1, 1), persistent=False)
+        self.mean, self.std = ([float(o) for o in values] for values in (mean, std))
+        self.subset = None if subset is None else [int(o) for o in subset] # columns among `classes`
+        for name, values in (('_mean', self.mean), ('_std', self.std)):
+            self.register_buffer(name, torch.tensor(values, device=self.device).view(-1, 1, 1), persistent=False)
 
     @classmethod
     def of(cls, learn: Learner, # Its normalization is that of its validation images
@@ -71,7 +69,7 @@ class Network(nn.Module):
         return cls(learn.model, arch, getattr(learn.dls, 'vocab', None) or (), getattr(learn.dls, 'size', None), mean, std)
 
     @property
-    def device(self) -> torch.device: return self._mean.device
+    def device(self) -> torch.device: return next(self.model.parameters(), torch.zeros(())).device
 
     @property
     def channels(self) -> int: return len(self.mean)
@@ -83,7 +81,7 @@ class Network(nn.Module):
 
     def forward(self, x: torch.Tensor # float (B, C, H, W), 0..255
                ) -> torch.Tensor: # float32 (B, K)
-        z = self.model((x / 255 - self._mean) / self._std).float()
+        z = self.model((x / 255 - self._mean.to(x.device)) / self._std.to(x.device)).float()
         return z if self.subset is None else z[:, self.subset]
 
     def scores(self, images: np.ndarray, # uint8 (N, H, W, C), may be a memory map
@@ -92,7 +90,7 @@ class Network(nn.Module):
         "Logits of any number of images, in evaluation mode, without gradients; each module is as it was afterwards."
         with evaluating(self), torch.inference_mode():
             batches = (as_pixels(images[i:i + bs], self.device) for i in range(0, len(images), bs))
-            return np.concatenate([self(x).cpu().numpy() for x in batches])
+            return torch.cat([self(x) for x in batches]).cpu().numpy() # a GPU is waited for once
 
     def predict(self, images: np.ndarray # uint8 (B, size, size, C)
                ) -> torch.Tensor: # float32 (B, K), rows sum to 1
@@ -101,7 +99,10 @@ class Network(nn.Module):
 
     def save(self, file: str | Path # Target, `.safetensors`
             ) -> Path: # What `load_network` reads
-        "Write the weights under the architecture's own names, with everything else in the header. Raises OSError, naming the file."
+        """Write the weights under the architecture's own names, with everything else in the header. Raises OSError, naming the
+        file; ValueError where only a subset of the classes is chosen from, or the size is not known, which the file has to say."""
+        if self.subset is not None: raise ValueError("subset must be None to be saved: a file holds all classes")
+        if self.size is None: raise ValueError("size must be known to be saved, got None: give the side of its images in pixels")
         return save_weights(unwrapped(self.model), file, self.metadata)
 
 def as_pixels(images: np.ndarray, # uint8 or float (N, H, W, C), 0..255
@@ -149,5 +150,5 @@ def load_network(file: str | Path, # A file that `Network.save` wrote
     try: model = Ensemble([make() for _ in range(n)]) if n else make()
     except ValueError as e: raise ValueError(f"{file}: {e}; where a function made the network, give it: load_model(..., arch=...)") from None
     load_weights(model, Path(file))
-    return Network(model.eval(), meta['arch'], classes, int(meta['size']), mean, std).to(device)
+    return Network(model, meta['arch'], classes, int(meta['size']), mean, std).to(device).eval()
 

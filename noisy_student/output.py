@@ -73,7 +73,7 @@ def print_table(rows: list[dict], # Column name to value; accuracies in 0..1
     names = [k for k in rows[0] if any(r[k] is not None for r in rows)]
     for k in names:
         is_text = all(isinstance(r[k], str) for r in rows)
-        table.add_column(k.replace('_', ' ') + (' %' if k.endswith('accuracy') else ''),
+        table.add_column(k.replace('_', ' ') + (' %' if k.endswith(('accuracy', 'f1')) else ''),
                          justify='left' if is_text else 'right', overflow='fold', no_wrap=is_text)
     for r in rows: table.add_row(*(_cell(k, r[k]) for k in names))
     width = None if sys.stdout.isatty() else 200 # a file or a pipe has no edge to wrap at
@@ -81,9 +81,9 @@ def print_table(rows: list[dict], # Column name to value; accuracies in 0..1
 
 def _cell(name, v):
     if v is None: return ''
-    if name.endswith('accuracy'): return f"{100 * v:.1f}"
+    if name.endswith(('accuracy', 'f1')): return f"{100 * v:.1f}"
     if name.endswith('interval'): return f"{100 * v[0]:.1f} to {100 * v[1]:.1f}"
-    if isinstance(v, float): return f"{v:,.3f}" if name == 'mean_confidence' else f"{v:,.0f}"
+    if isinstance(v, float): return f"{v:,.3f}" if name in ('mean_confidence', 'valid_log_loss') else f"{v:,.0f}"
     return f"{v:,}" if isinstance(v, int) else str(v)
 
 def records(df: Any # A DataFrame

@@ -17,9 +17,8 @@ import torch
 from torch import nn
 
 from .files import replacing
-from .models import create_model, load_pretrained, save_weights
+from .models import create_model, load_pretrained, save_weights, unwrapped
 from .network import Network, evaluating
-from .stochastic_depth import unwrapped
 
 # %% ../nbs/04a_pretrained.ipynb #8f83504b
 def published_accuracies() -> pd.DataFrame: # Index: timm name; old_name, size in pixels, top1 and top5 in percent
@@ -65,13 +64,16 @@ def _with_all_weights(arch, n_out, weights): # including the classifier's, witho
     return model
 
 # %% ../nbs/04a_pretrained.ipynb #fd012bdd
+def _bare(model): # what takes normalized images: a `Network` normalizes by itself
+    return unwrapped(model.model if isinstance(model, Network) else model)
+
 def export_safetensors(
     model: nn.Module, # Any network; wrappers of parallel training and torch.compile are taken off
     file: str | Path, # Target, `.safetensors`
     metadata: dict[str, str] | None = None, # Stored in the file's header, strings only
 ) -> Path: # The file, which `timm.create_model(arch, checkpoint_path=file, num_classes=K)` loads
     "Write the weights under the architecture's own names. Raises OSError, naming the file, if it cannot be written."
-    return save_weights(unwrapped(model), file, metadata)
+    return save_weights(_bare(model), file, metadata)
 
 # %% ../nbs/04a_pretrained.ipynb #54d7c6aa
 def export_onnx(
@@ -88,7 +90,7 @@ def export_onnx(
     for o in ('onnx', 'onnxscript'):
         if find_spec(o) is None:
             raise ImportError(f"ONNX export needs {o}: pip install '.[export]' in the clone of noisy_student")
-    model, file = unwrapped(model), Path(file)
+    model, file = _bare(model), Path(file)
     images = torch.zeros(2, c_in, size, size, device=next(model.parameters()).device)
     try:
         with evaluating(model):

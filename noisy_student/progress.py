@@ -15,11 +15,15 @@ from fastcore.imports import IN_NOTEBOOK
 
 
 # %% ../nbs/00h_progress.ipynb #p0000006
-def in_words(figures: dict[str, float | None] # Name to figure; accuracies in 0..1
+def in_words(figures: dict[str, float | str | None] # Name to figure; accuracies in 0..1
             ) -> str: # ', train loss 1.204, valid accuracy 71.2 %'
     "The figures of an epoch, for the end of a line."
-    def one(k, v): return f"{k.replace('_', ' ')} " + (f"{100 * v:.1f} %" if k.endswith('accuracy') else f"{v:,.3f}")
+    def one(k, v): return f"{k.replace('_', ' ')} " + (str(v) if isinstance(v, str) else f"{100 * v:.1f} %" if k.endswith('accuracy') else f"{v:,.3f}")
     return ''.join(f", {one(k, v)}" for k, v in figures.items() if v is not None)
+
+def _print(text, end='\n'): # on stderr; a closed one, or a full disk behind it, must not end a training
+    try: print(text, end=end, file=sys.stderr, flush=True)
+    except (OSError, ValueError): pass
 
 class Log:
     "A line on stderr per finished stage and per epoch, for where nobody waits."
@@ -35,11 +39,11 @@ class Log:
     def epoch(self, stage: str, # Which training
               done: int, # Epochs
               total: int, # Epochs
-              figures: dict[str, float | None] # As `in_words` takes them
+              figures: dict[str, float | str | None] # As `in_words` takes them
              ) -> None:
         self.write(f"{stage.removesuffix(' (batches)')}: epoch {done:,} of {total:,}{in_words(figures)}")
 
-    def write(self, line): print(line, file=sys.stderr, flush=True)
+    def write(self, line): _print(line)
 
 
 # %% ../nbs/00h_progress.ipynb #p0000009
@@ -61,12 +65,12 @@ class OneLine:
     def epoch(self, stage: str, # Which training
               done: int, # Epochs
               total: int, # Epochs
-              figures: dict[str, float | None] # As `in_words` takes them
+              figures: dict[str, float | str | None] # As `in_words` takes them
              ) -> None:
         self.show('')
-        print(f"{stage.removesuffix(' (batches)')}: epoch {done:,} of {total:,}{in_words(figures)}", file=sys.stderr, flush=True)
+        _print(f"{stage.removesuffix(' (batches)')}: epoch {done:,} of {total:,}{in_words(figures)}")
 
-    def show(self, text): print(f"\r{text:<79}", end='' if text else '\r', file=sys.stderr, flush=True)
+    def show(self, text): _print(f"\r{text:<79}", '' if text else '\r')
 
 class InNotebook(OneLine):
     "The same in a notebook, and a table of epochs under it for each training."
@@ -82,10 +86,10 @@ class InNotebook(OneLine):
     def epoch(self, stage: str, # Which training
               done: int, # Epochs
               total: int, # Epochs
-              figures: dict[str, float | None] # As `in_words` takes them
+              figures: dict[str, float | str | None] # As `in_words` takes them
              ) -> None:
-        rows, handle = self.tables.get(stage, ([], None))
-        rows.append({'epoch': f'{done} of {total}'} | {k.replace('_', ' '): '' if v is None else f'{v:.4f}' for k, v in figures.items()})
+        rows, handle = self.tables.get(stage, ([], None)) if done > 1 else ([], None) # made anew, it is another table
+        rows.append({'epoch': f'{done} of {total}'} | {k.replace('_', ' '): '' if v is None else v if isinstance(v, str) else f'{v:.4f}' for k, v in figures.items()})
         table = _html(_table(stage.removesuffix(' (batches)'), rows))
         if handle: handle.update(table)
         else: handle = _display(table)
@@ -121,7 +125,7 @@ class StageProgress:
 
     def epoch(self, done: int, # Epochs
               total: int, # Epochs
-              figures: dict[str, float | None] # As `in_words` takes them
+              figures: dict[str, float | str | None] # As `in_words` takes them
              ) -> None:
         if listens := getattr(self.tell, 'epoch', None): listens(self.name, done, total, figures)
 
@@ -139,6 +143,6 @@ class Within:
     def epoch(self, stage: str, # Which training
               done: int, # Epochs
               total: int, # Epochs
-              figures: dict[str, float | None] # As `in_words` takes them
+              figures: dict[str, float | str | None] # As `in_words` takes them
              ) -> None: StageProgress(self.tell, self.before + stage).epoch(done, total, figures)
 

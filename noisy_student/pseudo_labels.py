@@ -33,7 +33,7 @@ from .datasets import BadImage, ImageFileError, Split, _new_array, load_image, l
 from .files import file_sha256, locked, read_sums, replacing, stoppable
 from .losses import temperature_softmax
 from .models import model_hash
-from .network import evaluating
+from .network import Network, evaluating
 from .precision import half_of
 
 # %% ../nbs/05_pseudo_labels.ipynb #38dea275
@@ -93,6 +93,11 @@ class _Teacher:
         is_learner, is_table = isinstance(teacher, Learner), isinstance(items, pd.DataFrame)
         if is_table and not hasattr(getattr(teacher, 'dls', None), 'procs'):
             raise PseudoLabelError("rows of a DataFrame need a tabular learner as teacher: its dls know the columns")
+        if isinstance(teacher, Network): # takes pixels as they are; here the parts of it are asked
+            if teacher.subset is not None: raise PseudoLabelError("a teacher must answer for all of its classes: leave subset out")
+            size, mean, std = size or teacher.size, mean or teacher.mean, std or teacher.std
+            classes = (teacher.classes or None) if classes is None else classes
+            teacher = teacher.model
         self.model = teacher.model if is_learner else teacher
         p = next((o for o in self.model.parameters() if o.is_floating_point()), torch.zeros(()))
         self.home, self.device, self.dtype = p.device, torch.device(device or p.device), p.dtype

@@ -29,7 +29,7 @@ from .datasets import ImageFileError, Splits, load_image, square
 from .files import altered, unsealed
 from .metrics import wilson
 from .pseudo_labels import _batches, _duckdb, _parquet, _too_low, selected_by, share_cuts
-from .rundir import best_round, read_metrics
+from .rundir import RunDir, best_round
 from .suspects import flipped_labels
 
 # %% ../nbs/11_report.ipynb #ab4440de
@@ -94,7 +94,7 @@ def read_run(path: str | Path, # Run directory
     path = Path(path)
     try: about = unsealed(path/'run.json')
     except (OSError, ValueError): raise ValueError(f"{path} is not the directory of a run: there is no readable run.json in it") from None
-    done = sorted((read_metrics(o.parent) for o in path.glob('round_*/metrics.json')), key=lambda o: o['round'])
+    done = RunDir(path).metrics
     if [o['round'] for o in done] != list(range(len(done))):
         raise ValueError(f"{path}: a round before the last one has no metrics.json: fit(), or noisy-student run, makes it again")
     history = {o['round']: _read_table(path/f"round_{o['round']}"/'history.csv', "fit(), or noisy-student run, makes it again") for o in done}
@@ -287,12 +287,12 @@ _STYLE: Any = {'svg.fonttype': 'none', 'svg.hashsalt': 'noisy_student', 'text.pa
           'ytick.labelcolor': SOFT, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.color': LINE,
           'grid.linewidth': .6, 'axes.axisbelow': True, 'legend.frameon': False, 'legend.fontsize': 9.5, 'lines.linewidth': 1.8}
 
-def _chart(draw, label, *args): # SVG text of what draw(ax, *args) draws
+def _chart(draw, label, *args, box=(.155, .17, .825, .71)): # SVG text of what draw(ax, *args) draws
     with rc_context(_STYLE), warnings.catch_warnings():
         warnings.simplefilter('ignore') # glyphs that matplotlib's font lacks: the browser's has them
         fig = Figure(figsize=(4.7, 3.)) # margins by hand: a layout engine draws everything twice
         fig.patch.set_visible(False)
-        ax = fig.add_axes((.155, .17, .825, .71))
+        ax = fig.add_axes(box)
         ax.patch.set_visible(False)
         draw(ax, *args)
         out = io.StringIO()
@@ -373,6 +373,9 @@ def _draw_coverage(ax, run): # accuracy of the most confident labels, a line per
     ax.set(xlabel='kept, most confident first (%)', ylabel='right among the kept (%)', xlim=(0, 102)); _legend(ax)
 
 # %% ../nbs/11_report.ipynb #06d8d60e
+def _stand(run): # names of classes that are too long to lie
+    return len(run.classes) <= 24 and sum(len(_short(c)) for c in run.classes) > 40
+
 def _draw_classes(ax, run, o): # before and after filter and balance
     K, things = len(run.classes), run.things
     bars = [(SOFT, 'pseudo-labeled', o.seen), (C2, 'passed', o.passed), (C1, 'trained on', o.rows)]
@@ -382,10 +385,7 @@ def _draw_classes(ax, run, o): # before and after filter and balance
         for i, (color, label, counts) in enumerate(bars): ax.bar(np.arange(K) + (i - (len(bars) - 1) / 2) * .27, counts, .27, color=color, label=label)
         names = [_short(c) for c in run.classes]
         ax.set(xticks=range(K), ylabel=things)
-        if sum(map(len, names)) > 40: # they stand, and need room
-            ax.set_xticklabels(names, rotation=60, ha='right', rotation_mode='anchor')
-            ax.set_position((.155, .34, .825, .54))
-        else: ax.set_xticklabels(names)
+        ax.set_xticklabels(names, **(dict(rotation=60, ha='right', rotation_mode='anchor') if _stand(run) else {}))
         ax.grid(axis='x', visible=False)
     else:
         order = np.argsort(-o.seen, kind='stable')
@@ -416,7 +416,7 @@ def _draw_seconds(ax, run): # per round and stage
     if labeling.any(): ax.barh(y, labeling / unit, .6, color=C2, label='labeling')
     ax.barh(y, (total - labeling) / unit, .6, labeling / unit, color=C1, label='training and measuring')
     ax.set(yticks=y, xlabel=name); ax.set_yticklabels([f"{'teacher' if o['round'] == 0 else 'round'} {o['round']}" if o['round'] else o['role'] for o in run.metrics])
-    ax.set_position((.19, .17, .79, .71)); ax.invert_yaxis(); ax.grid(axis='y', visible=False); _legend(ax)
+    ax.invert_yaxis(); ax.grid(axis='y', visible=False); _legend(ax)
 def plot_run(run: RunRecord # From `read_run`
             ) -> Figure: # Accuracy per round; confidence of the latest labels; class counts before and after selection
     "Three charts of the page in one picture, or one of a run without a table of pseudo labels."
@@ -557,9 +557,9 @@ def _rounds_table(run):
                ('test (95 %)', False), ('validation against the round before', True), ('time', False)]
     rows = [[o['round'], escape(o['role']), escape(o['arch']), f"{o['parameters']:,}", f"{o['pseudo_labeled']:,}", _interval(o['valid_accuracy'], run.size('valid')),
              _interval(o.get('test_accuracy'), run.size('test')), _verdict(run, k), _duration(o['seconds'])] for k, o in enumerate(run.metrics)]
-    if (by := run.recipe.get('choose_by', 'accuracy')) != 'accuracy': # beside accuracy, before the verdict
-        columns.insert(7, (f"validation {by.replace('_', ' ')}", False))
-        for r, o in zip(rows, run.metrics): r.insert(7, f"{o[f'valid_{by}']:.3f}" if by == 'log_loss' else _percent(o[f'valid_{by}']))
+    if (by := run.recipe.get('choose_by', 'accuracy')) != 'accuracy': # beside accuracy
+        columns.insert(6, (f"validation {by.replace('_', ' ')}", False))
+        for r, o in zip(rows, run.metrics): r.insert(6, f"{o[f'valid_{by}']:.3f}" if by == 'log_loss' else _percent(o[f'valid_{by}']))
     return _html_table(columns, rows, best_round(run.metrics))
 
 def _accuracy_section(run):
@@ -589,7 +589,7 @@ def _labels_section(run):
     if o.known:
         cards += [_card('Is confidence right?', 'Below the dotted line, labels are less often right than the network believes. With 95 % intervals.', _chart(_draw_reliability, 'accuracy against confidence', o)),
                   _card('Coverage against accuracy', 'How many labels a threshold keeps, and how many of those are right.', _chart(_draw_coverage, 'coverage against accuracy', run))]
-    cards.append(_card('Class counts', 'Before and after the filter, and after balancing.', _chart(_draw_classes, 'class counts', run, o)))
+    cards.append(_card('Class counts', 'Before and after the filter, and after balancing.', _chart(_draw_classes, 'class counts', run, o, box=(.155, .34, .825, .54) if _stand(run) else (.155, .17, .825, .71))))
     cards.append(_class_table(run, o))
     return f'<h2>Are the pseudo labels any good?</h2><section class="card">{_html_table(columns, rows)}</section><div class="grid">{"".join(cards)}</div>'
 
@@ -708,7 +708,7 @@ def _settings_section(run):
     rows = [[escape(k), escape(_short(v if isinstance(v, str) else json.dumps(v, ensure_ascii=False), 200))] for k, v in config]
     versions = [[escape(k), escape(str(v))] for k, v in {**about.get('versions', {}), 'python': about.get('python'), 'device': about.get('device')}.items()]
     both = [('setting', True), ('value', True)]
-    return ('<h2>How it was made</h2><div class="grid">' + _card('Time', 'Of every round. Labeling counts what the last start of the run has done of it.', _chart(_draw_seconds, 'time per round', run))
+    return ('<h2>How it was made</h2><div class="grid">' + _card('Time', 'Of every round. Labeling counts what the last start of the run has done of it.', _chart(_draw_seconds, 'time per round', run, box=(.19, .17, .79, .71)))
             + f'<section class="card"><h3>Versions</h3>{_html_table([("of", True), ("version", True)], versions)}</section>'
             f'<section class="card"><h3>Settings</h3><details><summary>All {len(rows)} settings</summary>{_html_table(both, rows)}</details></section></div>')
 

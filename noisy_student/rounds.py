@@ -20,7 +20,7 @@ import torch
 import fastai.callback.progress # noqa: F401, for Learner.no_bar
 from fastai.callback.core import Callback, CancelFitException
 from fastai.data.transforms import Normalize
-from fastai.learner import Learner
+from fastai.learner import Learner, Metric
 from fastai.metrics import accuracy
 from fastcore.basics import patch
 from fastcore.foundation import L
@@ -32,7 +32,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .archives import split_item
 from .auto import Stage, duration, round_weights, seconds, steps_for, with_steps
 from .checks import against_before, against_chance, majority, valid_figures
-from .checkpoints import seeded
+from .checkpoints import named_figures, seeded
 from .configure import channels, configure, default_size, reasons_table
 from .dataloaders import mixed_dataloaders
 from .datasets import Splits, load_images
@@ -51,7 +51,7 @@ from .progress import StageProgress, default_progress
 from .pseudo_labels import (PseudoLabelError, PseudoLabels, Selection, predict_pseudo_labels, read_selection,
                                          relabel_pseudo_labels, select_pseudo_labels)
 from .recipes import Recipe
-from .rundir import RunDir, check_config, config_of, weights_file
+from .rundir import RunDir, check_config, config_of, read_metrics, weights_file
 from .rundir import read_summary # noqa: F401, public here too
 from .stochastic_depth import TrainingNoise
 from .tables import open_data
@@ -105,7 +105,7 @@ class NoisyStudent:
         seed: int = 0, # Decides initial weights, order, noise
         recipe: str | Recipe = 'auto', # A name in `RECIPES`, a recipe, or 'auto', which fits settings to the data
         device: str | torch.device | None = None, # 'cpu', 'cuda', ...; None: a GPU if there is one
-        progress: Callable[[str, int, int], None] | None = None, # Called with (stage, done, total), the stage with its unit; None: one line in notebooks and terminals
+        progress: Callable[[str, int, int], None] | None = None, # Called with (stage, done, total), the stage with its unit; its method `epoch`, if it has one, with the figures of each epoch; None: `default_progress`
         pseudo_labels: str | Path | Selection | None = None, # A selection made elsewhere: round 0 is then a student of that teacher
         cbs: Callable[[int, Path], list] | None = None, # Called anew with (round, its folder) for every training: more fastai callbacks, such as a logger
         auto_batch: bool = False, # Out of memory: compute the batch in halves, whose gradients are added, instead of giving up
@@ -132,7 +132,7 @@ class NoisyStudent:
             raise ValueError("device='cuda', but torch sees no GPU here: use 'cpu'")
         self.size = self.recipe.size or default_size(data, self.recipe.pretrained)
         self.metrics = [] if metrics is None else list(metrics) if isinstance(metrics, (list, tuple, L)) else [metrics]
-        if odd := [o for o in self.metrics if not callable(o)]:
+        if odd := [o for o in self.metrics if not (callable(o) or isinstance(o, Metric))]:
             raise ValueError(f"metrics must be fastai metrics, such as F1Score(average='macro'), got {odd[0]!r}; choose_by='f1' is what chooses the round")
         self._tell, self.auto_batch, self.cbs = progress or default_progress(), auto_batch, cbs or (lambda k, folder: [])
         self.given = None if pseudo_labels is None else read_selection(pseudo_labels)
@@ -198,17 +198,18 @@ class NoisyStudent:
         OSError if something cannot be written; MemoryError if the device has too little, see `auto_batch`; `InUseError`
         if another process works in the directory; `Stopped` on SIGTERM and Ctrl-C. What was written stays, and `fit`
         again goes on from there."""
-        self._clock = time.perf_counter() - self._making - self._spent()
+        begun = time.perf_counter()
         with self.dir.alone(), stoppable(), warnings.catch_warnings():
             with first_rank_first():
                 self._open()
+                for k in range(self.recipe.rounds + 1): self.dir.check(k)
                 self._check_weights()
+            self._clock = begun - self._making - self._spent()
             self._check_leaks()
             if not rank() and any(not self.dir.is_done(k) for k in range(self.recipe.rounds + 1)): self._tell_plan()
             old, rounds = not _is_whole(self.path/'report.html'), self.recipe.rounds if self._until is None else self._until
             for k in range(rounds + 1):
                 if k > 1: warnings.filterwarnings('ignore', 'threshold=.* filters nothing') # once is enough
-                with first_rank_first(): self.dir.check(k)
                 barrier() # all processes see the same files
                 new = not self.dir.is_done(k)
                 while not self.dir.is_done(k):
@@ -531,8 +532,15 @@ def _accuracy(self: NoisyStudent, learn, name): # share of right answers on a la
     return int((self._answers(learn, name).argmax(1).numpy() == split.labels).sum()) / len(split)
 
 @patch
-def _figures(self: NoisyStudent, learn): # of the validation images
-    return valid_figures(self._valid_labels(), self._answers(learn, 'valid').numpy(), self.recipe.choose_by)
+def _figures(self: NoisyStudent, k, learn): # of the validation images
+    logits = self._answers(learn, 'valid').numpy()
+    return valid_figures(self._valid_labels(), logits, self.recipe.choose_by) | self._against_best(k, logits)
+
+@patch
+def _against_best(self: NoisyStudent, k, scores): # float (n, K) of validation images -> `worse_than` and `verdict`, if round k is worse than the best before it
+    if not k or not len(self.summary): return {}
+    found = against_before(self._valid_labels(), scores, self._valid_probs(j := self.best), f'the student of round {k}', f'the network of round {j}' if j != k - 1 else 'its teacher')
+    return {} if found.ok else dict(worse_than=j, verdict=found.text)
 
 @patch
 def _answers(self: NoisyStudent, learn, name): return _logits(learn, self._images(name).images) # float32 (n, K)
@@ -576,7 +584,7 @@ def _fit_round(self: NoisyStudent, k): # everything of round k that is not there
     metrics = dict(round=k, role=role, arch=self.arch(k), parameters=n_parameters(learn.model),
                    labeled=len(self.data.labeled),
                    pseudo_labeled=len(self._pool_images()) if fly else 0 if selection is None else len(selection.items),
-                   **self._figures(learn),
+                   **self._figures(k, learn),
                    test_accuracy=self._accuracy(learn, 'test'), seconds=round(prepared + seconds, 1),
                    pseudo_label_accuracy=known, labeling_seconds=round(labeling, 1))
     metrics['seconds'] = round(metrics['seconds'] + time.perf_counter() - trained, 1) # with its evaluation
@@ -628,8 +636,8 @@ def _head_history(self: NoisyStudent, learn): # of a training that has no epochs
     with learn.no_bar(), learn.no_logging(): loss, acc, *more = learn.validate()
     known = torch.from_numpy(self._labels()[:2000])
     train = _logits(learn, self._images('labeled').images[:2000])
-    return dict(epoch=0, train_loss=float(nn.functional.cross_entropy(train, known)), valid_loss=float(loss), valid_accuracy=float(acc),
-                **{m.name: float(v) for m, v in zip(learn.metrics[1:], more)})
+    return dict(epoch=0, train_loss=float(learn.loss_func(train, known)), valid_loss=float(loss), valid_accuracy=float(acc),
+                **named_figures(learn.metrics[1:], more))
 
 
 # %% ../nbs/09_rounds.ipynb #a38c5635
@@ -767,8 +775,7 @@ def _not_in_vain(self: NoisyStudent, k): # stop a run that configured itself at 
     y, scores = self._valid_labels(), self.summary.valid_accuracy
     found = against_chance(round(scores[k] * len(y)), len(y), len(self.data.classes), majority(y).share, f'round {k}')
     if found.stop and self.reasons and not self.force and k < self.recipe.rounds: raise ValueError(f"round {k}: {found.text}")
-    if not k or scores[k] >= scores[k - 1] or not isinstance(self.data, Splits): return
-    if not (found := against_before(y, self._valid_probs(k), self._valid_probs(k - 1), f'the student of round {k}')).ok: warnings.warn(f"{found.text} Round {self.best} is used.")
+    if text := read_metrics(self.dir.round(k)).get('verdict'): warnings.warn(f"{text} Round {self.best} is used.")
 
 @patch
 def _valid_probs(self: NoisyStudent, k): return self._answers(self.learner(k), 'valid').softmax(1).numpy() # float32 (n, K)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from .checks import accuracy_error
 from .distributed import first_rank_first, rank, write_once
 from .files import altered, locked, unsealed, write_sums
 
@@ -26,7 +27,7 @@ def read_metrics(folder: Path # round_K of a run
         if 'metrics.json' in altered(folder, ['metrics.json']): raise ValueError
         d = dict(json.loads((folder/'metrics.json').read_text()))
         # what the best round is chosen by
-        if folder.name != f"round_{d['round']}" or not 0 <= d['valid_accuracy'] <= 1 or not all(_is_number(d[o]) for o in ('score', 'score_error') if o in d): raise ValueError
+        if folder.name != f"round_{d['round']}" or not 0 <= d['valid_accuracy'] <= 1 or not all(isinstance(d[o], (int, float)) for o in ('score', 'score_error') if o in d): raise ValueError
         return d
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{folder/'metrics.json'} is damaged: fit(), or noisy-student run, makes it again") from None
@@ -34,18 +35,18 @@ def read_metrics(folder: Path # round_K of a run
 def best_round(rounds: list[dict] # Their metrics, at least one; figures of test images never choose
               ) -> int: # Its number
     """The round to use: the latest whose `score` on validation images is within one standard error, `score_error`, of the
-    highest one. Few images cannot tell rounds apart, and a later round has learned from more (the one-standard-error rule:
-    Hastie, Tibshirani, Friedman, Elements of Statistical Learning, 7.10)."""
-    def score(r): return r.get('score') if _is_number(r.get('score')) else r['valid_accuracy'] # of runs of older versions
+    highest one, unless it is worse on the same images beyond chance (`worse_than`). Few images cannot tell rounds apart, and a later round has
+    learned from more (the one-standard-error rule: Hastie, Tibshirani, Friedman, Elements of Statistical Learning, 7.10)."""
+    def number(r, name, otherwise): return o if isinstance(o := r.get(name), (int, float)) and o == o else otherwise
+    def score(r): return number(r, 'score', r['valid_accuracy']) # of runs of older versions
     top = max(rounds, key=lambda r: (score(r), r['round']))
-    error = top.get('score_error') if _is_number(top.get('score_error')) else 0.
-    return max(r['round'] for r in rounds if score(r) >= score(top) - error)
+    least = score(top) - number(top, 'score_error', 0.)
+    return max(r['round'] for r in rounds if score(r) >= least and (r is top or number(r, 'worse_than', -1) < 0))
 
-def _is_number(o): return isinstance(o, (int, float)) and o == o
 
 # %% ../nbs/08j_rundir.ipynb #e1000009
 COLUMNS = ['round', 'role', 'arch', 'parameters', 'labeled', 'pseudo_labeled', 'valid_accuracy', 'test_accuracy', 'seconds',
-           'pseudo_label_accuracy', 'valid_balanced_accuracy', 'valid_f1', 'score', 'score_error'] # Of a summary
+           'pseudo_label_accuracy', 'valid_balanced_accuracy', 'valid_f1', 'valid_log_loss', 'score', 'score_error', 'worse_than'] # Of a summary
 RESULTS = ('model.safetensors', 'history.csv', 'selected.parquet', 'metrics.json') # Of a round
 _PARTS = ('', 'fold_*/') # where rounds are: a run with folds has some of each
 
@@ -74,8 +75,19 @@ class RunDir:
     @property
     def summary(self) -> pd.DataFrame:
         "A row per finished round. Raises ValueError, naming the file, if the figures are not what was written."
+        return pd.DataFrame(self.metrics, columns=COLUMNS)
+
+    @property
+    def metrics(self) -> list[dict]:
+        "All figures of the finished rounds. Raises ValueError, naming the file, if they are not what was written."
         rows = sorted((read_metrics(f.parent) for f in self.path.glob('round_*/metrics.json')), key=lambda r: r['round'])
-        return pd.DataFrame(rows, columns=COLUMNS)
+        if all('score' in r for r in rows): return rows
+        n = self._size('valid') # runs of older versions are judged as those of today
+        return [dict(score=p, score_error=accuracy_error(p, n)) | r if n and (p := r['valid_accuracy']) is not None else r for r in rows]
+
+    def _size(self, split): # its images, None if run.json does not say
+        try: return unsealed(self.path/'run.json')['sizes'][split]
+        except (OSError, ValueError, KeyError, TypeError): return None
 
     @property
     def best(self) -> int:
@@ -118,12 +130,16 @@ class RunDir:
              ) -> None:
         "What is damaged is removed, with a warning, so that it is made again."
         folder = self.round(k)
-        for name in (bad := altered(folder)):
+        bad = altered(folder)
+        if self.is_done(k) and 'metrics.json' not in bad:
+            try: read_metrics(folder)
+            except ValueError: bad.append('metrics.json')
+        for name in bad:
             warnings.warn(f"{folder/name} is missing or not what was written: round {k} makes it again")
             (folder/name).unlink(missing_ok=True)
         if bad:
             (folder/'metrics.json').unlink(missing_ok=True) # which says that the round is finished
-            (folder/'SHA256SUMS').unlink()
+            (folder/'SHA256SUMS').unlink(missing_ok=True)
 
     def finish(self, metrics: dict # Figures of a round, with its number
               ) -> None:

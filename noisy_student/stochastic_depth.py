@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import resnet as tv_resnet
 
+from .models import unwrapped
+
 # %% auto #0
-__all__ = ['survival_probs', 'drop_branch', 'DropBranch', 'ResidualBlock', 'residual_blocks', 'unwrapped', 'TrainingNoise',
-           'StochasticDepth', 'ClassifierDropout']
+__all__ = ['survival_probs', 'drop_branch', 'DropBranch', 'ResidualBlock', 'residual_blocks', 'TrainingNoise', 'StochasticDepth',
+           'ClassifierDropout']
 
 # %% ../nbs/02_stochastic_depth.ipynb #4fa86df7
 def survival_probs(
@@ -163,12 +165,6 @@ class _TrainGuard:
             for cb in self.learn.cbs:
                 if isinstance(cb, TrainingNoise): cb.detach()
             raise
-
-def unwrapped(model: nn.Module  # Any network
-             ) -> nn.Module:  # The network itself
-    "Without the wrappers of data parallel training and `torch.compile`, which share its weights."
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
-    return getattr(model, '_orig_mod', model)
 
 class TrainingNoise(Callback):
     """Base class of callbacks that change the model during the training phase of an epoch, and only then.

@@ -238,7 +238,7 @@ class TabularNoisyStudent(NoisyStudent):
         recipe: TabularRecipe = TabularRecipe(), # Settings
         seed: int = 0, # Decides validation rows, initial weights, order, noise
         device: str | torch.device | None = None, # 'cpu', 'cuda', ...; None: the CPU, which is fast enough for tables
-        progress: Callable[[str, int, int], None] | None = None, # Called with (stage, done, total); None: one line
+        progress: Callable[[str, int, int], None] | None = None, # As `NoisyStudent` takes it
     ):
         if world() > 1: raise ValueError("a table is trained on by one process: start it without torchrun")
         self.dir = RunDir(path)

@@ -171,6 +171,15 @@ def test_rows_for_mixup_have_the_mean_that_was_asked_for(unlabeled_weight, weigh
     torch.testing.assert_close(loss(z.clone().requires_grad_(), q).mean(), want)
     assert torch.equal(loss(z, q), plain) and torch.equal(rows(z.clone().requires_grad_(), q), plain)
 
+def test_class_weights_are_for_labels_and_not_for_pseudo_labels():
+    z, q, y = _mixed_batch()
+    w = torch.tensor([.5, 1., 2., 3., 4.])
+    rows = SoftLabelCrossEntropy(0., 4, reduction='none', weight=w)(z, q)
+    plain = SoftLabelCrossEntropy(0., 4, reduction='none')(z, q)
+    torch.testing.assert_close(rows, torch.cat([w[y] * plain[:4], plain[4:]]))
+    torch.testing.assert_close(SoftLabelCrossEntropy(0., 4, weight=w)(z, q), rows.sum() / (w[y].sum() + 8))
+    torch.testing.assert_close(SoftLabelCrossEntropy(0., weight=w, reduction='none')(z, q)[4:], -(q * w * z.log_softmax(1)).sum(1)[4:])  # no row is told apart
+
 def test_a_batch_of_labels_without_weight_costs_nothing():
     z = torch.randn(3, 2, requires_grad=True)
     loss = SoftLabelCrossEntropy(weight=torch.tensor([0., 1.]))(z, torch.zeros(3, dtype=torch.long))

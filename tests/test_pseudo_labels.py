@@ -330,6 +330,16 @@ def test_other_labels_are_refused(tmp_path):
         assert {f: f.read_bytes() for f in out.iterdir()} == before
 
 
+def test_a_network_with_its_normalization_is_a_teacher(tmp_path):
+    "It takes pixels as they are: nothing is normalized twice, and its classes are known."
+    from noisy_student.network import Network
+    net, images = Network(conv_net(), "tiny", list("abc"), 12, [.5] * 3, [.2] * 3), random_images(20)
+    found = table(predict_pseudo_labels(net, images, tmp_path/"net"))
+    same(found, table(predict_pseudo_labels(net.model, images, tmp_path/"model", size=12, mean=[.5] * 3, std=[.2] * 3)))
+    assert (found["label"].to_numpy() == net.scores(images).argmax(1)).all()
+    with pytest.raises(PseudoLabelError, match="leave subset out"): predict_pseudo_labels(Network(conv_net(), size=12, subset=[1]), images, tmp_path/"x")
+
+
 def test_unwritable_and_full(tmp_path, monkeypatch):
     (tmp_path/"file").write_text("")
     for out in (tmp_path/"file", tmp_path/"file"/"sub"):
@@ -352,7 +362,7 @@ def test_unwritable_and_full(tmp_path, monkeypatch):
 
 
 def test_killed_and_started_again(tmp_path):
-    from noisy_student.files import _host
+    from noisy_student.files import _here
     code = textwrap.dedent(f"""
         import os, signal, sys
         sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}
@@ -365,7 +375,7 @@ def test_killed_and_started_again(tmp_path):
     assert killed.wait() == -signal.SIGKILL
     kept = {f: f.stat().st_mtime_ns for f in (tmp_path/"out").glob("part-*")}
     assert len(kept) in (1, 2)  # the second may still have been in the writing
-    (tmp_path/"out"/f".part-00000-of-00001-00002.parquet.{_host()}.{killed.pid}.a.tmp").write_bytes(b"half a file")
+    (tmp_path/"out"/f".part-00000-of-00001-00002.parquet.{_here()}.{killed.pid}.a.tmp").write_bytes(b"half a file")
     with pytest.raises(PseudoLabelError, match="shard 0 of 1 .* is not complete"): select_pseudo_labels(tmp_path/"out", tmp_path/"s.parquet")
     predict_pseudo_labels(conv_net(), random_images(60), tmp_path/"out", part_size=10, bs=5)
     predict_pseudo_labels(conv_net(), random_images(60), tmp_path/"whole", part_size=10, bs=5)

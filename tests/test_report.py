@@ -205,6 +205,13 @@ def test_a_page_that_fails_does_not_fail_the_run(tmp_path, monkeypatch):
     assert len(run.report().axes) == 1 and "How good is it?" in (run.path / "report.html").read_text()
 
 
+def test_charts_of_long_names_stand_side_by_side(nasty):
+    fig = nasty.report()
+    fig.draw_without_rendering()
+    spans = sorted((o.x0, o.x1) for o in (ax.get_position() for ax in fig.axes))
+    assert len(spans) == 3 and all(a[1] < b[0] for a, b in zip(spans, spans[1:]))
+
+
 def test_no_empty_axes_where_nothing_was_stored(tmp_path):
     run = NoisyStudent(miniature(), "resnet9_4", tmp_path / "r", **{**SETTINGS, "rounds": 1, "epochs": 1, "teacher_epochs": 1, "on_the_fly": True, "threshold": 0,
                                                                    "per_class": None})

@@ -336,6 +336,61 @@ def test_figures_of_every_epoch_are_told_and_kept(tmp_path):
     with pytest.raises(ValueError, match="choose_by='f1'"): NoisyStudent(miniature(), "resnet9_4", tmp_path/"b", metrics="f1", **SETTINGS)
 
 
+def test_metrics_of_every_kind_of_fastai(tmp_path):
+    "A `Metric`, one that is no single number, and two of one name: all are kept, none ends a training."
+    from fastai.learner import AvgMetric
+    from fastai.metrics import F1Score, Perplexity, error_rate
+    from noisy_student.rounds import NoisyStudent
+    metrics = [AvgMetric(error_rate), Perplexity(), F1Score(average=None), F1Score(average="macro")]
+    for folds, path in ((None, tmp_path/"a"), (2, tmp_path/"b")):
+        NoisyStudent(miniature(), "resnet9_4", path, metrics=metrics, folds=folds, **{**SETTINGS, **FEW, "rounds": 0}).fit()
+    history = pd.read_csv(tmp_path/"a"/"round_0"/"history.csv")
+    assert np.allclose(history.error_rate, 1 - history.valid_accuracy) and np.allclose(history.perplexity, np.exp(history.valid_loss), rtol=1e-4)
+    assert history.f1_score[0].count(" ") >= 9 and history["f1_score 2"].between(0, 1).all()
+    assert list(pd.read_csv(tmp_path/"b"/"fold_0"/"round_0"/"history.csv")) == list(history)
+
+
+def test_damaged_figures_are_made_again(tmp_path):
+    "Before they are sealed, too; the first that `fit` does is not to read them."
+    fit(tmp_path/"a", **FEW)
+    whole = outcome(tmp_path/"a")
+    for damage in ("{", json.dumps(dict(round=1, valid_accuracy=.5, score="high"))):
+        (tmp_path/"a"/"round_1"/"metrics.json").write_text(damage)
+        (tmp_path/"a"/"round_1"/"SHA256SUMS").unlink()
+        with pytest.warns(UserWarning, match="round 1 makes it again"): fit(tmp_path/"a", **FEW)
+        assert_same(tmp_path/"a", whole)
+
+
+def test_a_run_of_an_older_version_is_judged_like_one_of_today(tmp_path):
+    "Its metrics know neither score nor its error."
+    fit(tmp_path/"a", **{**FEW, "rounds": 2})
+    new = tmp_path/"a"
+    from noisy_student.rounds import NoisyStudent, read_summary
+    def best(): return NoisyStudent(miniature(), ["resnet9_4", "resnet9_8"], new, **{**SETTINGS, **FEW, "rounds": 2}).best
+    expected, scores = best(), read_summary(new)[["score", "score_error"]]
+    for k in range(2):  # the last one is of today
+        file = new/f"round_{k}"/"metrics.json"
+        file.write_text(json.dumps({a: b for a, b in json.loads(file.read_text()).items() if a not in ("score", "score_error", "valid_f1", "valid_balanced_accuracy", "valid_log_loss")}))
+        (new/f"round_{k}"/"SHA256SUMS").unlink()
+    assert best() == expected and np.allclose(read_summary(new)[["score", "score_error"]], scores)
+
+
+def test_a_student_that_is_worse_on_the_same_images_is_not_used(tmp_path, monkeypatch):
+    "Though its accuracy is within one standard error: what is warned of is what is done."
+    from noisy_student.rounds import NoisyStudent
+    from noisy_student import rounds
+    real, teachers = rounds.valid_figures, []
+
+    def figures(y, logits, choose_by):  # the student answers as its teacher does, but for six images that it now gets wrong
+        if teachers: logits[:] = teachers[0]; logits[np.flatnonzero(logits.argmax(1) == y)[:6]] *= -1
+        else: teachers.append(logits.copy())
+        return real(y, logits, choose_by)
+    monkeypatch.setattr(rounds, "valid_figures", figures)
+    ns = NoisyStudent(miniature(), "resnet9_4", tmp_path/"a", **{**SETTINGS, "rounds": 1, "teacher_epochs": 8, "steps": 20})
+    with pytest.warns(UserWarning, match="worse beyond chance .* Round 0 is used"): s = ns.fit()
+    assert s.score[0] - s.score_error[0] < s.score[1] < s.score[0] and ns.best == 0 and s.worse_than[1] == 0
+
+
 def test_the_figure_that_chooses_and_the_weights_of_classes(tmp_path):
     from dataclasses import replace
     from noisy_student.checks import class_metrics
