@@ -93,6 +93,7 @@ class RunState(Callback):
         self.file, self.progress, self.asked = Path(file), progress, asked
         self.previous = self.file.with_name('previous.safetensors')
         self.start, self.first, self.seconds = 0, 0, 0.
+        self.within: tuple[int, int] | None = None # Batches of an epoch that was begun, done and in all
         self.history: list[dict] = []
         self.rng = _rng_state() # kept from one epoch to the next: what loggers draw in between changes nothing
 
@@ -120,8 +121,7 @@ class RunState(Callback):
         kept = ('rng', 'history', 'seconds', 'smooth', 'cbs')
         self.rng, self.history, self.seconds, self.smooth, self.cbs = (state[k] for k in kept)
         self.start = state['epoch'] + 1
-        if state.get('batch'): # an epoch may have more and smaller batches now
-            self.first, self.pct = state['batch'] * len(learn.dls.train) // state['n_iter'], state['pct']
+        if state.get('batch'): self.within, self.pct = (state['batch'], state['n_iter']), state['pct']
 
     def __call__(self, event_name: str # fastai event
                 ): # errors pass as they are, without fastai's "Exception occured in": their messages are for the user
@@ -129,14 +129,16 @@ class RunState(Callback):
 
     def before_fit(self):
         self.begun, self.saved, self.in_step = time.perf_counter() - self.seconds, time.monotonic(), False
-        if self.start or self.first:
+        if self.start or self.within:
             for cb in self._stateful(): # one of this device, such as the scale of float16, need not be in the file
                 if cb.name in self.cbs: cb.load_state_dict(self.cbs[cb.name])
     def _stateful(self): return [cb for cb in self.learn.cbs if hasattr(type(cb), 'state_dict')] # such as EMA; an instance passes unknown names on to the model
     def before_epoch(self):
+        if self.within and self.epoch == self.start: # an epoch may have more and smaller batches now
+            self.first = self.within[0] * len(self.dls.train) // self.within[1]
         self.done = self.first if self.epoch == self.start else 0 # batches of this epoch
         _set_rng_state(self.rng)
-        if (self.start or self.first) and self.epoch == self.start:
+        if (self.start or self.within) and self.epoch == self.start:
             self.recorder.smooth_loss.val, self.recorder.smooth_loss.count = self.smooth
         if isinstance(self.dls.train, MixedDL):
             self.dls.train.epoch = self.epoch

@@ -643,6 +643,9 @@ def predict(
     columns: Annotated[Optional[str], typer.Option(metavar='NAME,NAME', show_default=False,
                                                    help="Headers of that file: of image and label, such as id,label, or "
                                                         "of image and classes. Default: image,label.")] = None,
+    like: Annotated[Optional[str], typer.Option(metavar='FILE', show_default=False,
+                                                help="A sample submission (.csv): the file gets its headers, its ids, with "
+                                                     "or without suffix, and its order of rows.")] = None,
     images: ImagesOpt = None, image_column: ImageColumnOpt = None, suffix: SuffixOpt = None,
     device: DeviceOpt = None, as_json: JsonOpt = False,
 ):
@@ -651,19 +654,21 @@ def predict(
     \b
     Examples:
       noisy-student predict runs/mine photo.jpg --top 3
-      noisy-student predict runs/mine test_images --csv submission.csv --columns id,label
+      noisy-student predict runs/mine test_images --csv submission.csv --like sample_submission.csv
     """
-    if columns and not csv: raise ValueError("--columns names the headers of the file that --csv writes: give --csv FILE")
+    for o, v in (('--columns', columns), ('--like', like)):
+        if v and not csv: raise ValueError(f"{o} is about the file that --csv writes: give --csv FILE")
     _must_exist(model)
+    if like and not Path(like).is_file(): raise FileNotFoundError(f"no file {like}{did_you_mean(like, [str(o) for o in Path(like).parent.glob('*.csv')])}")
     named = _items(items, _given(folder=images, image=image_column, suffix=suffix))
     t = _trained(model, device)
-    if isinstance(files := named['items'], list) and not any(map(_is_there, files)): raise FileNotFoundError(f"{files[0]}: no such file")
+    if isinstance(files := named['items'], list) and not any(map(_is_there, files)): raise FileNotFoundError(f"{files[0]}: no such file{did_you_mean(files[0], folders_beside(files[0]))}")
     from noisy_student.predictions import class_columns, predict_table, write_submission
     with show_progress() as progress:
         table = predict_table(t, **named, progress=lambda done, total: progress('predicting (images)', done, total))
     if table.label.isna().all(): raise ValueError("none of the images can be read: see the warning above")
     if csv:
-        out = write_submission(table, csv, columns.split(',') if columns else None)
+        out = write_submission(table, csv, columns.split(',') if columns else None, stem=not like and _names_without_suffix(model), like=like)
         return to_stderr(f"{out}: {len(table):,} images")
     read = table[table.label.notna()]
     probs = read[class_columns(t.classes)].to_numpy()
@@ -671,6 +676,10 @@ def predict(
     rows = [(f, [t.classes[c] for c in cs], [float(p[c]) for c in cs]) for f, p, cs in zip(read.image, probs, best)]
     if as_json: return print(json.dumps([dict(image=f, classes=c, probabilities=p) for f, c, p in rows], indent=1))
     for f, c, p in rows: print(f"{f}  {', '.join(f'{o} {100 * q:.1f} %' for o, q in zip(c, p))}")
+
+def _names_without_suffix(model): # whether the table that a run was trained on names its images so; the file that is written does, too
+    try: return bool((unsealed(Path(model)/'run.json').get('source') or {}).get('table', {}).get('suffix'))
+    except (OSError, ValueError, AttributeError): return False
 
 def _items(items, table): # arguments of `predict_table`, before torch is loaded
     from noisy_student.archives import is_archive

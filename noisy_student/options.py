@@ -18,7 +18,7 @@ import typer
 
 from .files import did_you_mean
 from .noise import Noise
-from .recipes import Recipe
+from .recipes import Recipe, setting_hint
 
 # %% ../nbs/12c_options.ipynb #ad130810
 def _is_device(value: Optional[str]) -> Optional[str]: # checked before torch is there
@@ -49,7 +49,7 @@ LabelsOpt = Annotated[Optional[int], typer.Option(metavar='N', min=1, show_defau
                                                        "svhn, a folder, and cifar10 with a published recipe.")]
 SizeOpt = Annotated[Optional[int], typer.Option(metavar='PX', min=1, show_default=False,
                                                 help="Side of the images in pixels. Default: the recipe's, else the "
-                                                     "data's, photographs at most 128.")]
+                                                     "data's; from scratch at most 128, with pretrained weights at most 224.")]
 PretrainedOpt = Annotated[Optional[str], _text("Start from these weights: a .safetensors or .pth file, package:NAME of an installed "
                                                "package, hub, which downloads published ones, or none. Default: the recipe's.", 'WEIGHTS')]
 EpochsOpt = Annotated[Optional[int], typer.Option(metavar='N', min=1, show_default=False,
@@ -152,7 +152,7 @@ def settings_of(pairs: list[str], # NAME=VALUE
         if not equals: raise ValueError(f"--set must be NAME=VALUE, got {pair!r}")
         if name in _ELSEWHERE: raise ValueError(f"--set {name}: use {_ELSEWHERE[name]}")
         if name not in names:
-            raise ValueError(f"--set {name}: there is no such setting{did_you_mean(name, names)}; there are "
+            raise ValueError(f"--set {name}: there is no such setting{setting_hint(name, names)}; there are "
                              f"{', '.join(names)}")
         if name.startswith('noise.'):
             part = name.partition('.')[2]

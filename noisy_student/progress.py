@@ -26,15 +26,18 @@ def _print(text, end='\n'): # on stderr; a closed one, or a full disk behind it,
     except (OSError, ValueError): pass
 
 class Log:
-    "A line on stderr per finished stage and per epoch, for where nobody waits."
-    def __init__(self): self.begun: dict[str, float] = {}
+    "A line on stderr per finished stage, per epoch, and every 30 s of what takes longer, for where nobody waits."
+    every = 30. # Seconds between two lines of a stage that takes long
+    def __init__(self): self.begun: dict[str, float] = {}; self.told: dict[str, float] = {}
 
     def __call__(self, stage: str, # What is done, with its unit
                  done: int, # How much of it
                  total: int # All of it
                 ) -> None:
-        self.begun.setdefault(stage, time.perf_counter())
-        if done == total: self.write(f"{stage}: {total:,} in {time.perf_counter() - self.begun.pop(stage):.0f} s")
+        now = time.perf_counter()
+        spent = now - self.begun.setdefault(stage, now)
+        if done == total: self.write(f"{stage}: {total:,} in {spent:.0f} s"); del self.begun[stage]
+        elif now - max(self.told.get(stage, 0.), self.begun[stage]) >= self.every: self.told[stage] = now; self.write(f"{stage}: {done:,} of {total:,}")
 
     def epoch(self, stage: str, # Which training
               done: int, # Epochs

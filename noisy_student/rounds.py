@@ -30,7 +30,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .archives import split_item
-from .auto import Stage, duration, round_weights, seconds, steps_for, with_steps
+from .auto import LEAST_IN_TIME, Stage, duration, round_weights, seconds, steps_for, with_steps
 from .checks import against_before, against_chance, majority, valid_figures
 from .checkpoints import named_figures, seeded
 from .configure import channels, configure, default_size, reasons_table
@@ -39,7 +39,7 @@ from .datasets import Splits, load_images
 from .distributed import barrier, first_rank_first, join, own_device, rank, world, write_once
 from .features import KnownFeatures, fit_head, frozen_features, put_head
 from .files import locked, sealed, stoppable, unsealed, write_with_sum
-from .fitting import fit_resumably, splitter, student_view
+from .fitting import KeepTime, fit_resumably, splitter, student_view
 from .leaks import find_leaks
 from .learner import Noise, noisy_student_learner
 from .losses import SoftLabelCrossEntropy, class_weights
@@ -55,6 +55,7 @@ from .rundir import RunDir, check_config, config_of, read_metrics, weights_file
 from .rundir import read_summary # noqa: F401, public here too
 from .stochastic_depth import TrainingNoise
 from .tables import open_data
+from .threads import keep_memory
 from .training import FrozenStatistics, TeacherTargets, optimizer
 
 # %% ../nbs/09_rounds.ipynb #59bae878
@@ -91,6 +92,7 @@ class NoisyStudent:
     _clock = 0. # When this process began, less the seconds of earlier ones
     _until: int | None = None # Last round that `fit` makes; None: all
     reasons: dict[str, str] = {} # Of the settings that were decided
+    _pixels: float | None = None # Per second in training, where the recipe depends on it
     source: dict | None = None # Arguments of `cli.load_data`, if the command line made the data: kept for `noisy-student report`
     report: Callable[[], Figure] # Below
     suspects: Callable[..., pd.DataFrame] # Below
@@ -123,7 +125,7 @@ class NoisyStudent:
         self.device = own_device(device)
         if odd := [o for o in (archs if isinstance(archs, (list, tuple)) else [archs]) if isinstance(o, nn.Module) or o is not None and not (isinstance(o, str) or callable(o))]:
             raise ValueError(f"archs must be names or functions that make a network, teacher first, such as ['resnet18', 'resnet34'], got {type(odd[0]).__name__}: every round builds a new network")
-        found, self.recipe, self.reasons = configure(data, archs, recipe, noise, self.device, self.limit and self.limit / (folds or 1), **settings)
+        found, self.recipe, self.reasons, self._pixels = configure(data, archs, recipe, noise, self.device, self.limit and self.limit / (folds or 1), self.dir.about.get('speed'), **settings)
         self.networks, self.archs = {arch_name(o): o for o in found}, [arch_name(o) for o in found]
         if self.recipe.init == 'teacher' and len(set(self.archs)) > 1:
             raise ValueError(f"init='teacher' needs one architecture for all rounds, not {', '.join(self.archs)}: "
@@ -199,11 +201,13 @@ class NoisyStudent:
         if another process works in the directory; `Stopped` on SIGTERM and Ctrl-C. What was written stays, and `fit`
         again goes on from there."""
         begun = time.perf_counter()
+        if self.device.type == 'cpu': keep_memory()
         with self.dir.alone(), stoppable(), warnings.catch_warnings():
             with first_rank_first():
                 self._open()
                 for k in range(self.recipe.rounds + 1): self.dir.check(k)
                 self._check_weights()
+            self._check_metrics()
             self._clock = begun - self._making - self._spent()
             self._check_leaks()
             if not rank() and any(not self.dir.is_done(k) for k in range(self.recipe.rounds + 1)): self._tell_plan()
@@ -212,6 +216,9 @@ class NoisyStudent:
                 if k > 1: warnings.filterwarnings('ignore', 'threshold=.* filters nothing') # once is enough
                 barrier() # all processes see the same files
                 new = not self.dir.is_done(k)
+                if new and self._is_left_out(k):
+                    if not rank(): warnings.warn(f"round {k} is left out: there is no time for it in {duration(self.limit or 0.)}; with a longer time_limit the run goes on")
+                    break
                 while not self.dir.is_done(k):
                     if torch.cuda.is_initialized(): gc.collect() # learners of earlier rounds hold its memory
                     try: self._fit_round(k)
@@ -224,7 +231,7 @@ class NoisyStudent:
                 self.dir.write_summary() # also for a finished round: a kill may have come between the two files
                 if new: old = True; self._warn(k)
                 if new: self._not_in_vain(k)
-            if old and not rank() and rounds == self.recipe.rounds: self._write_report()
+            if old and not rank() and (self._until is None or rounds == self.recipe.rounds): self._write_report()
             barrier()
         return self.summary
 
@@ -250,6 +257,10 @@ class NoisyStudent:
         done = f"{len(self.summary)} of {self.recipe.rounds + 1} rounds done"
         return f"NoisyStudent({self.data}, {self.archs}, {str(self.path)!r}, {done})"
 
+    def __str__(self) -> str: # with the figures, short enough for a terminal
+        s = self.summary[['round', 'role', 'arch', 'pseudo_labeled', 'valid_accuracy', 'test_accuracy', 'seconds']]
+        return '\n'.join([repr(self), *([s.dropna(axis=1, how='all').to_string(index=False, float_format='{:.3f}'.format)] if len(s) else [])])
+
 
 # %% ../nbs/09_rounds.ipynb #0c07cbd0
 @patch
@@ -274,7 +285,7 @@ def _write_run(self: NoisyStudent, config):
              for o in ('labeled', 'unlabeled', 'valid', 'test')}
     run = dict(config=config, versions=versions, python=platform.python_version(), device=str(self.device),
                sizes=dict(sizes, **{f'{o}_per_class': self._per_class(o) for o in ('labeled', 'valid')}),
-               source=self.source)
+               source=self.source, speed=self._pixels)
     self.dir.write('run.json', sealed(run))
 
 @patch
@@ -408,6 +419,18 @@ def _check_weights(self: NoisyStudent): # now, not when the networks before it a
         warnings.simplefilter('ignore') # each is told when the network is made
         for arch in dict.fromkeys(map(self.arch, todo)):
             create_model(self.networks[arch], len(self.data.classes), c_in, self.recipe.pretrained)
+
+@patch
+def _check_metrics(self: NoisyStudent): # before a training whose figures they cannot give
+    if not self.metrics or self.dir.is_done(self.recipe.rounds): return
+    with seeded(0), warnings.catch_warnings():
+        warnings.simplefilter('ignore') # each is told when the network is made
+        learn = self._learner(0, None, Noise.none())
+    try:
+        with learn.no_bar(), learn.no_logging(): learn.validate()
+    except Exception as e: # of any kind
+        raise ValueError(f"metrics cannot be computed for {len(self.data.classes)} classes ({str(e).strip().splitlines()[-1]}): "
+                         "of more than two, F1Score and the like want average='macro'") from None
 
 @patch
 def _stats(self: NoisyStudent, k):
@@ -570,8 +593,8 @@ def _fit_round(self: NoisyStudent, k): # everything of round k that is not there
                           "is distillation, Noisy Student wants an equal or larger student")
         if self.recipe.head_rounds and not fly: self._start_from_head(k, learn, selection)
         prepared = time.perf_counter() - begun
-        history, seconds = ([self._head_history(learn)], 0.) if is_head else fit_resumably(
-            learn, epochs, r, folder, StageProgress(self._tell, stage), self.cbs(k, folder))
+        history, seconds = ([self._head_history(learn, f'round {k}: training the {role}, its classifier alone')], 0.) if is_head else fit_resumably(
+            learn, epochs, r, folder, StageProgress(self._tell, stage), [*self._keep_time(k), *self.cbs(k, folder)])
     trained = time.perf_counter()
     write_once(folder/'history.csv', pd.DataFrame(history).to_csv(index=False))
     mean, std = self._stats(k)
@@ -632,12 +655,13 @@ def _head_targets(self: NoisyStudent, selection, n): # float32 (n, K) of the fir
     return out
 
 @patch
-def _head_history(self: NoisyStudent, learn): # of a training that has no epochs
+def _head_history(self: NoisyStudent, learn, stage): # of a training that has no epochs
     with learn.no_bar(), learn.no_logging(): loss, acc, *more = learn.validate()
     known = torch.from_numpy(self._labels()[:2000])
     train = _logits(learn, self._images('labeled').images[:2000])
-    return dict(epoch=0, train_loss=float(learn.loss_func(train, known)), valid_loss=float(loss), valid_accuracy=float(acc),
-                **named_figures(learn.metrics[1:], more))
+    figures = dict(train_loss=float(learn.loss_func(train, known)), valid_loss=float(loss), valid_accuracy=float(acc), **named_figures(learn.metrics[1:], more))
+    StageProgress(self._tell, stage).epoch(1, 1, figures)
+    return dict(epoch=0, **figures)
 
 
 # %% ../nbs/09_rounds.ipynb #a38c5635
@@ -704,25 +728,56 @@ def _spent(self: NoisyStudent): # seconds of the finished rounds
     return float(self.summary.seconds.sum())
 
 @patch
-def _planned(self: NoisyStudent, k): # steps of round k, None if there is no limit or it has not begun
-    try: return int(unsealed(self.dir.round(k)/'plan.json')['steps'])
-    except (FileNotFoundError, NotADirectoryError): return None
-    except (ValueError, KeyError, TypeError): raise ValueError(f"{self.dir.round(k)/'plan.json'} is damaged: remove the folder {self.dir.round(k)}") from None
+def _plan_of(self: NoisyStudent, k): # what was decided about the length of round k, nothing without a limit or before it begins
+    file = self.dir.round(k)/'plan.json'
+    try: plan = unsealed(file)
+    except (FileNotFoundError, NotADirectoryError): return {}
+    except ValueError: raise ValueError(f"{file} is damaged: remove the folder {file.parent}") from None
+    return {} if not plan['steps'] and plan.get('limit') != self.limit else plan # what was left out may fit into another limit
+
+@patch
+def _planned(self: NoisyStudent, k): return self._plan_of(k).get('steps') # None: nothing is decided
+
+@patch
+def _left(self: NoisyStudent, k): # seconds for the trainings from round k on
+    assert self.limit is not None
+    _, rate = self._measured()
+    later = sum(len(self._images('unlabeled').images) / rate for j in range(k + 1, self.recipe.rounds + 1) if j >= self.recipe.head_rounds)
+    judged = sum(len(o) for o in (self.data.valid, self.data.test) if o is not None) / rate * (self.recipe.rounds + 1 - k)
+    left = self.limit - self.opening - (time.perf_counter() - self._clock) - later - judged - self._reserve
+    return .96 * left # many steps in a row are a little slower than the few that were measured
+
+@patch
+def _is_left_out(self: NoisyStudent, k): # whether the time is too short for round k; known before its pool is labeled
+    if self.limit is None or not k or k < self.recipe.head_rounds or self._planned(k): return False
+    if self._planned(k) is None and not rank():
+        step, rate = self._measured()
+        labeling = 0. if self.recipe.on_the_fly or (self.dir.round(k)/'selected.parquet').exists() else len(self._images('unlabeled').images) / rate
+        if k == self.recipe.head_rounds: labeling = 0. # by a classifier on features that are known
+        if not steps_for(left := self._left(k) - labeling, k, self.recipe, step[k]): self._note_plan(k, steps=0, step_seconds=step[k], left=round(left, 1))
+    barrier()
+    return self._planned(k) == 0
+
+@patch
+def _note_plan(self: NoisyStudent, k, **plan): self.dir.write(f'round_{k}/plan.json', sealed(dict(self._plan_of(k), **plan, limit=self.limit)))
 
 @patch
 def _plan_round(self: NoisyStudent, k, selection, noise): # the recipe of round k, with steps that fit into what is left of the limit
     if self.limit is not None and self._planned(k) is None and not rank():
-        _, rate = self._measured()
         step = self._step_seconds(k, selection, noise)
-        later = sum(len(self._images('unlabeled').images) / rate for j in range(k + 1, self.recipe.rounds + 1) if j >= self.recipe.head_rounds)
-        judged = sum(len(o) for o in (self.data.valid, self.data.test) if o is not None) / rate * (self.recipe.rounds + 1 - k)
-        left = self.limit - self.opening - (time.perf_counter() - self._clock) - later - judged - self._reserve
-        left *= .96 # many steps in a row are a little slower than the few that were measured
-        steps = steps_for(left, k, self.recipe, step)
-        if left < 20 * step: warnings.warn(f"time_limit leaves no time for round {k}: it gets 20 steps")
-        write_once(self.dir.round(k)/'plan.json', sealed(dict(steps=steps, step_seconds=step, left=round(left, 1))))
+        left = self._left(k)
+        steps = steps_for(left, k, self.recipe, step) or LEAST_IN_TIME # it has begun
+        if left < steps * step: warnings.warn(f"time_limit leaves too little time for round {k}: it gets {steps} steps")
+        self._note_plan(k, steps=steps, step_seconds=step, left=round(left, 1))
     barrier()
     return self._recipe(k)
+
+@patch
+def _keep_time(self: NoisyStudent, k): # callbacks
+    if self.limit is None or world() > 1: return []
+    weights, plan = round_weights(self.recipe), self._plan_of(k)
+    seconds = max(plan['steps'] * plan['step_seconds'], self._left(k) * weights[k] / sum(weights[k:])) if weights[k] else 0.
+    return [KeepTime(seconds, {int(e): n for e, n in plan.get('epochs', {}).items()}, lambda kept: self._note_plan(k, epochs=kept))]
 
 @patch
 def plan(self: NoisyStudent) -> pd.DataFrame: # round, stage, amount, seconds
@@ -742,8 +797,11 @@ def plan(self: NoisyStudent) -> pd.DataFrame: # round, stage, amount, seconds
             rows.append(Stage(k, f'{name}: classifier', f'{features:,} features' if not k else 'features are known', features / rate if not k else 1.))
         else:
             epochs = r.teacher_epochs if not k and r.teacher_epochs else r.epochs
-            whole = self._planned(k) or (int(max(20, round_weights(r)[k] * (self.limit - fixed) / step[k])) if self.limit else
-                                         epochs * (r.steps or -(-len(self.data.labeled) // r.bs)))
+            whole = epochs * (r.steps or -(-len(self.data.labeled) // r.bs))
+            if self.limit: # of what the rounds before it leave
+                spent = sum(o.seconds for o in rows if o.stage.startswith(('teacher: ', 'student ')) and o.round >= r.head_rounds)
+                whole = p if (p := self._planned(k)) is not None else steps_for(self.limit - fixed - spent, k, r, step[k])
+            if not whole: rows = [o for o in rows if o.round < k]; break # no time for it
             rows.append(Stage(k, f'{name}: {self.arch(k)}', f'{whole:,} steps', whole * step[k]))
         if judged: rows.append(Stage(k, 'evaluation', f"{sum(len(o) for o in (self.data.valid, self.data.test) if o is not None):,} images", judged))
     return pd.DataFrame(rows).round(dict(seconds=1))

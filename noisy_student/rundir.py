@@ -85,9 +85,13 @@ class RunDir:
         n = self._size('valid') # runs of older versions are judged as those of today
         return [dict(score=p, score_error=accuracy_error(p, n)) | r if n and (p := r['valid_accuracy']) is not None else r for r in rows]
 
-    def _size(self, split): # its images, None if run.json does not say
-        try: return unsealed(self.path/'run.json')['sizes'][split]
-        except (OSError, ValueError, KeyError, TypeError): return None
+    def _size(self, split): return (self.about.get('sizes') or {}).get(split) # its images, None if run.json does not say
+
+    @property
+    def about(self) -> dict:
+        "All of run.json; empty where there is none that can be read."
+        try: return unsealed(self.path/'run.json')
+        except (OSError, ValueError): return {}
 
     @property
     def best(self) -> int:

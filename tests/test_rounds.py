@@ -417,3 +417,51 @@ def test_the_figure_that_chooses_and_the_weights_of_classes(tmp_path):
     assert plain.valid_f1[0] != s.valid_f1[0] and plain.score[0] == plain.valid_accuracy[0]
     for wrong in (dict(choose_by="precision"), dict(class_weights="heavy")):
         with pytest.raises(ValueError, match="must be '"): NoisyStudent(data, "resnet9_4", tmp_path/"c", **settings, **wrong)
+
+
+def test_mistaken_metrics_and_settings_are_refused_before_training(tmp_path):
+    from fastai.metrics import F1Score
+    from noisy_student.rounds import NoisyStudent
+    ns = NoisyStudent(miniature(), "resnet9_4", tmp_path/"a", metrics=F1Score(), **SETTINGS)  # of two classes
+    with pytest.raises(ValueError, match="average='macro'"): ns.fit()
+    assert not list((tmp_path/"a").glob("round_*/*"))
+    for name, meant in dict(timelimit="time_limit", batch_size="bs", thresold="threshold").items():
+        with pytest.raises(ValueError, match=f"unknown setting '{name}' .did you mean {meant}"): NoisyStudent(miniature(), "resnet9_4", tmp_path/"b", **{name: 1})
+
+
+def test_the_figures_are_seen_where_a_run_is_printed(tmp_path):
+    from noisy_student.rounds import NoisyStudent
+    ns = NoisyStudent(miniature(), "resnet9_4", tmp_path/"a", **{**SETTINGS, **FEW})
+    assert "0 of 2 rounds done" in str(ns) and "\n" not in str(ns)
+    s = ns.fit()
+    lines = str(ns).splitlines()
+    assert "2 of 2 rounds done" in lines[0] and f"{s.valid_accuracy[1]:.3f}" in lines[3] and max(map(len, lines[1:])) <= 80
+
+
+def test_a_time_limit_leaves_out_what_does_not_fit(tmp_path, monkeypatch):
+    "A student of a few steps would be worse than its teacher: it waits for a longer limit, with which the run goes on."
+    from noisy_student.rounds import NoisyStudent
+    def run(limit): return NoisyStudent(miniature(), "resnet9_4", tmp_path/"a", time_limit=limit, pretrained=False, seed=0, size=8)
+    real = NoisyStudent._step_seconds
+    monkeypatch.setattr(NoisyStudent, "_step_seconds", lambda self, k, *a: 5. if k else real(self, k, *a))  # a slow student
+    ns = run(25)
+    assert set(ns.plan()["round"]) == {0}
+    with pytest.warns(UserWarning, match="round 1 is left out: there is no time for it in 25 s"): s = ns.fit()
+    assert list(s["round"]) == [0] and not (tmp_path/"a"/"round_1"/"pseudo_labels").exists() and (tmp_path/"a"/"report.html").exists
+    with pytest.warns(UserWarning, match="round 1 is left out"): run(25).fit()  # nothing new
+    monkeypatch.undo()
+    kept = (tmp_path/"a"/"round_0"/"model.safetensors").read_bytes()
+    assert list(run(60).fit()["round"]) == [0, 1] and (tmp_path/"a"/"round_0"/"model.safetensors").read_bytes() == kept
+
+
+def test_a_time_limit_is_kept(tmp_path):
+    from noisy_student.rounds import NoisyStudent
+    import torch
+    torch.set_num_threads(1)
+    fit(tmp_path/"warm", **FEW)  # what is loaded on first use
+    for limit in (15, 30):
+        begun = time.perf_counter()
+        ns = NoisyStudent(miniature(), None, tmp_path/f"{limit}", time_limit=limit, pretrained=False)
+        planned = ns.plan().seconds.sum()
+        s = ns.fit()
+        assert .75 * limit < planned < 1.1 * limit and .7 * limit < time.perf_counter() - begun < 1.15 * limit + 2 and list(s["round"]) == [0, 1]
