@@ -31,7 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .archives import split_item
 from .auto import LEAST_IN_TIME, Stage, duration, round_weights, seconds, steps_for, with_steps
-from .checks import against_before, against_chance, majority, valid_figures
+from .checks import accuracy_error, against_before, against_chance, majority, valid_figures
 from .checkpoints import named_figures, seeded
 from .configure import channels, configure, default_size, reasons_table
 from .dataloaders import mixed_dataloaders
@@ -233,6 +233,8 @@ class NoisyStudent:
                 if new: self._not_in_vain(k)
             if old and not rank() and (self._until is None or rounds == self.recipe.rounds): self._write_report()
             barrier()
+            if new and self.limit and self._until is None and not rank() and (took := time.perf_counter() - self._clock) > 1.1 * self.limit + 5:
+                warnings.warn(f"the run took {duration(took)}, more than time_limit={duration(self.limit)}: other programs may have used this machine, too")
         return self.summary
 
     @property
