@@ -98,10 +98,10 @@ def modssc(ns, seed, budget) -> list[dict]:
         return []
     data, r, device = ns.data, ns.recipe, DeviceSpec(ns.device.type)
     with seeded(seed):
-        x_l, x_us = (augmented(ns, ns._images(o).images, True).to(ns.device) for o in ("labeled", "unlabeled"))
-        x_uw = augmented(ns, ns._images("unlabeled").images, False).to(ns.device)
+        x_l, x_us = (augmented(ns, ns.opened.images(o).images, True).to(ns.device) for o in ("labeled", "unlabeled"))
+        x_uw = augmented(ns, ns.opened.images("unlabeled").images, False).to(ns.device)
     y_l = torch.from_numpy(np.tile(data.labeled.labels, VERSIONS)).to(ns.device)
-    held = {o: augmented(ns, ns._images(o).images[:], False)[:len(ns._images(o).images)].to(ns.device) for o in ("valid", "test")}
+    held = {o: augmented(ns, ns.opened.images(o).images[:], False)[:len(ns.opened.images(o).images)].to(ns.device) for o in ("valid", "test")}
     def fit(kind, spec, **epochs):
         with seeded(seed):
             model = create_model(ns.archs[-1], len(data.classes), x_l.shape[1]).to(ns.device)

@@ -107,7 +107,7 @@ class Net(nn.Module): # forward as semilearn wants it
 
 def views(ns): # its weak view, strong view and view for evaluation (datasets/cv_datasets/cifar.py) at our size
     from semilearn.datasets.augmentation import RandAugment
-    size, (mean, std) = ns._images("labeled").images.shape[1], ns._stats(0)
+    size, (mean, std) = ns.opened.images("labeled").images.shape[1], ns._stats(0)
     crop = [T.RandomCrop(size, padding=int(size * (1 - COMMON["crop_ratio"])), padding_mode="reflect")]
     flip = [T.RandomHorizontalFlip()] if ns.recipe.flip else []
     end = [*([T.Grayscale(1)] if len(mean) == 1 else []), T.ToTensor(), T.Normalize(mean, std)]
@@ -118,7 +118,7 @@ def fit(ns, name, iterations, seed, folder):
     "A `Trainer` after that many iterations, and the loaders of validation and test images."
     from semilearn import BasicDataset, Trainer, get_algorithm, get_config, get_data_loader
     data, gpu = ns.data, ns.device.type == "cuda"
-    images = {o: np.asarray(ns._images(o).images[:]) for o in ("labeled", "unlabeled", "valid", "test")}
+    images = {o: np.asarray(ns.opened.images(o).images[:]) for o in ("labeled", "unlabeled", "valid", "test")}
     labels = {o: np.asarray(getattr(data, o).labels, dtype=np.int64) for o in ("labeled", "valid", "test")}
     c_in, n_out, size = images["labeled"].shape[-1], len(data.classes), images["labeled"].shape[1]
     if c_in == 1: images = {k: v.repeat(3, axis=-1) for k, v in images.items()}

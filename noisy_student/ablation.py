@@ -165,7 +165,7 @@ def ablate(
         recipes = {k: same_images(full, c, len(d.labeled)) for k, c in {'full': {}, **changes}.items()}
         for name, r in recipes.items():
             run = NoisyStudent(d, None, out/name/f'seed_{seed}', seed=seed, recipe=r, device=device, progress=Within(progress, f'{name}, seed {seed}: '))
-            run._decoded = decoded.setdefault(run.size, {}) # images are decoded once for all runs of a seed
+            run.opened.decoded = decoded.setdefault(run.size, {}) # images are decoded once for all runs of a seed
             first = first or run
             with first_rank_first(): _share_teacher(run, first)
             last = run.fit().iloc[-1]

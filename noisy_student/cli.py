@@ -579,11 +579,11 @@ def evaluate(
 
 def _trained_by_all(path, splits): # whether a run with folds knows the validation images, all of which trained
     import pandas as pd
-    from noisy_student.rounds import _fingerprint
+    from noisy_student.opened import fingerprint
     try: config = unsealed(path/'run.json')['config']
     except (OSError, ValueError, KeyError): return False
     if not config.get('folds'): return False
-    if not isinstance(splits.valid.images, list): return config.get('data') == _fingerprint(splits)
+    if not isinstance(splits.valid.images, list): return config.get('data') == fingerprint(splits)
     known = {os.path.abspath(str(o)) for f in path.glob('round_*/oof.csv') for o in pd.read_csv(f, usecols=['item']).item}
     return any(os.path.abspath(o) in known for o in splits.valid.images)
 
@@ -760,7 +760,7 @@ def report(
     print(write_report(path, splits))
 
 def _data_of(run, name): # Splits that a run was made from; None, with a word why, if they are not at hand
-    from noisy_student.rounds import _fingerprint
+    from noisy_student.opened import fingerprint
     source = run.about.get('source')
     if not name and not source:
         to_stderr(f"warning: {run.path} does not say what it was made from: name DATA, as given to run, for pictures "
@@ -776,7 +776,7 @@ def _data_of(run, name): # Splits that a run was made from; None, with a word wh
         to_stderr(f"warning: the images of the run are not at hand ({_without_errno(e)}): pictures are left out, or "
                    "name DATA")
         return None
-    if _fingerprint(splits) == run.config.get('data'): return splits
+    if fingerprint(splits) == run.config.get('data'): return splits
     if name:
         raise ValueError(f"{name} is not what {run.path} was made from: other images or labels, by changed files, "
                          "another pool or number of labels")

@@ -22,8 +22,9 @@ from .distributed import world
 from .files import altered, stoppable, write_sums, write_text
 from .images import Decoded
 from .models import load_tensors, save_tensors
+from .opened import Opened, fingerprint
 from .progress import Within
-from .rounds import NoisyStudent, _fingerprint, _run_folder
+from .rounds import NoisyStudent, _run_folder
 from .rundir import read_metrics
 from .splits import Split, Splits
 from .tables import open_data
@@ -58,17 +59,22 @@ def fold_of(
     raise ValueError(f"folds={folds} cannot be dealt out so that every class stays in every training: ask for fewer folds, or look at the groups")
 
 # %% ../nbs/09c_folds.ipynb #ed6631eb
+class _OpenedFold(Opened): # its labeled and validation images are some of those of the whole run
+    def __init__(self, fold):
+        super().__init__(fold.data, fold.size, fold.dir, fold._tell, fold.opened.pool_is_needed)
+        self.whole, self.held = fold.whole.opened, fold.held
+
+    def images(self, name):
+        if name not in ('labeled', 'valid'): return self.whole.images(name)
+        rows = np.flatnonzero(self.held if name == 'valid' else ~self.held)
+        return Decoded(self.whole.images('labeled').images[rows], np.arange(len(rows)), [])
+
 class _Fold(NoisyStudent): # the run without the labels of one fold
     def __init__(self, whole, f, **settings):
         self.whole, self.held = whole, whole.of == f
         data = replace(whole.data, labeled=whole.data.labeled[~self.held], valid=whole.data.labeled[self.held])
         super().__init__(data, path=whole.path/f'fold_{f}', **settings)
-        self.first, self.answers = f == 0, (None, {})
-
-    def _images(self, name):
-        if name not in ('labeled', 'valid'): return self.whole._images(name)
-        rows = np.flatnonzero(self.held if name == 'valid' else ~self.held)
-        return Decoded(self.whole._images('labeled').images[rows], np.arange(len(rows)), [])
+        self.first, self.answers, self.opened = f == 0, (None, {}), _OpenedFold(self)
 
     def _features(self, k):
         labeled, pool = self.whole._features(k)
@@ -138,7 +144,7 @@ class FoldedNoisyStudent(NoisyStudent):
             raise ValueError("pseudo_labels made elsewhere and folds do not go together: whoever made them may have known the labels of every fold; leave one of them out")
         _check_number(folds)
         opened = open_data(data, seed=seed)
-        self._opened = _fingerprint(opened)
+        self._opened = fingerprint(opened)
         super().__init__(_joined(opened), archs, path or _run_folder(data, None), *args, folds=folds, **kwargs) # type: ignore[misc]
         if world() > 1: raise ValueError("folds run in one process: start one, or leave folds out")
         labeled = self.data.labeled

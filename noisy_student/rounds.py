@@ -13,6 +13,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,22 +30,21 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .archives import split_item
 from .auto import LEAST_IN_TIME, Stage, duration, round_weights, seconds, steps_for, with_steps
 from .checks import accuracy_error, against_before, against_chance, majority, valid_figures
 from .checkpoints import named_figures, seeded
 from .configure import channels, configure, default_size, reasons_table
 from .dataloaders import mixed_dataloaders
-from .datasets import Splits, load_images
+from .datasets import Splits
 from .distributed import barrier, first_rank_first, join, own_device, rank, world, write_once
 from .features import KnownFeatures, fit_head, frozen_features, put_head
 from .files import locked, sealed, stoppable, unsealed, write_with_sum
 from .fitting import KeepTime, fit_resumably, splitter, student_view
-from .leaks import find_leaks
 from .learner import Noise, noisy_student_learner
 from .losses import SoftLabelCrossEntropy, class_weights
 from .models import (_resolved, arch_name, create_model, load_tensors, load_weights, n_parameters, save_tensors)
 from .network import Network, load_network
+from .opened import Opened, Rows, fingerprint
 from .precision import fast
 from .predictions import predict_table
 from .progress import StageProgress, default_progress
@@ -65,18 +65,6 @@ def _run_folder(data, path): # where the run is
         raise ValueError("path must be the run directory, such as 'runs/mine': only a folder or a .csv file has a name of its own")
     return Path('runs')/Path(os.path.abspath(data)).stem
 
-def _fingerprint(data: Splits) -> str: # of all items and labels
-    h = hashlib.sha256('\0'.join(data.classes).encode())
-    for name in ('labeled', 'unlabeled', 'valid', 'test'):
-        s = getattr(data, name)
-        if s is None: continue
-        if isinstance(s.images, np.ndarray): h.update(np.ascontiguousarray(s.images))
-        else:
-            for f, disk in ((f, split_item(f)[0]) for f in s.images):
-                h.update(f"{f}\0{os.path.getsize(disk) if os.path.exists(disk) else -1}\n".encode(errors='surrogateescape'))
-        if s.labels is not None: h.update(s.labels.tobytes())
-    return h.hexdigest()[:16]
-
 # %% ../nbs/09_rounds.ipynb #0d458502
 class NoisyStudent:
     """Teacher, pseudo labels, noised student, and again (Xie et al. 2020, Algorithm 1), in a run directory.
@@ -96,7 +84,6 @@ class NoisyStudent:
     source: dict | None = None # Arguments of `cli.load_data`, if the command line made the data: kept for `noisy-student report`
     report: Callable[[], Figure] # Below
     suspects: Callable[..., pd.DataFrame] # Below
-    _decoded: dict # Decoded images by split
 
     def __init__(
         self,
@@ -153,6 +140,7 @@ class NoisyStudent:
                              f"accumulate={self.recipe.accumulate}: every process takes the same share of a batch")
         if world() > 1: join(self.device)
         if rank(): self._tell = lambda *_: None
+        self.opened = Opened(data, self.size, self.dir, self._tell, bool(self.recipe.rounds) or self.given is not None)
         if self.recipe.head_rounds and not self.recipe.pretrained:
             raise ValueError(f"head_rounds={self.recipe.head_rounds} trains a classifier on the features of pretrained weights, and there are "
                              "none: set pretrained, or head_rounds=0")
@@ -190,7 +178,7 @@ class NoisyStudent:
         # defaults and remarks; size stands for itself
         recipe = {k: v for k, v in self.recipe.to_json().items() if k not in ('archs', 'unlabeled', 'size', 'source')}
         config = dict(archs=self.archs, size=self.size, seed=self.seed, recipe=recipe, classes=self.data.classes,
-                      data=_fingerprint(self.data), pseudo_labels=self.given and self.given.digest)
+                      data=fingerprint(self.data), pseudo_labels=self.given and self.given.digest)
         return json.loads(json.dumps(config))
 
     def fit(self) -> pd.DataFrame: # `summary`
@@ -209,7 +197,7 @@ class NoisyStudent:
                 self._check_weights()
             self._check_metrics()
             self._clock = begun - self._making - self._spent()
-            self._check_leaks()
+            self.opened.check_leaks()
             if not rank() and any(not self.dir.is_done(k) for k in range(self.recipe.rounds + 1)): self._tell_plan()
             old, rounds = not _is_whole(self.path/'report.html'), self.recipe.rounds if self._until is None else self._until
             for k in range(rounds + 1):
@@ -322,96 +310,6 @@ def _halve_batch(self: NoisyStudent, k): # or raise: as errors of the device are
 
 # %% ../nbs/09_rounds.ipynb #ab63d0a5
 @patch
-def _images(self: NoisyStudent, name): # Decoded images of a split, decoded on first use
-    cache = self.__dict__.setdefault('_decoded', {})
-    if name not in cache:
-        split = getattr(self.data, name)
-        with first_rank_first():
-            d = load_images(split.images, self.size,
-                            None if isinstance(split.images, np.ndarray) else self.path/'cache',
-                            StageProgress(self._tell, f'decoding {name} images'))
-        if d.bad and name != 'unlabeled':
-            named = '; '.join(f"{o.item}: {o.reason}" for o in d.bad[:10])
-            more = f" (and {len(d.bad) - 10} more)" if len(d.bad) > 10 else ''
-            raise ValueError(f"{len(d.bad)} of the {name} images cannot be used: {named}{more}; mend or remove them")
-        if d.bad:
-            self.dir.write('skipped.csv', pd.DataFrame(d.bad, columns=['item', 'reason']).to_csv(index=False))
-            if not len(d.good):
-                raise ValueError(f"none of the {len(d.bad)} unlabeled images can be used: see {self.path/'skipped.csv'}")
-            warnings.warn(f"{len(d.bad)} of {len(split)} unlabeled files are left out: see {self.path/'skipped.csv'}")
-        cache[name] = d
-    return cache[name]
-
-@patch
-def _find_leaks(self: NoisyStudent, pool):
-    # what is in two piles; searched once, before anything is trained, and kept in leaks.json
-    file, piles = self.path/'leaks.json', ['labeled', *(['unlabeled'] if pool else [])]
-    try: old = unsealed(file)
-    except FileNotFoundError: old = dict(searched=[])
-    except ValueError as e: old = dict(searched=[]); warnings.warn(f"{e}: leaks are searched again")
-    if not set(piles) <= set(old['searched']):
-        exams = {o: self._images(o) for o in ('valid', 'test')
-                 if getattr(self.data, o) is not None and len(getattr(self.data, o))}
-        old = dict(searched=piles, found=[o for p in piles for o in self._leaks_between(p, exams)])
-        write_once(file, sealed(old))
-        from noisy_student.report import leak_warnings
-        for o in leak_warnings(old['found']): warnings.warn(o)
-    self._leaks = pd.DataFrame(old['found'], columns=['pile', 'position', 'item', 'also_in', 'other', 'kind',
-                                                      'difference']) if pool else None
-    if pool and (reasons := self._left_out()):
-        d = self._images('unlabeled')
-        names = (d.good if isinstance(self.data.unlabeled.images, np.ndarray)
-                 else [self.data.unlabeled.images[i] for i in d.good])
-        rows = [*d.bad, *((names[i], why) for i, why in reasons.items())]
-        self.dir.write('skipped.csv', pd.DataFrame(rows, columns=['item', 'reason']).to_csv(index=False))
-
-@patch
-def _check_leaks(self: NoisyStudent): # a damaged leaks.json of finished rounds is made again, too
-    try: unsealed(self.path/'leaks.json')
-    except FileNotFoundError: pass
-    except ValueError: self._find_leaks(bool(self.recipe.rounds) or self.given is not None)
-
-@patch
-def _leaks_between(self: NoisyStudent, pile, exams): # a dict per leak
-    def name(which, i):
-        images = getattr(self.data, which).images
-        return int(i) if isinstance(images, np.ndarray) else images[i]
-    d, total, found = self._images(pile), len(exams) * len(self._images(pile).images), []
-    for n, (exam, e) in enumerate(exams.items()):
-        tell = lambda done, of: pile == 'unlabeled' and self._tell('looking for leaks (images)', n * of + done, total)
-        for o in find_leaks(d.images, e.images, tell).itertuples():
-            i, j = int(d.good[o.position]), int(e.good[o.other])
-            found.append(dict(pile=pile, position=i, item=name(pile, i), also_in=exam, other=name(exam, j), kind=o.kind,
-                              difference=round(o.difference, 4)))
-    return found
-
-@patch
-def _left_out(self: NoisyStudent):
-    # {row of the decoded pool: why}: unlabeled images that are also in validation or test
-    if self.__dict__.get('_leaks') is None: self._find_leaks(True)
-    t = self._leaks[(self._leaks.pile == 'unlabeled') & (self._leaks.kind == 'identical')]
-    if not len(t): return {}
-    why = {o.position: f"also a {dict(valid='validation').get(o.also_in, o.also_in)} image: {o.other}"
-           for o in t.itertuples()}
-    return {row: why[i] for row, i in enumerate(self._images('unlabeled').good.tolist()) if i in why}
-
-@patch
-def _pool_images(self: NoisyStudent): # of all unlabeled images that may train
-    images, out = self._images('unlabeled').images, self._left_out()
-    return _Rows(images, np.setdiff1d(np.arange(len(images)), list(out))) if out else images
-
-@patch
-def _without_leaks(self: NoisyStudent, selection): # a selection made elsewhere, without what is left out
-    stay = ~np.isin(self._rows(selection.items), list(self._left_out()))
-    if not stay.any():
-        raise ValueError(f"every selected image is also a validation or test image (see {self.path/'leaks.json'}): "
-                         "label other images")
-    items = (selection.items[stay] if isinstance(selection.items, np.ndarray)
-             else [o for o, s in zip(selection.items, stay) if s])
-    return replace(selection, items=items, **{o: getattr(selection, o)[stay]
-                                              for o in ('labels', 'confidence', 'probs', 'copies')})
-
-@patch
 def _check_weights(self: NoisyStudent): # now, not when the networks before it are trained: do the weights fit every network?
     if not self.recipe.pretrained: return
     todo = [k for k in range(self.recipe.rounds + 1) if not self.dir.is_done(k)]
@@ -441,24 +339,24 @@ def _stats(self: NoisyStudent, k):
         with torch.device('meta'):
             cfg = getattr(create_model(self.networks[self.arch(k)], len(self.data.classes)), 'pretrained_cfg', None)
         if cfg:
-            gray = self._images('labeled').images.shape[-1] == 1
+            gray = self.opened.images('labeled').images.shape[-1] == 1
             return tuple([sum(cfg[o]) / len(cfg[o])] if gray else list(cfg[o]) for o in ('mean', 'std'))
-    images = self._images('labeled').images
+    images = self.opened.images('labeled').images
     sample = images[np.linspace(0, len(images) - 1, min(len(images), 2000)).astype(int)] / 255.
     return sample.mean((0, 1, 2)).tolist(), (sample.std((0, 1, 2)) + 1e-6).tolist()
 
 @patch
 def _learner(self: NoisyStudent, k, selection, noise, pretrained=False, teacher=None):
     # the network of round k, before training
-    r, sets = self._recipe(k), {n: (self._images(n).images, getattr(self.data, n).labels) for n in ('labeled', 'valid')}
+    r, sets = self._recipe(k), {n: (self.opened.images(n).images, getattr(self.data, n).labels) for n in ('labeled', 'valid')}
     pseudo, copies, augment, parts = None, None, student_view(r), r.accumulate
     bs = r.bs // (parts * world()) # images of a batch that are labeled, of this process
     if teacher is not None: # targets are made batch by batch
-        pool = self._pool_images()
+        pool: Any = self.opened.pool()
         pseudo = pool, torch.zeros(1, len(self.data.classes)).expand(len(pool), -1)
         augment = [TeacherTargets(teacher.model, teacher.dls.clean_view, bs, r.temperature), *augment]
     elif selection is not None:
-        rows = _Rows(self._images('unlabeled').images, self._rows(selection.items))
+        rows: Any = Rows(self.opened.images('unlabeled').images, self.opened.rows(selection.items))
         pseudo, copies = (rows, self._targets(selection)), selection.copies
     # one pass over it is an epoch
     pile = len(self.data.labeled) + (int(copies.sum()) if r.ratio is None and copies is not None else 0)
@@ -494,22 +392,7 @@ def _targets(self: NoisyStudent, selection): # float32 (n, K): soft, or one-hot 
     if r.soft: return selection.probs
     return np.eye(K, dtype=np.float32)[selection.labels] * (1 - r.label_smoothing) + r.label_smoothing / K
 
-class _Rows: # some rows of an array, fetched when they are asked for: the array may be larger than memory
-    def __init__(self, images, rows): self.images, self.rows, self.shape = images, rows, (len(rows), *images.shape[1:])
-    def __len__(self): return len(self.rows)
-    def __getitem__(self, i): return self.images[self.rows[i]]
-
 # %% ../nbs/09_rounds.ipynb #1b0841a9
-@patch
-def _rows(self: NoisyStudent, items): # positions in the decoded pool of the items of a table
-    if isinstance(self.data.unlabeled.images, np.ndarray): return np.asarray(items, dtype=np.int64)
-    good = self._images('unlabeled').good
-    # `label` may have been given a relative folder
-    row = {os.path.abspath(self.data.unlabeled.images[i]): j for j, i in enumerate(good)}
-    try: return np.array([row[os.path.abspath(o)] for o in items], dtype=np.int64)
-    except KeyError as e:
-        raise ValueError(f"{e.args[0]} has a pseudo label but is not among the usable unlabeled images of these data") from None
-
 @patch
 def _label(self: NoisyStudent, k): # the pseudo labels for round k, made by the network of round k - 1
     out, before = self.dir.round(k)/'selected.parquet', self.dir.round(k - 1)/'selected.parquet'
@@ -529,7 +412,7 @@ def _label(self: NoisyStudent, k): # the pseudo labels for round k, made by the 
 @patch
 def _label_pool(self: NoisyStudent, k, folder, tell):
     # by the network of round k, into folder/pseudo_labels, selected into folder/selected.parquet
-    r, items, pool = self.recipe, self.data.unlabeled.images, self._images('unlabeled')
+    r, items, pool = self.recipe, self.data.unlabeled.images, self.opened.images('unlabeled')
     images, names = (items, None) if isinstance(items, np.ndarray) else (pool.images, [items[i] for i in pool.good])
     if not rank() and set(folder.glob('pseudo_labels/part-*')) - set(folder.glob(f'pseudo_labels/part-*-of-{world():05d}-*')):
         shutil.rmtree(folder/'pseudo_labels') # begun by another number of processes, and not selected from
@@ -537,7 +420,7 @@ def _label_pool(self: NoisyStudent, k, folder, tell):
     bs = 256 if self.device.type == 'cpu' else None # on a GPU as many as fit
     predict_pseudo_labels(self._labeler(k), images, folder/'pseudo_labels', rank(), world(), names=names,
                           temperature=r.temperature, bs=bs, progress=tell, bf16=None if r.bf16 else False,
-                          leave_out=self._left_out())
+                          leave_out=self.opened.left_out())
     barrier()
     if not rank():
         share = r.share_in(max(k + 1, 1))
@@ -568,18 +451,18 @@ def _against_best(self: NoisyStudent, k, scores): # float (n, K) of validation i
     return {} if found.ok else dict(worse_than=j, verdict=found.text)
 
 @patch
-def _answers(self: NoisyStudent, learn, name): return _logits(learn, self._images(name).images) # float32 (n, K)
+def _answers(self: NoisyStudent, learn, name): return _logits(learn, self.opened.images(name).images) # float32 (n, K)
 
 # %% ../nbs/09_rounds.ipynb #89ef8856
 @patch
 def _fit_round(self: NoisyStudent, k): # everything of round k that is not there yet
     r, folder, begun = self._recipe(k), self.dir.round(k), time.perf_counter()
     for name in ('labeled', 'valid', 'test'): # a bad file stops the run here, before training
-        if getattr(self.data, name) is not None: self._images(name)
-    self._find_leaks(bool(r.rounds) or self.given is not None)
+        if getattr(self.data, name) is not None: self.opened.images(name)
+    self.opened.find_leaks()
     fly = self._labeler(k - 1) if k and r.on_the_fly else None
     labeling = time.perf_counter()
-    selection = None if fly else self._label(k) if k else self.given and self._without_leaks(self.given)
+    selection = None if fly else self._label(k) if k else self.given and self.opened.without_leaks(self.given)
     labeling = time.perf_counter() - labeling
     role = 'teacher' if selection is None and fly is None else 'student'
     noise = r.teacher_noise if role == 'teacher' and r.teacher_noise is not None else r.noise
@@ -604,11 +487,11 @@ def _fit_round(self: NoisyStudent, k): # everything of round k that is not there
         Network(learn.model, self.arch(k), self.data.classes, self.size, mean, std).save(folder/'model.safetensors')
     hidden, known = self.data.unlabeled.hidden, None
     if selection is not None and hidden is not None:
-        truth = hidden[self._images('unlabeled').good[self._rows(selection.items)]]
+        truth = hidden[self.opened.images('unlabeled').good[self.opened.rows(selection.items)]]
         known = float((selection.labels == truth)[truth >= 0].mean()) if (truth >= 0).any() else None
     metrics = dict(round=k, role=role, arch=self.arch(k), parameters=n_parameters(learn.model),
                    labeled=len(self.data.labeled),
-                   pseudo_labeled=len(self._pool_images()) if fly else 0 if selection is None else len(selection.items),
+                   pseudo_labeled=len(self.opened.pool()) if fly else 0 if selection is None else len(selection.items),
                    **self._figures(k, learn),
                    test_accuracy=self._accuracy(learn, 'test'), seconds=round(prepared + seconds, 1),
                    pseudo_label_accuracy=known, labeling_seconds=round(labeling, 1))
@@ -620,17 +503,17 @@ MAX_FEATURES = 20_000 # unlabeled images whose features are kept: 100 MB of 1,28
 
 @patch
 def _features(self: NoisyStudent, k): # (labeled, pool) float32 (n, F) of the pretrained network of round k, which is frozen
-    key = hashlib.sha256(f"{_resolved(self.arch(k), True)} {self.recipe.pretrained} {self.size} {_fingerprint(self.data)}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{_resolved(self.arch(k), True)} {self.recipe.pretrained} {self.size} {fingerprint(self.data)}".encode()).hexdigest()[:16]
     cache = self.__dict__.setdefault('_frozen', {})
     if key not in cache:
-        file, pool = self.path/'cache'/f'features-{key}.safetensors', self._images('unlabeled').images[:MAX_FEATURES]
+        file, pool = self.path/'cache'/f'features-{key}.safetensors', self.opened.images('unlabeled').images[:MAX_FEATURES]
         with first_rank_first():
             try: tensors, _ = load_tensors(file)
             except FileNotFoundError: tensors = None
             except ValueError as e: warnings.warn(f"{e}; it is made again now"); tensors = None
             if tensors is None:
                 with seeded(0): learn = self._learner(k, None, Noise.none(), self.recipe.pretrained)
-                sets = dict(labeled=self._images('labeled').images, **(dict(pool=pool) if len(pool) else {}))
+                sets = dict(labeled=self.opened.images('labeled').images, **(dict(pool=pool) if len(pool) else {}))
                 def features(name, images):
                     tell = StageProgress(self._tell, f'features of {name} images (images)')
                     return torch.from_numpy(frozen_features(learn.model, images, learn.dls.clean_view, progress=tell))
@@ -648,7 +531,7 @@ def _start_from_head(self: NoisyStudent, k, learn, selection): # the classifier 
 
 @patch
 def _head_targets(self: NoisyStudent, selection, n): # float32 (n, K) of the first n images of the pool: pseudo labels times their weight
-    rows = self._rows(selection.items)
+    rows = self.opened.rows(selection.items)
     known = rows < n # those whose features are kept
     weight = selection.copies[known].astype(np.float32)
     if self.recipe.ratio is not None: weight *= min(1., self.recipe.ratio * len(self.data.labeled) / max(1, weight.sum()))
@@ -660,7 +543,7 @@ def _head_targets(self: NoisyStudent, selection, n): # float32 (n, K) of the fir
 def _head_history(self: NoisyStudent, learn, stage): # of a training that has no epochs
     with learn.no_bar(), learn.no_logging(): loss, acc, *more = learn.validate()
     known = torch.from_numpy(self._labels()[:2000])
-    train = _logits(learn, self._images('labeled').images[:2000])
+    train = _logits(learn, self.opened.images('labeled').images[:2000])
     figures = dict(train_loss=float(learn.loss_func(train, known)), valid_loss=float(loss), valid_accuracy=float(acc), **named_figures(learn.metrics[1:], more))
     StageProgress(self._tell, stage).epoch(1, 1, figures)
     return dict(epoch=0, **figures)
@@ -697,7 +580,7 @@ def _label_rate(self: NoisyStudent, k): # images per second of a forward pass wi
     with seeded(0), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         learn = self._learner(k, None, Noise.none())
-    images = self._images('labeled').images
+    images = self.opened.images('labeled').images
     images = np.concatenate([images] * -(-64 // len(images)))[:64]
     _logits(learn, images)
     begun = time.perf_counter()
@@ -706,8 +589,8 @@ def _label_rate(self: NoisyStudent, k): # images per second of a forward pass wi
 
 @patch
 def _any_selection(self: NoisyStudent): # as a student has one, for measuring: the first images of the pool, all classes alike
-    n, K, items = min(len(self._images('unlabeled').images), 512), len(self.data.classes), self.data.unlabeled.images
-    named = np.arange(n) if isinstance(items, np.ndarray) else [items[i] for i in self._images('unlabeled').good[:n]]
+    n, K, items = min(len(self.opened.images('unlabeled').images), 512), len(self.data.classes), self.data.unlabeled.images
+    named = np.arange(n) if isinstance(items, np.ndarray) else [items[i] for i in self.opened.images('unlabeled').good[:n]]
     probs = np.full((n, K), 1 / K, np.float32)
     return PseudoLabels(named, np.zeros(n, np.int64), probs.max(1), probs, np.ones(n, np.int64), list(self.data.classes))
 
@@ -744,7 +627,7 @@ def _planned(self: NoisyStudent, k): return self._plan_of(k).get('steps') # None
 def _left(self: NoisyStudent, k): # seconds for the trainings from round k on
     assert self.limit is not None
     _, rate = self._measured()
-    later = sum(len(self._images('unlabeled').images) / rate for j in range(k + 1, self.recipe.rounds + 1) if j >= self.recipe.head_rounds)
+    later = sum(len(self.opened.images('unlabeled').images) / rate for j in range(k + 1, self.recipe.rounds + 1) if j >= self.recipe.head_rounds)
     judged = sum(len(o) for o in (self.data.valid, self.data.test) if o is not None) / rate * (self.recipe.rounds + 1 - k)
     left = self.limit - self.opening - (time.perf_counter() - self._clock) - later - judged - self._reserve
     return .96 * left # many steps in a row are a little slower than the few that were measured
@@ -754,7 +637,7 @@ def _is_left_out(self: NoisyStudent, k): # whether the time is too short for rou
     if self.limit is None or not k or k < self.recipe.head_rounds or self._planned(k): return False
     if self._planned(k) is None and not rank():
         step, rate = self._measured()
-        labeling = 0. if self.recipe.on_the_fly or (self.dir.round(k)/'selected.parquet').exists() else len(self._images('unlabeled').images) / rate
+        labeling = 0. if self.recipe.on_the_fly or (self.dir.round(k)/'selected.parquet').exists() else len(self.opened.images('unlabeled').images) / rate
         if k == self.recipe.head_rounds: labeling = 0. # by a classifier on features that are known
         if not steps_for(left := self._left(k) - labeling, k, self.recipe, step[k]): self._note_plan(k, steps=0, step_seconds=step[k], left=round(left, 1))
     barrier()
@@ -785,7 +668,7 @@ def _keep_time(self: NoisyStudent, k): # callbacks
 def plan(self: NoisyStudent) -> pd.DataFrame: # round, stage, amount, seconds
     "What the run will do, a row per stage, and how long each takes on this machine, measured in some seconds; writes nothing but decoded images."
     step, rate = self._measured()
-    r, n, rows = self.recipe, len(self._images('unlabeled').images), []
+    r, n, rows = self.recipe, len(self.opened.images('unlabeled').images), []
     features = min(n, MAX_FEATURES) + len(self.data.labeled)
     labeling = {k: n / rate for k in range(1, r.rounds + 1) if not r.on_the_fly}
     for k in labeling:
@@ -812,7 +695,7 @@ def plan(self: NoisyStudent) -> pd.DataFrame: # round, stage, amount, seconds
 def _tell_plan(self: NoisyStudent): # one line before the training
     if self.limit is None and not (sys.stderr.isatty() or IN_NOTEBOOK): return # nobody is there to read what takes seconds to measure
     for name in ('labeled', 'unlabeled', 'valid', 'test'):
-        if getattr(self.data, name) is not None and len(getattr(self.data, name)): self._images(name)
+        if getattr(self.data, name) is not None and len(getattr(self.data, name)): self.opened.images(name)
     table = self.plan()
     parts = table[table.stage != 'evaluation'].groupby('stage', sort=False).seconds.sum()
     self.planned = f"plan: about {duration(table.seconds.sum())} ({', '.join(f'{k} {duration(v)}' for k, v in parts.items())})"
@@ -820,6 +703,9 @@ def _tell_plan(self: NoisyStudent): # one line before the training
         warnings.warn(f"time_limit={duration(self.limit)} is less than the least that this run takes, {duration(table.seconds.sum())}: fewer "
                       "rounds, a smaller size or a smaller pool would fit")
     print(self.planned, file=sys.stderr, flush=True)
+    if not self.folds and (v := len(self.data.valid)) < 50 and len(self.data.labeled) < 500:
+        print(f"{v} validation images tell an accuracy to within {200 * accuracy_error(.9, v):.0f} points: folds=5 (--folds 5) judges by all "
+              f"{v + len(self.data.labeled)} labels, and trains on all of them", file=sys.stderr, flush=True)
 
 # %% ../nbs/09_rounds.ipynb #5bbeecba
 @patch
@@ -882,7 +768,7 @@ def _labeler(self: NoisyStudent, k): # the network of round k, as it labels
     if not self.recipe.noised_teacher:
         learn = self.learner(k)
         if k < self.recipe.head_rounds: # all but the classifier is as it was
-            known, (_, features) = self._images('unlabeled').images[:MAX_FEATURES], self._features(k)
+            known, (_, features) = self.opened.images('unlabeled').images[:MAX_FEATURES], self._features(k)
             learn.model = KnownFeatures(learn.model, known, features, *self._stats(k))
         return learn
     with seeded(0): learn = self._learner(k, None, self.recipe.noise)
@@ -933,7 +819,7 @@ def suspects(self: NoisyStudent, # After `fit`
                     confidence=f.confidence_after)
         table = pd.concat([table, pd.DataFrame(more)], ignore_index=True)
     write_with_sum(folder/'suspects.csv', table.to_csv(index=False))
-    if pictures and len(ranked): show_suspects(ranked, self._images('labeled').images, self.data.classes, pictures)
+    if pictures and len(ranked): show_suspects(ranked, self.opened.images('labeled').images, self.data.classes, pictures)
     return table
 
 @patch
@@ -942,19 +828,19 @@ def _unseen_probs(self: NoisyStudent, k, folder):
     r, seed, tell = self._recipe(k), self.seed * 1000 + 999, StageProgress(self._tell, 'suspects: labeling (images)')
     sel = (read_selection(folder/'selected.parquet') if (folder/'selected.parquet').exists()
            else self._label_pool(k, folder, tell))
-    pool = _Rows(self._images('unlabeled').images, self._rows(sel.items))
-    valid = self._images('valid').images, self.data.valid.labels
+    pool = Rows(self.opened.images('unlabeled').images, self.opened.rows(sel.items))
+    valid = self.opened.images('valid').images, self.data.valid.labels
     # as many steps as a student
     parts, pile = r.accumulate, len(self.data.labeled) + (int(sel.copies.sum()) if r.ratio is None else 0)
     with seeded(seed):
         dls = mixed_dataloaders(
-            (pool, self._targets(sel)), valid, # type: ignore[arg-type] # _Rows is as good as an array, and valid has labels
+            (pool, self._targets(sel)), valid, # type: ignore[arg-type] # Rows is as good as an array, and valid has labels
             self.data.classes, copies=sel.copies, bs=r.bs // parts, steps=(r.steps or -(-pile // r.bs)) * parts,
             augment=student_view(r), stats=self._stats(k), seed=seed, device=self.device)
         learn = self._network(k, dls, r.noise, r.pretrained)
         stage = 'suspects: training a network without the labeled images (batches)'
         fit_resumably(learn, r.epochs, r, folder, StageProgress(self._tell, stage))
-    return _logits(learn, self._images('labeled').images).softmax(1).numpy()
+    return _logits(learn, self.opened.images('labeled').images).softmax(1).numpy()
 
 # %% ../nbs/09_rounds.ipynb #031d82e9
 def load_model(path: str | Path, # A run directory (its best round), a round_K folder, or a model.safetensors

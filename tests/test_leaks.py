@@ -157,5 +157,5 @@ def test_a_test_file_in_the_unlabeled_folder(tmp_path):
     items = set(pd.read_parquet(run.path / "round_1" / "pseudo_labels").item)
     assert items == {str(o) for o in pool.iterdir()} - {str(pool / "innocent.png"), str(pool / "p3.png")}
     assert sorted(o.split("/")[-1] for o in pd.read_csv(run.path / "skipped.csv").item) == ["innocent.png", "p3.png"]
-    run._find_leaks(True)  # a later start knows it from the file
-    assert list(run._left_out().values()) == [f"also a test image: {test / 'a' / '1.png'}"]
+    run.opened.find_leaks()  # a later start knows it from the file
+    assert list(run.opened.left_out().values()) == [f"also a test image: {test / 'a' / '1.png'}"]
