@@ -25,6 +25,7 @@ from .models import load_tensors, save_tensors
 from .opened import Opened, fingerprint
 from .progress import Within
 from .rounds import NoisyStudent, _run_folder
+from .report import label_warnings, read_run
 from .rundir import read_metrics
 from .splits import Split, Splits
 from .tables import open_data
@@ -97,7 +98,6 @@ class _Fold(NoisyStudent): # the run without the labels of one fold
     def _tell_plan(self): pass # the whole run does, and looks at all folds together
     def _not_in_vain(self, k): pass
     def _warn(self, k):
-        from noisy_student.report import label_warnings, read_run
         if not self.first: return
         try: found = label_warnings(read_run(self.path), k)
         except Exception as e: found = [f"round {k} could not be looked through ({type(e).__name__}: {e}); the run goes on"]

@@ -20,6 +20,7 @@ from .files import sealed, unsealed
 from .leaks import find_leaks
 from .progress import StageProgress
 from .pseudo_labels import PseudoLabels
+from .report import leak_warnings
 from .rundir import RunDir
 
 
@@ -109,7 +110,6 @@ class Opened:
         if not set(splits) <= set(old['searched']):
             old = dict(searched=splits, found=[o for name in splits for o in self._leaks_of(name)])
             self.dir.write('leaks.json', sealed(old))
-            from noisy_student.report import leak_warnings # which reads run directories
             for o in leak_warnings(old['found']): warnings.warn(o)
         if not self.pool_is_needed: return
         self._leaks = pd.DataFrame(old['found'], columns=['pile', 'position', 'item', 'also_in', 'other', 'kind', 'difference'])

@@ -26,6 +26,7 @@ from PIL import Image
 
 from .checks import against_chance
 from .datasets import ImageFileError, Splits, load_image, square
+from .distributed import write_once
 from .files import altered, unsealed
 from .metrics import wilson
 from .pseudo_labels import _batches, _duckdb, _parquet, _too_low, selected_by, share_cuts
@@ -742,7 +743,6 @@ def write_report(path: str | Path, # Run directory
                  data: Splits | None = None # Its images, for pictures and true labels; None: pictures only where the tables name files
                 ) -> Path: # report.html in it
     "Write the page of a run. Raises ValueError before its first round is done, OSError if it cannot be written."
-    from noisy_student.distributed import write_once
     html = report_html(read_run(path, data))
     write_once(file := Path(path)/'report.html', html)
     return file

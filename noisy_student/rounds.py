@@ -51,9 +51,11 @@ from .progress import StageProgress, default_progress
 from .pseudo_labels import (PseudoLabelError, PseudoLabels, Selection, predict_pseudo_labels, read_selection,
                                          relabel_pseudo_labels, select_pseudo_labels)
 from .recipes import Recipe
+from .report import chance_warnings, plot_run, read_run, round_warnings, write_report
 from .rundir import RunDir, check_config, config_of, read_metrics, weights_file
 from .rundir import read_summary # noqa: F401, public here too
 from .stochastic_depth import TrainingNoise
+from .suspects import flipped_labels, rank_suspects, show_suspects
 from .tables import open_data
 from .threads import keep_memory
 from .training import FrozenStatistics, TeacherTargets, optimizer
@@ -710,7 +712,6 @@ def _tell_plan(self: NoisyStudent): # one line before the training
 # %% ../nbs/09_rounds.ipynb #5bbeecba
 @patch
 def _warn(self: NoisyStudent, k): # of what looks wrong since round k is there
-    from noisy_student.report import chance_warnings, read_run, round_warnings
     try: found = round_warnings(run := read_run(self.path), k) + chance_warnings(run.metrics[-1], run.about)
     except Exception as e:
         return warnings.warn(f"round {k} could not be looked through ({type(e).__name__}: {e}); the run goes on")
@@ -737,7 +738,6 @@ def _is_whole(page): # whether a page is there to its end
 
 @patch
 def _write_report(self: NoisyStudent): # a page that cannot be made must not fail the run
-    from noisy_student.report import write_report
     try: return write_report(self.path, self.data if isinstance(self.data, Splits) else None)
     except Exception as e:
         warnings.warn(f"{self.path/'report.html'} could not be written ({type(e).__name__}: {e}); the run itself is "
@@ -781,7 +781,6 @@ def _labeler(self: NoisyStudent, k): # the network of round k, as it labels
 def report(self: NoisyStudent # After `fit`
           ) -> Figure: # Accuracy per round; confidence of the latest labels; class counts before and after selection
     "Three pictures of a run, or one if it has no table of pseudo labels, and the whole page `report.html`. Raises ValueError before the first round is done."
-    from noisy_student.report import plot_run, read_run
     if not len(self.summary): raise ValueError(f"no round of {self.path} is finished: call fit() first")
     self._write_report()
     return plot_run(read_run(self.path, self.data if isinstance(self.data, Splits) else None))
@@ -796,7 +795,6 @@ def suspects(self: NoisyStudent, # After `fit`
     first (`quality` in 0..1, `issue` by cleanlab's verdict), then pseudo-labeled ones whose label changed since the pool was labeled last.
 
     Raises ValueError before the first round is done or without a pool, ImportError without cleanlab. Northcutt et al. 2021."""
-    from noisy_student.suspects import flipped_labels, rank_suspects, show_suspects
     if not len(self.summary): raise ValueError(f"no round of {self.path} is finished: call fit() first")
     if not len(self.data.unlabeled) and not self.folds:
         raise ValueError("suspects are found by a network trained on unlabeled images alone, and there are none: name a pool, or ask for folds=5")
