@@ -75,7 +75,7 @@ def usb(ns, seed, budget) -> list[dict]:
 
 
 def augmented(ns, images, noised): # float (VERSIONS * N, C, S, S), normalized
-    mean, std = (torch.tensor(o).view(-1, 1, 1) for o in ns._stats(0))
+    mean, std = (torch.tensor(o).view(-1, 1, 1) for o in ns.learners.stats(0))
     x = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 255
     tfms = [*student_view(ns.recipe), *ns.recipe.noise.transforms()] if noised else []
     from fastai.torch_core import TensorImage

@@ -107,7 +107,7 @@ class Net(nn.Module): # forward as semilearn wants it
 
 def views(ns): # its weak view, strong view and view for evaluation (datasets/cv_datasets/cifar.py) at our size
     from semilearn.datasets.augmentation import RandAugment
-    size, (mean, std) = ns.opened.images("labeled").images.shape[1], ns._stats(0)
+    size, (mean, std) = ns.opened.images("labeled").images.shape[1], ns.learners.stats(0)
     crop = [T.RandomCrop(size, padding=int(size * (1 - COMMON["crop_ratio"])), padding_mode="reflect")]
     flip = [T.RandomHorizontalFlip()] if ns.recipe.flip else []
     end = [*([T.Grayscale(1)] if len(mean) == 1 else []), T.ToTensor(), T.Normalize(mean, std)]

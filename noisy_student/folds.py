@@ -7,7 +7,6 @@ __all__ = ['fold_of', 'FoldedNoisyStudent']
 
 # %% ../nbs/09c_folds.ipynb #f4559421
 import json, time, warnings
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +21,9 @@ from .distributed import world
 from .files import altered, stoppable, write_sums, write_text
 from .images import Decoded
 from .models import load_tensors, save_tensors
+from .heads import Heads
+from .labeling import Labeling
+from .learners import Learners
 from .opened import Opened, fingerprint
 from .progress import Within
 from .rounds import NoisyStudent, _run_folder
@@ -29,6 +31,7 @@ from .report import label_warnings, read_run
 from .rundir import read_metrics
 from .splits import Split, Splits
 from .tables import open_data
+from .timing import Timing
 
 # %% ../nbs/09c_folds.ipynb #77ded6d4
 def _check_number(folds):
@@ -70,48 +73,73 @@ class _OpenedFold(Opened): # its labeled and validation images are some of those
         rows = np.flatnonzero(self.held if name == 'valid' else ~self.held)
         return Decoded(self.whole.images('labeled').images[rows], np.arange(len(rows)), [])
 
-class _Fold(NoisyStudent): # the run without the labels of one fold
-    def __init__(self, whole, f, **settings):
-        self.whole, self.held = whole, whole.of == f
-        data = replace(whole.data, labeled=whole.data.labeled[~self.held], valid=whole.data.labeled[self.held])
-        super().__init__(data, path=whole.path/f'fold_{f}', **settings)
-        self.first, self.answers, self.opened = f == 0, (None, {}), _OpenedFold(self)
+class _FoldLearners(Learners): # answers are kept for the whole run; one normalization for all, so that they can be one network
+    def __init__(self, whole, *args): super().__init__(*args); self.whole, self.round, self.answers = whole, None, {}
+    whole: Learners
+    round: int | None # Whose answers are kept
+    answers: dict[str, torch.Tensor] # float32 (n, K) probabilities by split
 
-    def _features(self, k):
-        labeled, pool = self.whole._features(k)
-        return labeled[~self.held], pool
+    def stats(self, k): return self.whole.stats(k)
 
-    def _stats(self, k): return self.whole._stats(k) # one normalization for all, so that they can be one network
-
-    def _answers(self, learn, name): # kept for the whole run
-        logits = super()._answers(learn, name)
-        self.answers[1][name] = logits.softmax(1)
+    def scores(self, learn, name):
+        logits = super().scores(learn, name)
+        self.answers[name] = torch.from_numpy(logits).softmax(1)
         return logits
 
-    def _measured(self): return super()._measured() if self.first else self.whole.parts[0]._measured()
+    def answered(self, k): # {'valid', 'test': float32 (n, K)} of the network of round k
+        if self.round != k or 'valid' not in self.answers: # trained by an earlier process
+            self.round, self.answers, learn = k, {}, self.trained(k)
+            for name in ('valid', 'test'): self.accuracy(learn, name)
+        return self.answers
 
-    def _step_seconds(self, k, selection, noise): # once for all folds
-        if k not in self.whole.step_seconds: self.whole.step_seconds[k] = super()._step_seconds(k, selection, noise)
-        return self.whole.step_seconds[k]
+class _FoldHeads(Heads):
+    def __init__(self, whole, held, *args): super().__init__(*args); self.whole, self.held = whole, held
 
-    def _figures(self, k, learn): return valid_figures(self._valid_labels(), self._answers(learn, 'valid').numpy()) # what chooses is that of all folds
-    def _tell_plan(self): pass # the whole run does, and looks at all folds together
+    def features(self, k):
+        labeled, pool = self.whole.features(k)
+        return labeled[~self.held], pool
+
+class _FoldTiming(Timing): # what is measured is measured once for all folds
+    def __init__(self, first, *args): super().__init__(*args); self.first = first
+    first: Timing | None # Of the first fold; None: this is it
+    steps_of: dict[int, float]
+
+    def measured(self): return self.first.measured() if self.first else super().measured()
+
+    def step_seconds(self, k, selection, noise):
+        known = (self.first or self).__dict__.setdefault('steps_of', {})
+        if k not in known: known[k] = super().step_seconds(k, selection, noise)
+        return known[k]
+
+    def tell(self, folds=False): pass # the whole run does, and looks at all folds together
+
+class _Fold(NoisyStudent): # the run without the labels of one fold
+    def __init__(self, whole, f, first, **settings):
+        self.whole, self.held, self.first = whole, whole.of == f, first
+        data = replace(whole.data, labeled=whole.data.labeled[~self.held], valid=whole.data.labeled[self.held])
+        super().__init__(data, path=whole.path/f'fold_{f}', **settings)
+
+    def _assemble(self):
+        super()._assemble()
+        self.opened = _OpenedFold(self)
+        self.learners = _FoldLearners(self.whole.learners, self.opened, self.recipe, self.networks, self.archs, self.seed, self.device, self.metrics)
+        self.heads = _FoldHeads(self.whole.heads, self.held, self.learners, self._tell)
+        self.labeling = Labeling(self.learners, self.heads, self._tell)
+        self.timing = _FoldTiming(self.first and self.first.timing, self.learners, self.limit)
+
+    def _figures(self, k, learn): return valid_figures(self.learners.labels('valid'), self.learners.scores(learn, 'valid')) # what chooses is that of all folds
+    def _against_best(self, k, scores): return {}
     def _not_in_vain(self, k): pass
     def _warn(self, k):
-        if not self.first: return
+        if self.first: return
         try: found = label_warnings(read_run(self.path), k)
         except Exception as e: found = [f"round {k} could not be looked through ({type(e).__name__}: {e}); the run goes on"]
         for o in found: warnings.warn(o)
 
     def _fit_round(self, k):
-        self.answers = k, {}
+        self.learners.round, self.learners.answers = k, {}
         super()._fit_round(k)
 
-    def answered(self, k): # {'valid', 'test': float32 (n, K)} of the network of round k
-        if self.answers[0] != k or 'valid' not in self.answers[1]: # trained by an earlier process
-            self.answers, learn = (k, {}), self.learner(k)
-            for name in ('valid', 'test'): self._accuracy(learn, name)
-        return self.answers[1]
 
 # %% ../nbs/09c_folds.ipynb #f1e870a8
 def _joined(data: Splits): # all labels train and judge
@@ -128,7 +156,6 @@ class FoldedNoisyStudent(NoisyStudent):
 
     Raises ValueError where a class has fewer than two labeled images, and as `NoisyStudent`."""
     folds: int # Their number
-    _open: Callable; _against_best: Callable; _tell_plan: Callable; _warn: Callable; _not_in_vain: Callable; _write_report: Callable # patched into `NoisyStudent`
 
     def __init__(
         self,
@@ -149,11 +176,11 @@ class FoldedNoisyStudent(NoisyStudent):
         if world() > 1: raise ValueError("folds run in one process: start one, or leave folds out")
         labeled = self.data.labeled
         self.folds, self.of = folds, fold_of(np.asarray(labeled.labels), folds, seed, labeled.groups)
-        self.step_seconds: dict[int, float] = {} # Of a step, per round
         settings = dict(archs=list(self.networks[o] for o in self.archs), seed=self.seed, recipe=replace(self.recipe, size=self.size), device=self.device,
                         cbs=self.cbs, auto_batch=self.auto_batch, force=True, metrics=self.metrics,
                         time_limit=self.limit and self.limit / folds)
-        self.parts = [_Fold(self, f, progress=self._in_fold(f), **settings) for f in range(folds)]
+        self.parts: list[_Fold] = []
+        for f in range(folds): self.parts.append(_Fold(self, f, self.parts[0] if f else None, progress=self._in_fold(f), **settings))
 
     def _in_fold(self, f): return Within(self._tell, f'fold {f + 1} of {self.folds}, ')
 
@@ -169,8 +196,8 @@ class FoldedNoisyStudent(NoisyStudent):
             self._open()
             done = (start := self._finished()) > self.recipe.rounds
             if done: self.dir.write_summary()
-            else: self._tell_plan()
-            for part in self.parts: part.opening, part._reserve = (time.perf_counter() - begun + self._making) / self.folds, self._reserve / self.folds
+            else: self.timing.tell(folds=True)
+            for part in self.parts: part.timing.opening, part.timing.reserve = (time.perf_counter() - begun + self.timing.making) / self.folds, self.timing.reserve / self.folds
             for k in range(start, self.recipe.rounds + 1):
                 for part in self.parts:
                     part._until = k
@@ -192,7 +219,7 @@ class FoldedNoisyStudent(NoisyStudent):
 
     def _judge(self, k): # what the networks of round k are worth
         begun, folder, y = time.perf_counter(), self.dir.round(k), self.data.labeled.labels
-        answers = [o.answered(k) for o in self.parts]
+        answers = [o.learners.answered(k) for o in self.parts]
         valid = torch.zeros(len(y), len(self.data.classes))
         for f, a in enumerate(answers): valid[torch.from_numpy(self.of == f)] = a['valid']
         test = dict(test=torch.stack([a['test'] for a in answers]).mean(0)) if 'test' in answers[0] else {}
@@ -204,7 +231,7 @@ class FoldedNoisyStudent(NoisyStudent):
         rows = pd.DataFrame([read_metrics(o.dir.round(k)) for o in self.parts])
         right = lambda p, labels: int((p.argmax(1).numpy() == labels).sum()) / len(labels)
         known = rows.pseudo_label_accuracy.astype(float).mean()
-        metrics = dict(round=k, role=rows.role.iloc[0], arch=self.arch(k), parameters=int(rows.parameters.iloc[0]), labeled=len(y),
+        metrics = dict(round=k, role=rows.role.iloc[0], arch=self.learners.arch(k), parameters=int(rows.parameters.iloc[0]), labeled=len(y),
                        pseudo_labeled=round(float(rows.pseudo_labeled.mean())), **valid_figures(y, valid.clamp_min(1e-20).log().numpy(), self.recipe.choose_by),
                        **self._against_best(k, valid.numpy()),
                        test_accuracy=right(test['test'], self.data.test.labels) if test else None,
@@ -220,7 +247,7 @@ class FoldedNoisyStudent(NoisyStudent):
 
     def plan(self) -> pd.DataFrame: # round, stage, amount, seconds
         "As of `NoisyStudent`, for all folds together."
-        table = self.parts[0].plan() # type: ignore[attr-defined]
+        table = self.parts[0].plan()
         return table.assign(amount=table.amount + f', {self.folds} times', seconds=table.seconds * self.folds)
 
     def learner(self, k: int | None = None, # Round; None: the best

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ResidualPair', 'ResNet9', 'save_weights', 'save_tensors', 'tensors_sha256', 'unwrapped', 'model_hash', 'load_tensors',
-           'load_weights', 'read_checkpoint', 'load_pretrained', 'head', 'split_head', 'fine_tuning_groups',
+           'load_weights', 'read_checkpoint', 'load_pretrained', 'head', 'split_head', 'fine_tuning_groups', 'resolved',
            'n_parameters', 'arch_name', 'create_model', 'find_weights', 'Choice', 'default_arch', 'EFFICIENTNETS',
            'EfficientNetSize']
 
@@ -317,8 +317,11 @@ _OLD_NAME = re.compile(r'(tf_efficientnet_(?:b[0-7]|l2))_ns(?:(?<=l2_ns)(_475))?
 def _new_name(arch): # of a network whose name has changed
     return f"{old[1]}.ns_jft_in1k{old[2] or ''}" if (old := _OLD_NAME.fullmatch(arch)) else arch
 
-def _resolved(arch, weights): # the name that all spellings of a network share; weights: its published ones, or their normalization, matter
-    if arch.endswith(small := '_small_image'): return _resolved(arch.removesuffix(small), weights) + small
+def resolved(arch: str, # A name, as `create_model` takes it
+             weights: bool | str | None # Whether its published weights, or their normalization, matter
+            ) -> str:
+    "The name that all spellings of a network share."
+    if arch.endswith(small := '_small_image'): return resolved(arch.removesuffix(small), weights) + small
     arch = _new_name(arch)
     if arch.startswith(_SOURCES): return arch
     if not weights: return arch.split('.')[0]

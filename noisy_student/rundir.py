@@ -145,6 +145,14 @@ class RunDir:
             (folder/'metrics.json').unlink(missing_ok=True) # which says that the round is finished
             (folder/'SHA256SUMS').unlink(missing_ok=True)
 
+    def plan(self, k: int # Round
+            ) -> dict: # steps, step_seconds, limit; empty before anything was decided
+        "What was decided about its length. Raises ValueError, naming the file, if it is not what was written."
+        file = self.round(k)/'plan.json'
+        try: return unsealed(file)
+        except (FileNotFoundError, NotADirectoryError): return {}
+        except ValueError: raise ValueError(f"{file} is damaged: remove the folder {file.parent}") from None
+
     def finish(self, metrics: dict # Figures of a round, with its number
               ) -> None:
         "The last that is written of a round."

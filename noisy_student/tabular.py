@@ -222,6 +222,7 @@ class TabularNoisyStudent(NoisyStudent):
     Raises ValueError for settings or data that cannot work, before anything is trained."""
     data: Table # type: ignore[assignment] # what works with `Splits` is overridden
     recipe: TabularRecipe # type: ignore[assignment]
+    timing = None # type: ignore[assignment] # rows take no time
 
     def __init__(
         self,
@@ -348,7 +349,7 @@ class TabularNoisyStudent(NoisyStudent):
 
     def _valid_labels(self): return self.data.valid[self.data.y_name].map({v: i for i, v in enumerate(self.data.vocab)}).to_numpy()
 
-    def _tell_plan(self): pass # rows take no time
+    def _prepare(self, begun): pass
 
     def _per_class(self, pile): # rows of 'labeled' or 'valid'
         return [int((getattr(self.data, pile)[self.data.y_name] == v).sum()) for v in self.data.vocab]

@@ -95,7 +95,7 @@ def test_noised_teacher_labels_otherwise_and_repeatably(tmp_path):
     assert all((x == y).all() for x, y in zip(table(a), table(b)))
     both = table(a).index.intersection(table(plain).index)
     assert np.mean([np.abs(table(a)[i] - table(plain)[i]).max() > .01 for i in both]) > .5
-    teacher, weights = ns._labeler(0), load_tensors(ns.path / "round_0" / "model.safetensors")[0]
+    teacher, weights = ns.labeling.teacher(0), load_tensors(ns.path / "round_0" / "model.safetensors")[0]
     state = teacher.model.state_dict()
     assert all(torch.equal(state[k].cpu(), v) for k, v in weights.items()) # labeling with noise moved no statistic
     before = torch.random.get_rng_state()

@@ -192,9 +192,9 @@ def test_divergence_names_the_step_and_keeps_good_weights(pictures, tmp_path):
         if module.training: calls.append(1)
         if len(calls) >= 14: return (args[0] * float("nan"),)
     ns = noisy_student(pictures, tmp_path/"a", 0., rounds=0)
-    make = ns._learner
+    make = ns.learners.new
     def learner(*a, **k): learn = make(*a, **k); learn.model.register_forward_pre_hook(poison); return learn
-    ns._learner = learner
+    ns.learners.new = learner
     with pytest.raises(FloatingPointError, match="batch 5 of epoch 1: training diverged; the last good weights are kept, try a lower lr"): ns.fit()
     tensors, _ = load_tensors(tmp_path/"a"/"round_0"/"checkpoint"/"state.safetensors")
     assert all(torch.isfinite(v).all() for k, v in tensors.items() if v.is_floating_point())
@@ -208,9 +208,9 @@ def test_out_of_memory_halves_the_batch_when_asked(pictures, tmp_path):
         if module.training and len(args[0]) > limit: raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
     def start(name, **kw):
         ns = noisy_student(pictures, tmp_path/name, rounds=0, accumulate=1, **kw)
-        make = ns._learner
+        make = ns.learners.new
         def learner(*a, **k): learn = make(*a, **k); learn.model.register_forward_pre_hook(too_large); return learn
-        ns._learner = learner
+        ns.learners.new = learner
         warnings.simplefilter("always")
         return ns
     limit = 8
@@ -266,9 +266,9 @@ def test_lost_gpu(pictures, tmp_path):
         if module.training and calls.pop() == 0: raise RuntimeError("CUDA error: unspecified launch failure")
     calls = list(range(20))
     ns = noisy_student(pictures, tmp_path/"a", rounds=0)
-    make = ns._learner
+    make = ns.learners.new
     def learner(*a, **k): learn = make(*a, **k); learn.model.register_forward_pre_hook(lost); return learn
-    ns._learner = learner
+    ns.learners.new = learner
     with pytest.raises(RuntimeError, match="CUDA error"): ns.fit()
     noisy_student(pictures, tmp_path/"a", rounds=0).fit(); noisy_student(pictures, tmp_path/"b", rounds=0).fit()
     assert outcome(tmp_path/"a") == outcome(tmp_path/"b")

@@ -142,7 +142,7 @@ def test_on_the_fly_targets_are_the_teachers(parts, data, tmp_path):
     ns = NoisyStudent(data, "resnet9_4", tmp_path / "a", on_the_fly=True, temperature=0.5, accumulate=parts, **TINY)
     NoisyStudent(data, "resnet9_4", tmp_path / "a", **{**TINY, "rounds": 0, "on_the_fly": True, "temperature": 0.5, "accumulate": parts}).fit()
     teacher = ns.learner(0)
-    train = ns._learner(1, None, TINY["noise"], teacher=teacher).dls.train
+    train = ns.learners.new(1, None, TINY["noise"], teacher=teacher).dls.train
     n, per = 16 // parts, 16 * 3 // parts
     rows = train.get_idxs().reshape(-1, per)
     train.epoch = 0

@@ -410,7 +410,7 @@ def test_the_figure_that_chooses_and_the_weights_of_classes(tmp_path):
     assert ns.best == max(s["round"][s.score >= s.score[top] - s.score_error[top]])
     used = load_model(tmp_path/"a").model.state_dict()
     assert all((v == load_model(tmp_path/"a"/f"round_{ns.best}").model.state_dict()[k]).all() for k, v in used.items())
-    weight = ns._learner(0, None, ns.recipe.noise).loss_func.weight
+    weight = ns.learners.new(0, None, ns.recipe.noise).loss_func.weight
     counts = np.bincount(data.labeled.labels, minlength=10)
     assert np.allclose(weight * counts, len(data.labeled) / 10)
     plain = NoisyStudent(data, "resnet9_4", tmp_path/"b", **{**settings, "rounds": 0}).fit()
@@ -442,8 +442,9 @@ def test_a_time_limit_leaves_out_what_does_not_fit(tmp_path, monkeypatch):
     "A student of a few steps would be worse than its teacher: it waits for a longer limit, with which the run goes on."
     from noisy_student.rounds import NoisyStudent
     def run(limit): return NoisyStudent(miniature(), "resnet9_4", tmp_path/"a", time_limit=limit, pretrained=False, seed=0, size=8)
-    real = NoisyStudent._step_seconds
-    monkeypatch.setattr(NoisyStudent, "_step_seconds", lambda self, k, *a: 5. if k else real(self, k, *a))  # a slow student
+    from noisy_student.timing import Timing
+    real = Timing.step_seconds
+    monkeypatch.setattr(Timing, "step_seconds", lambda self, k, *a: 5. if k else real(self, k, *a))  # a slow student
     ns = run(25)
     assert set(ns.plan()["round"]) == {0}
     with pytest.warns(UserWarning, match="round 1 is left out: there is no time for it in 25 s"): s = ns.fit()
