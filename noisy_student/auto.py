@@ -96,6 +96,7 @@ def _from_scratch(f):
         init=('teacher' if _short(f) else 'scratch', "in so short a time students go on from their teacher" if _short(f)
               else "as in the paper: a student does not inherit its teacher's errors"),
         lr=(4e-3 if f.size <= 64 else 2e-3, "AdamW, one cycle"),
+        student_lr=(.3 if _short(f) else 1., "students that go on from their teacher change what it knows, and do not learn it anew" if _short(f) else "from scratch, as the teacher"),
         ema=(.99, "averaged weights, from which noise and the last batches have gone"),
         label_smoothing=(.1, "as in the paper"))
 

@@ -139,7 +139,7 @@ _TOGETHER = ('on_the_fly', 'ratio', 'binned', 'strict', 'label_smoothing', 'sche
 def _consequences(made, given, names): # what settings that were named change in others
     rounds = given.get('rounds', made.rounds)
     new: dict[str, Any] = dict(head_rounds=min(made.head_rounds, 2 if rounds > 1 else rounds))
-    if len(set(names)) > 1: new['init'] = 'scratch'
+    if len(set(names)) > 1 or given.get('init') == 'scratch': new |= dict(init='scratch', student_lr=1.)
     if 'epochs' in given: new |= dict(steps=None, teacher_epochs=None)
     if {'threshold', 'strict', 'on_the_fly', 'binned'} & set(given) or not rounds: new['share'] = None
     if given.get('on_the_fly') or given.get('ratio', 1) is None: new |= dict(head_rounds=0, label_smoothing=0. if 'ratio' in given else made.label_smoothing)

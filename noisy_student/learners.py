@@ -50,8 +50,9 @@ class Learners:
 
     def recipe_of(self, k: int # Round
                  ) -> Recipe:
-        "With the steps that were planned for it, and the parts that its batches are computed in."
+        "With the steps that were planned for it, the rate of a student, and the parts that its batches are computed in."
         recipe = with_steps(self.recipe, steps) if (steps := self.dir.plan(k).get('steps')) else self.recipe
+        if k: recipe = replace(recipe, lr=recipe.lr * recipe.student_lr)
         parts = max([1, *(int(o.name.rpartition('_')[2]) for o in self.dir.round(k).glob('auto_batch_*'))])
         return recipe if parts == 1 else replace(recipe, accumulate=recipe.accumulate * parts)
 

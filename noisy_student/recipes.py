@@ -74,6 +74,7 @@ class Recipe:
     cutout: int = 0 # Student's view: side of a gray square at a random place, in pixels; 0: none
     pretrained: bool | str = False # Start teacher and students from published weights ('hub' or True), a file, or 'package:NAME'; 'none' or False: at random
     head_rounds: int = 0 # First rounds that train the classifier alone, on frozen features; all others then start from such a classifier
+    student_lr: float = 1. # Learning rate of the students, as a share of `lr`, in (0, 1]
     body_lr: float = 1. # Learning rate of all but the classifier, as a share of `lr`, in (0, 1]
     freeze_norm: bool = False # Batch normalization keeps the statistics it was pretrained with
     class_weights: str | None = None # Weight of a label in the loss: 'balanced', N / (K n_k), or 'sqrt', its square root; None: all alike
@@ -104,7 +105,7 @@ class Recipe:
             *((k, 'in [0, 1)', lambda x: 0 <= x < 1) for k in below_one),
             *((k, ' or '.join(map(repr, v)), lambda x, v=v: x in v) for k, v in one_of.items()),
             ('threshold', 'in [0, 1]', lambda x: 0 <= x <= 1), ('min_scale', 'in (0, 1]', lambda x: 0 < x <= 1),
-            ('body_lr', 'in (0, 1]', lambda x: 0 < x <= 1),
+            ('body_lr', 'in (0, 1]', lambda x: 0 < x <= 1), ('student_lr', 'in (0, 1]', lambda x: 0 < x <= 1),
             ('share', 'in (0, 1], or such a share for each student',
              lambda x: bool(s := _shares(x)) and all(_is(o, float) and 0 < o <= 1 for o in s))]:
             value = getattr(self, name)

@@ -59,7 +59,7 @@ def _run_folder(data, path): # where the run is
     return Path('runs')/Path(os.path.abspath(data)).stem
 
 # %% ../nbs/09_rounds.ipynb #0c07cbd0
-_SINCE = ('share', 'share_of', 'head_rounds', 'body_lr', 'freeze_norm', 'class_weights', 'choose_by') # settings that older runs do not know
+_SINCE = ('share', 'share_of', 'head_rounds', 'body_lr', 'freeze_norm', 'class_weights', 'choose_by', 'student_lr') # settings that older runs do not know
 
 def _networks(config): # of the rounds, by one name for all spellings
     names = [resolved(o, config['recipe'].get('pretrained')) for o in config.get('archs', [])]
@@ -106,13 +106,6 @@ class _Loop: # what a run does around its rounds, and in one
         if old is None: return self._write_run(config)
         alike = ['archs'] if _networks(old) == _networks(config) else []
         if check_config(self.dir, old, config, alike): self._write_run(config)
-
-    _SINCE = ('share', 'share_of', 'head_rounds', 'body_lr', 'freeze_norm', 'class_weights', 'choose_by') # settings that older runs do not know
-
-    def _networks(config): # of the rounds, by one name for all spellings
-        names = [resolved(o, config['recipe'].get('pretrained')) for o in config.get('archs', [])]
-        while len(names) > 1 and names[-1] == names[-2]: names.pop() # the last one serves all further rounds
-        return names
 
     def _write_run(self, config):
         versions = {o: version(o) for o in ('noisy_student', 'torch', 'fastai', 'timm', 'numpy', 'pillow')}

@@ -220,7 +220,7 @@ def test_same_folder_another_file_is_another_run(folder, tmp_path):
 
 def test_the_same_network_by_another_name_goes_on(tmp_path):
     "What the names resolve to is compared: a run is gone on with under any spelling of its networks, and of no others."
-    from noisy_student.models import _resolved
+    from noisy_student.models import resolved
     from noisy_student.rounds import NoisyStudent
     def run(archs, **more): return NoisyStudent(miniature(), archs, tmp_path / "run", **{**SETTINGS, "rounds": 1, "epochs": 1, "teacher_epochs": 1, "size": 32, **more})
     with pytest.raises(KeyboardInterrupt): run("resnet10t", progress=stop_in("round 1: training")).fit()
@@ -230,7 +230,7 @@ def test_the_same_network_by_another_name_goes_on(tmp_path):
     for a, b, same in [("resnet18", "resnet18.a1_in1k", (True, True)), ("resnet18", "resnet18.tv_in1k", (True, False)), ("resnet9_24", "resnet9_32", (False, False)),
                        ("tf_efficientnet_b0_ns", "tf_efficientnet_b0.ns_jft_in1k", (True, True)), ("tf_efficientnet_b0_ns", "tf_efficientnet_b0", (True, True)),
                        ("tf_efficientnet_b0_small_image", "tf_efficientnet_b0", (False, False)), ("no.such", "none", (False, False))]:
-        assert tuple(_resolved(a, weights) == _resolved(b, weights) for weights in (False, True)) == same, (a, b)
+        assert tuple(resolved(a, weights) == resolved(b, weights) for weights in (False, True)) == same, (a, b)
 
 
 def stop_in(name):
