@@ -42,9 +42,13 @@ def _power_of_two(x, lowest, highest): # the largest that is not above x
 def _steps(images, per_step, device): # of a training that is to see so many images
     return int(min(max(LEAST_STEPS, -(-images // per_step)), 3000 if device == 'cpu' else 20_000))
 
+def _most(f): return 64 if f.device == 'cpu' else 128 # labeled images in a batch
+
+def _deserved(f): return _power_of_two(f.labeled / 4, 8, _most(f)) # by the labels alone
+
 def _batches(f): # labeled images per batch, pseudo-labeled ones per labeled one
-    most = 64 if f.device == 'cpu' else 128
-    bs, why = _power_of_two(f.labeled / 4, 8, most), f"at most a quarter of {f.labeled:,} labels, 8 to {most}"
+    most, bs = _most(f), _deserved(f)
+    why = f"at most a quarter of {f.labeled:,} labels, 8 to {most}"
     ratio, because = 3, "the paper's for networks of up to 70 million parameters"
     if f.seconds and f.speed: # many small steps teach more than few large ones
         part = f.seconds * f.speed / (1 if f.pretrained or not f.pool else 2) / ENOUGH_STEPS # images of a step
@@ -106,6 +110,8 @@ def auto_recipe(facts: Facts # What is known
     found = _batches(facts)
     found |= _length(facts, found)
     found |= _noise(facts) | (_from_weights(facts) if facts.pretrained else _from_scratch(facts))
+    if not facts.pretrained and (small := found['bs'][0] / _deserved(facts)) < 1:
+        found['lr'] = (round(found['lr'][0] * small**.5, 5), f"{found['lr'][1]}; by the square root of what the batch is smaller than it would be with more time")
     if not facts.pool: found['rounds'] = (0, "no unlabeled images: the teacher is all there is"); found.pop('share')
     if facts.pretrained and not found['rounds'][0]: found['head_rounds'] = (0, "all of the network: there is no student to do it")
     return Auto(Recipe(**{k: v for k, (v, _) in found.items()}), {k: why for k, (_, why) in found.items()})
