@@ -17,7 +17,7 @@ from noisy_student.rounds import NoisyStudent
 TINY = dict(archs=("resnet9_4",), rounds=1, epochs=1, teacher_epochs=2, steps=6, bs=16, ratio=2, size=8, threshold=.01, noise=Noise(1, 3, .1, .95))
 
 
-pytestmark = pytest.mark.usefixtures("one_thread", "no_page")
+pytestmark = [pytest.mark.usefixtures("one_thread", "no_page"), pytest.mark.once]
 
 
 def miniature(seed=0):

@@ -31,7 +31,7 @@ from noisy_student.rounds import NoisyStudent, load_model
 from noisy_student.tabular import TabularNoisyStudent, TabularRecipe
 from noisy_student.training import EMA, TeacherTargets, optimizer
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore"), pytest.mark.once]
 CLASSES, SMALL = list("abc"), 64 << 10  # bytes that a copy may have that is not from pinned memory: the driver takes so many at once
 rng = np.random.default_rng(0)
 

@@ -438,6 +438,7 @@ def test_the_figures_are_seen_where_a_run_is_printed(tmp_path):
     assert "2 of 2 rounds done" in lines[0] and f"{s.valid_accuracy[1]:.3f}" in lines[3] and max(map(len, lines[1:])) <= 80
 
 
+@pytest.mark.once
 def test_a_time_limit_leaves_out_what_does_not_fit(tmp_path, monkeypatch):
     "A student of a few steps would be worse than its teacher: it waits for a longer limit, with which the run goes on."
     from noisy_student.rounds import NoisyStudent
@@ -445,24 +446,24 @@ def test_a_time_limit_leaves_out_what_does_not_fit(tmp_path, monkeypatch):
     from noisy_student.timing import Timing
     real = Timing.step_seconds
     monkeypatch.setattr(Timing, "step_seconds", lambda self, k, *a: 5. if k else real(self, k, *a))  # a slow student
-    ns = run(25)
+    ns = run(20)
     assert set(ns.plan()["round"]) == {0}
-    with pytest.warns(UserWarning, match="round 1 is left out: there is no time for it in 25 s"): s = ns.fit()
-    assert list(s["round"]) == [0] and not (tmp_path/"a"/"round_1"/"pseudo_labels").exists() and (tmp_path/"a"/"report.html").exists
-    with pytest.warns(UserWarning, match="round 1 is left out"): run(25).fit()  # nothing new
+    with pytest.warns(UserWarning, match="round 1 is left out: there is no time for it in 20 s"): s = ns.fit()
+    assert list(s["round"]) == [0] and not (tmp_path/"a"/"round_1"/"pseudo_labels").exists() and (tmp_path/"a"/"report.html").exists()
+    with pytest.warns(UserWarning, match="round 1 is left out"): run(20).fit()  # nothing new
     monkeypatch.undo()
     kept = (tmp_path/"a"/"round_0"/"model.safetensors").read_bytes()
-    assert list(run(60).fit()["round"]) == [0, 1] and (tmp_path/"a"/"round_0"/"model.safetensors").read_bytes() == kept
+    assert list(run(40).fit()["round"]) == [0, 1] and (tmp_path/"a"/"round_0"/"model.safetensors").read_bytes() == kept
 
 
+@pytest.mark.once
 def test_a_time_limit_is_kept(tmp_path):
     from noisy_student.rounds import NoisyStudent
     import torch
     torch.set_num_threads(1)
     fit(tmp_path/"warm", **FEW)  # what is loaded on first use
-    for limit in (15, 30):
-        begun = time.perf_counter()
-        ns = NoisyStudent(miniature(), None, tmp_path/f"{limit}", time_limit=limit, pretrained=False)
-        planned = ns.plan().seconds.sum()
-        s = ns.fit()
-        assert .75 * limit < planned < 1.1 * limit and .7 * limit < time.perf_counter() - begun < 1.15 * limit + 2 and list(s["round"]) == [0, 1]
+    begun = time.perf_counter()
+    ns = NoisyStudent(miniature(), None, tmp_path/"a", time_limit=20, pretrained=False)
+    planned = ns.plan().seconds.sum()
+    s = ns.fit()
+    assert 15 < planned < 22 and 14 < time.perf_counter() - begun < 25 and list(s["round"]) == [0, 1]
