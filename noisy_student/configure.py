@@ -91,11 +91,11 @@ def configure(
     with torch.device('meta'): largest = max((create_model(o, len(data.classes), channels(data)) for o in names), key=n_parameters)
     facts = Facts(len(data.labeled), len(data.classes), len(data.unlabeled), size, n_parameters(largest), bool(pretrained),
                   device.type, in_color(data), seconds, speed and speed / size**2)
-    made, why = auto_recipe(facts)
-    follows = _consequences(made, given, names)
-    made = replace(made, **{**follows, **given, 'pretrained': pretrained, 'archs': tuple(map(arch_name, names)), 'size': size})
+    plain, why = auto_recipe(facts)
+    follows = _consequences(plain, given, names)
+    made = replace(plain, **{**follows, **given, 'pretrained': pretrained, 'archs': tuple(map(arch_name, names)), 'size': size})
     if 'noise' not in given: made = replace(made, noise=_that_acts(made.noise, names, data))
-    kept = {k: v for k, v in why.items() if k not in given and (k not in follows or follows[k] == getattr(auto_recipe(facts).recipe, k))}
+    kept = {k: v for k, v in why.items() if k not in given and (k not in follows or follows[k] == getattr(plain, k))}
     return Configured(names, made, reasons | decided | kept, speed)
 
 def _size(data, names, pretrained, given, device, seconds, speed): # -> side in pixels, reasons, speed
