@@ -177,11 +177,14 @@ def stoppable(defer: bool = False # Note the first signal instead of raising at 
     "Yields the list of signals that were noted; raises `Stopped` on a signal, at the latest in the end."
     asked: list[int] = []
     def handler(sig, frame):
-        if not defer or asked: raise Stopped(sig)
         asked.append(sig)
+        if len(asked) > defer: raise Stopped(sig)
     main = threading.current_thread() is threading.main_thread()
     old = {o: signal.signal(o, handler) for o in (signal.SIGINT, signal.SIGTERM)} if main else {}
     try: yield asked
+    except Exception as e:
+        if len(asked) > defer: raise Stopped(asked[-1]) from e
+        raise
     finally:
         for k, v in old.items(): signal.signal(k, signal.SIG_DFL if v is None else v)
     if asked: raise Stopped(asked[0])

@@ -82,6 +82,16 @@ def test_signals_checkpoint_and_leave(context, pictures, whole, tmp_path, sig, c
     assert outcome(tmp_path/"run") == expected
 
 
+def test_a_signal_within_a_query():
+    import duckdb
+    from noisy_student.files import Stopped, stoppable
+    con = duckdb.connect()
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    with pytest.raises(Stopped), stoppable():
+        timer.start()
+        con.execute("SELECT sum(range % 7) FROM range(1000000000000)").fetchall()
+
+
 @no_page
 def test_a_signal_waits_for_the_step_and_loses_none(pictures, tmp_path):
     from noisy_student.files import Stopped
