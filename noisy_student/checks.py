@@ -198,11 +198,11 @@ def score(metrics: dict, # Of `class_metrics`
 
 def accuracy_error(p: float, # Accuracy, in [0, 1]
                    n: int # Images, > 0
-                  ) -> float: # In (0, .5]
-    """The standard error of an accuracy, sqrt(q (1 - q) / n), of q = (p n + 1) / (n + 2): not 0 if all images are right, of
-    which a few prove little."""
+                  ) -> float: # > 0
+    """How far an accuracy may be off: its standard error, sqrt(q (1 - q) / n), of q = (p n + 1) / (n + 2), which is not 0 if all
+    images are right, and three images at least: fewer say nothing about which of two networks is better."""
     q = (p * n + 1) / (n + 2)
-    return (q * (1 - q) / n)**.5
+    return max((q * (1 - q) / n)**.5, 3 / n)
 
 def score_error(
     y: np.ndarray, # True labels, int (n,), in 0..K-1

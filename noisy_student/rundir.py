@@ -34,8 +34,8 @@ def read_metrics(folder: Path # round_K of a run
 
 def best_round(rounds: list[dict] # Their metrics, at least one; figures of test images never choose
               ) -> int: # Its number
-    """The round to use: the latest whose `score` on validation images is within one standard error, `score_error`, of the
-    highest one, unless it is worse on the same images beyond chance (`worse_than`). Few images cannot tell rounds apart, and a later round has
+    """The round to use: the latest whose `score` on validation images is within one standard error (`score_error`; of
+    accuracies three images at least) of the highest one, unless it is worse on the same images beyond chance (`worse_than`). Few images cannot tell rounds apart, and a later round has
     learned from more (the one-standard-error rule: Hastie, Tibshirani, Friedman, Elements of Statistical Learning, 7.10)."""
     def number(r, name, otherwise): return o if isinstance(o := r.get(name), (int, float)) and o == o else otherwise
     def score(r): return number(r, 'score', r['valid_accuracy']) # of runs of older versions

@@ -17,7 +17,6 @@ from fastcore.imports import IN_NOTEBOOK
 
 from .auto import LEAST_IN_TIME, Stage, duration, round_weights, steps_for
 from .checkpoints import seeded
-from .checks import accuracy_error
 from .distributed import barrier, rank, world
 from .files import sealed
 from .fitting import KeepTime
@@ -201,7 +200,7 @@ class Timing:
         tell_plan(self.plan(), self.limit)
         data = self.learners.data
         if not folds and (v := len(data.valid)) < 50 and len(data.labeled) < 500:
-            print(f"{v} validation images tell an accuracy to within {200 * accuracy_error(.9, v):.0f} points: folds=5 (--folds 5) judges by all "
+            print(f"{v} validation images tell an accuracy to within {200 * (.09 / v)**.5:.0f} points: folds=5 (--folds 5) judges by all "
                   f"{v + len(data.labeled)} labels, and trains on all of them", file=sys.stderr, flush=True)
 
     def complain(self) -> None:
