@@ -1,4 +1,4 @@
-"Packaging, read from settings.ini. nbdev's stock setup.py needs pkg_resources, which setuptools 82 removed."
+"Packaging, read from settings.ini; addresses and the build system are in pyproject.toml."
 import re
 from configparser import ConfigParser
 from pathlib import Path
@@ -25,7 +25,6 @@ setup(
     long_description_content_type="text/markdown",
     author=cfg["author"],
     author_email=cfg["author_email"],
-    url=cfg["git_url"],
     license=licenses[cfg["license"]],
     keywords=cfg["keywords"].split(),
     classifiers=[
@@ -40,17 +39,14 @@ setup(
         "Topic :: Scientific/Engineering :: Image Recognition",
         "Typing :: Typed",
     ],
-    project_urls={
-        "Documentation": cfg["doc_host"] + cfg["doc_baseurl"],
-        "Source": cfg["git_url"],
-        "Issues": cfg["git_url"] + "/issues",
-        "Changelog": tree + "CHANGELOG.md",
-    },
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
     package_data={cfg["lib_path"]: ["py.typed"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "eval", "export", "ray")},
-    entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],
+    },
     zip_safe=False,
 )

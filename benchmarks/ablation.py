@@ -1,4 +1,5 @@
-"""Which ingredient did it: `noisy-student ablate` with the default settings of a data set, the table that the README quotes.
+"""Which ingredient did it: `noisy-student ablate` with the default settings of a data set, the table that the README
+quotes.
 
     python benchmarks/ablation.py digits --runs runs/ablation-digits
     python benchmarks/ablation.py cifar10 --runs runs/ablation-cifar10 --device cuda
@@ -28,7 +29,8 @@ if __name__ == "__main__":
     if a.threads: torch.set_num_threads(a.threads)
     results, about = Path(__file__).parent / "results", machine() # the commit that the runs begin with
     with show_progress() as progress:
-        table = ablate(lambda seed: load_data(a.data, seed=seed), a.runs, DATA[a.data].recipe, seeds=a.seeds, device=a.device, progress=progress)
+        table = ablate(lambda seed: load_data(a.data, seed=seed), a.runs, DATA[a.data].recipe, seeds=a.seeds,
+                       device=a.device, progress=progress)
     for name, t in (("", table), ("_runs", pd.read_csv(Path(a.runs) / "runs.csv"))):
         t.assign(data=a.data, **about).to_csv(results / f"ablation_{a.data}{name}.csv", index=False)
     print(table.drop(columns="changes").round(4).to_string())

@@ -23,7 +23,8 @@ def arguments(doc: str, seconds: float) -> argparse.ArgumentParser:
 
 
 def seconds_of(f: Callable, device: str) -> float:
-    "On the CPU the CPU time of all threads, which waits for other processes are not part of; else until the device is done."
+    """On the CPU the CPU time of all threads, which waits for other processes are not part of; else until the device is
+    done."""
     if device == "cpu": clock, done = time.process_time, lambda: None
     else: clock, done = time.perf_counter, torch.cuda.synchronize
     done()
@@ -38,7 +39,8 @@ def in_turns(fs: dict[str, Callable], device: str, budget: float, base: str) -> 
     the interval in which that ratio lies in 95 % of resamplings of the repetitions."""
     for f in fs.values(): f()
     times, start = [], time.monotonic()
-    while len(times) < 5 or time.monotonic() - start < budget: times.append([seconds_of(f, device) for f in fs.values()])
+    while len(times) < 5 or time.monotonic() - start < budget:
+        times.append([seconds_of(f, device) for f in fs.values()])
     t, b, rng = np.array(times), list(fs).index(base), np.random.default_rng(0)
     means = t[rng.integers(0, len(t), (1000, len(t)))].mean(1)
     low, high = np.quantile(means / means[:, b:b + 1], [.025, .975], axis=0)
@@ -57,7 +59,9 @@ def with_others(table: pd.DataFrame, name: str) -> pd.DataFrame:
     old = pd.read_csv(file)
     old = old[old.machine.notna() & ~old.eq(NOT_MEASURED).any(axis=1)]
     keys = [o for o in KEYS if o in table and o in old]
-    def cases(t): return [tuple(map(str, o)) for o in t[keys].astype({k: float for k in ("size", "batch") if k in keys}).to_numpy()]
+    def cases(t):
+        return [tuple(map(str, o)) for o in t[keys].astype({k: float for k in ("size", "batch") if k in keys})
+                .to_numpy()]
     again = set(cases(table))
     return pd.concat([table, old[[o not in again for o in cases(old)]]], ignore_index=True)
 
@@ -67,7 +71,8 @@ def save(name: str, rows: list[dict], a: argparse.Namespace, **versions: str) ->
     table = with_others(pd.DataFrame(rows).assign(**machine(), **versions), name)
     if "device" in table and "cuda" not in set(table.device):
         cases = table.drop_duplicates([o for o in ("model", "case", "candidate") if o in table])
-        blank = cases[[o for o in ("model", "case", "candidate") if o in table]].assign(device="cuda", ratio=NOT_MEASURED)
+        blank = cases[[o for o in ("model", "case", "candidate") if o in table]].assign(device="cuda",
+                                                                                        ratio=NOT_MEASURED)
         table = pd.concat([table, blank], ignore_index=True)
     a.out.mkdir(parents=True, exist_ok=True)
     table.to_csv(a.out / f"{name}.csv", index=False)

@@ -2,11 +2,11 @@
 
     python benchmarks/compile.py [--device cuda]
 
-The network is compiled by itself, with the defaults of `torch.compile`, and trains without noise, which for a compiler is
-the best case: stochastic depth that skips work gives its blocks other sizes in each step. The precision is the one that
-training would have there. `compile_seconds` is the time of
-the first repetition, by the clock on the wall, less that of a later one. A compilation is paid back after
-`compile_seconds` / (seconds eager - seconds compiled) steps, column `steps_to_pay`; empty if it never is.
+The network is compiled by itself, with the defaults of `torch.compile`, and trains without noise, which for a compiler
+is the best case: stochastic depth that skips work gives its blocks other sizes in each step. The precision is the one
+that training would have there. `compile_seconds` is the time of the first repetition, by the clock on the wall, less
+that of a later one. A compilation is paid back after `compile_seconds` / (seconds eager - seconds compiled) steps,
+column `steps_to_pay`; empty if it never is.
 """
 import copy, time
 
@@ -32,8 +32,10 @@ def case(device, arch, size, batch, steps, budget):
     rows = in_turns(fs, device, budget, "eager")
     for v in rows.values(): v["seconds"] = float(f"{v['seconds'] / steps:.4g}")
     saved = rows["eager"]["seconds"] - rows["compiled"]["seconds"]
-    rows["compiled"] |= dict(compile_seconds=round(compiling, 1), steps_to_pay=round(compiling / saved) if saved > 0 else None)
-    return [dict(device=device, model=arch, size=size, batch=batch, precision="bfloat16" if half else "float32", candidate=k, **v) for k, v in rows.items()]
+    rows["compiled"] |= dict(compile_seconds=round(compiling, 1),
+                             steps_to_pay=round(compiling / saved) if saved > 0 else None)
+    return [dict(device=device, model=arch, size=size, batch=batch, precision="bfloat16" if half else "float32",
+                 candidate=k, **v) for k, v in rows.items()]
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@
 Keeps a row per kind of fault in results/faults.csv as it goes, with the machine and the versions; kinds that are not
 asked for (--damages 0) keep the row they have. `faults` were injected; `ended` counts the runs that were started again
 until they were done, `different` those of them with another result, `unreadable` directories that could not be read
-after a kill; a damaged file may also be `refused`, in a line that names it. Lost is what is unreadable or different. A run that was
-killed is started again in the same directory, and killed again, until it ends by chance; its weights, histories and
-summary must then be those of the run that nothing has happened to, bit by bit, and after every kill every file in the
-directory must be readable.
+after a kill; a damaged file may also be `refused`, in a line that names it. Lost is what is unreadable or different. A
+run that was killed is started again in the same directory, and killed again, until it ends by chance; its weights,
+histories and summary must then be those of the run that nothing has happened to, bit by bit, and after every kill every
+file in the directory must be readable.
 """
 import argparse, os, shutil, signal, sys, tempfile, time
 from pathlib import Path
@@ -29,12 +29,17 @@ def readable(path):
 
 def kills(context, pictures, whole, seconds, folder, n, until, sig):
     "Counts: faults, unreadable, ended, different, slowest."
-    rng, code, counts = np.random.default_rng(int(sig)), -int(sig) if sig == signal.SIGKILL else 143, dict(faults=0, unreadable=0, ended=0, different=0, slowest=0.)
+    rng, code, counts = np.random.default_rng(int(sig)), -int(sig) if sig == signal.SIGKILL else 143, dict(faults=0,
+                                                                                                           unreadable=0,
+                                                                                                           ended=0,
+                                                                                                           different=0,
+                                                                                                           slowest=0.)
     path, i, expected, done = folder/f"{sig.name}0", 0, outcome(whole), False
     while not done or path.exists():  # what was killed last is started again, too
         done = counts["faults"] >= n or time.monotonic() > until
         after = None if done else rng.uniform(0, 0.6) * seconds
-        got, left, _ = run(context, pictures, path, 0. if rng.random() < .5 else 600., folder/"log", signal_after=after, sig=sig)
+        got, left, _ = run(context, pictures, path, 0. if rng.random() < .5 else 600., folder/"log", signal_after=after,
+                           sig=sig)
         if got == code:
             counts["faults"] += 1
             counts["slowest"] = round(max(counts["slowest"], left), 2)
@@ -43,7 +48,8 @@ def kills(context, pictures, whole, seconds, folder, n, until, sig):
             counts["ended"] += 1
             if got or outcome(path) != expected:
                 counts["different"] += 1
-                print(f"{sig.name}, run {i}: exit code {got}, {(folder/'log').read_text()}", file=sys.stderr, flush=True)
+                print(f"{sig.name}, run {i}: exit code {got}, {(folder/'log').read_text()}", file=sys.stderr,
+                      flush=True)
             shutil.rmtree(path)
             path = folder/f"{sig.name}{(i := i + 1)}"
         yield counts
@@ -55,7 +61,8 @@ def damages(context, pictures, whole, folder, n, until):
     add_tables(whole)
     names = list(kinds(whole).values())
     while counts["faults"] < n and time.monotonic() < until:
-        file, how = names[counts["faults"] % len(names)], ("flipped", "truncated", "removed")[counts["faults"] // len(names) % 3]
+        file, how = names[counts["faults"] % len(names)], ("flipped", "truncated",
+                                                           "removed")[counts["faults"] // len(names) % 3]
         shutil.copytree(whole, path := folder/"damaged")
         damage(path/file, how, rng)
         code, *_ = run(context, pictures, path, 600., folder/"log")
@@ -93,7 +100,8 @@ if __name__ == "__main__":
         for counts in work(n) if n else ():
             rows[name] = dict(fault=name, **counts, seconds_per_run=round(seconds, 2), **machine())
             pd.DataFrame(rows.values()).to_csv(out, index=False)
-    table = pd.DataFrame(rows.values()).reindex(columns=["fault", "faults", "ended", "refused", "unreadable", "different", "slowest"])
+    table = pd.DataFrame(rows.values()).reindex(columns=["fault", "faults", "ended", "refused", "unreadable",
+                                                         "different", "slowest"])
     print(table.to_string(index=False, na_rep=""))
     lost = int(table[["unreadable", "different"]].sum().sum())
     print(f"{table.faults.sum()} faults injected, {lost} lost")

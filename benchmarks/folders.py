@@ -357,7 +357,7 @@ CHEAP = ("linear", "selftrain")  # whatever the budget
 
 def one(case: str, seed: int, method: str, seconds: float, threads: int, cache: Path) -> dict:
     "A row, measured in this process."
-    import sklearn.linear_model  # noqa: F401: before the clock starts, as what follows
+    import sklearn.linear_model  # noqa: F401  (before the clock starts, as what follows)
     if method not in CHEAP:
         import torch
         import fastai.vision.all, noisy_student.rounds  # noqa: E401, F401

@@ -3,8 +3,8 @@
     python benchmarks/fuzz.py --inputs 1000
 
 Tries so many inputs of every kind (images, parquet tables, weights, run.json and the other files of a run, command
-lines; see tests/fuzz.py) and writes results/fuzz.csv: a row per kind with what came of them, the slowest, and the growth of
-memory. A defect is printed with the seed that repeats it.
+lines; see tests/fuzz.py) and writes results/fuzz.csv: a row per kind with what came of them, the slowest, and the
+growth of memory. A defect is printed with the seed that repeats it.
 """
 import argparse, resource, signal, sys, time
 from pathlib import Path

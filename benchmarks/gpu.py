@@ -5,9 +5,9 @@
 Every part is a process of its own with its own time limit; one that fails or runs out of time does not stop the others.
 All together stay below ten minutes; `few` (CIFAR-10 with 4,000 labels, 15 minutes) and `compile` run only when they are
 named. The CSV files go to --out (default: $OUT, else benchmarks/results), with what each part printed beside them in
-PART.txt, and a short table is printed at the end. `loader` wants Imagenette, `full` and `few` CIFAR-10 and Tiny ImageNet
-where fastai keeps its data, or a network to fetch them. The exit code is 1 if a part failed. With `--device cpu --quick`
-the same parts run for a moment each, to see that they work, with fifteen minutes for each part.
+PART.txt, and a short table is printed at the end. `loader` wants Imagenette, `full` and `few` CIFAR-10 and Tiny
+ImageNet where fastai keeps its data, or a network to fetch them. The exit code is 1 if a part failed. With `--device
+cpu --quick` the same parts run for a moment each, to see that they work, with fifteen minutes for each part.
 """
 import argparse, os, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -17,9 +17,11 @@ import pandas as pd
 HERE = Path(__file__).parent
 PARTS = {  # name: (seconds it may take, script or module with its arguments, what --quick changes)
     "tests": (60, ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"], None),
-    "bench": (40, ["-c", "import sys; from noisy_student.cli import main; sys.exit(main())", "bench", "--json"], ["--arch", "resnet9_4", "--size", "16", "--bs", "8"]),
+    "bench": (40, ["-c", "import sys; from noisy_student.cli import main; sys.exit(main())", "bench", "--json"],
+              ["--arch", "resnet9_4", "--size", "16", "--bs", "8"]),
     "randaugment": (70, ["randaugment.py", "--seconds", "10"], ["--seconds", ".1"]),
-    "stochastic_depth": (100, ["stochastic_depth.py", "--seconds", "8"], ["--seconds", ".1", "--models", "resnet9_24", "resnet9_64"]),
+    "stochastic_depth": (100, ["stochastic_depth.py", "--seconds", "8"],
+                         ["--seconds", ".1", "--models", "resnet9_24", "resnet9_64"]),
     "step": (80, ["step.py", "--seconds", "6"], ["--seconds", ".1", "--models", "resnet9_8", "resnet9_64"]),
     "label": (60, ["label.py", "--seconds", "12"], ["--seconds", ".1", "--models", "resnet9_24", "resnet9_64"]),
     "loader": (70, ["loader.py", "--seconds", "10"], ["--seconds", ".5"]),
@@ -41,10 +43,13 @@ def run(name: str, a: argparse.Namespace) -> dict:
     a.out.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     with open(a.out / f"{name}.txt", "w") as log:
-        try: code = subprocess.run([sys.executable, "-W", "ignore", *command], cwd=HERE.parent, stdout=log, stderr=subprocess.STDOUT, timeout=limit).returncode
+        try:
+            code = subprocess.run([sys.executable, "-W", "ignore", *command], cwd=HERE.parent, stdout=log,
+                                  stderr=subprocess.STDOUT, timeout=limit).returncode
         except subprocess.TimeoutExpired: code = "out of time"
     ok = code == 0 or (name == "tests" and code == 5)  # 5: no test has the marker
-    return dict(part=name, result="ok" if ok else f"failed: {code}", seconds=round(time.monotonic() - start), limit=limit, output=str(a.out / f"{name}.txt"))
+    return dict(part=name, result="ok" if ok else f"failed: {code}", seconds=round(time.monotonic() - start),
+                limit=limit, output=str(a.out / f"{name}.txt"))
 
 
 if __name__ == "__main__":
@@ -52,7 +57,8 @@ if __name__ == "__main__":
     p.add_argument("--only", nargs="+", choices=PARTS, help="these parts")
     p.add_argument("--device", default="cuda")
     p.add_argument("--quick", action="store_true", help="a moment each, to see that they work")
-    p.add_argument("--out", type=Path, help="default: $OUT, else benchmarks/results, or with --quick a temporary folder")
+    p.add_argument("--out", type=Path,
+                   help="default: $OUT, else benchmarks/results, or with --quick a temporary folder")
     a = p.parse_args()
     a.out = a.out or Path(tempfile.mkdtemp() if a.quick else os.environ.get("OUT", HERE / "results"))
     rows = []

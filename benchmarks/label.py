@@ -2,11 +2,11 @@
 
     python benchmarks/label.py [--device cuda]
 
-`bare`: index the images, normalize, forward in inference mode, softmax, and collect the probabilities on the host; nothing
-is checked and nothing is written. `ours`: `predict_pseudo_labels` in the same precision, which also hashes model and images,
-checks every probability, and writes the table, in parts of 1,024 images so that writing and resuming are in it. The
-network is in float32 on the CPU and under bfloat16 autocast on a GPU. On the CPU the CPU time of all threads counts, on a
-GPU the time that passes: there writing and making the next batch overlap with the network.
+`bare`: index the images, normalize, forward in inference mode, softmax, and collect the probabilities on the host;
+nothing is checked and nothing is written. `ours`: `predict_pseudo_labels` in the same precision, which also hashes
+model and images, checks every probability, and writes the table, in parts of 1,024 images so that writing and resuming
+are in it. The network is in float32 on the CPU and under bfloat16 autocast on a GPU. On the CPU the CPU time of all
+threads counts, on a GPU the time that passes: there writing and making the next batch overlap with the network.
 """
 import shutil, tempfile
 from pathlib import Path
@@ -18,7 +18,8 @@ from common import arguments, in_turns, save
 from noisy_student.models import create_model
 from noisy_student.pseudo_labels import predict_pseudo_labels
 
-CASES = {"cpu": (("resnet9_24", 32, 4096, 64), ("resnet18", 64, 1024, 64)), "cuda": (("resnet9_64", 32, 50000, 2048), ("resnet50", 224, 8192, 512))}
+CASES = {"cpu": (("resnet9_24", 32, 4096, 64), ("resnet18", 64, 1024, 64)),
+         "cuda": (("resnet9_64", 32, 50000, 2048), ("resnet50", 224, 8192, 512))}
 MEAN, STD = [.5] * 3, [.25] * 3
 
 
@@ -37,10 +38,12 @@ def case(device, arch, size, n, batch, budget):
     out = Path(tempfile.mkdtemp())
     def ours():
         shutil.rmtree(out)
-        predict_pseudo_labels(model, images, out, size=size, bs=batch, mean=MEAN, std=STD, classes=list(map(str, range(10))), part_size=max(1024, batch))
+        predict_pseudo_labels(model, images, out, size=size, bs=batch, mean=MEAN, std=STD,
+                              classes=list(map(str, range(10))), part_size=max(1024, batch))
     rows = in_turns(dict(bare=bare, ours=ours), device, budget, "bare")
     shutil.rmtree(out)
-    return [dict(device=device, model=arch, size=size, images=n, batch=batch, candidate=k, images_per_s=round(n / v["seconds"]), **v)
+    return [dict(device=device, model=arch, size=size, images=n, batch=batch, candidate=k,
+                 images_per_s=round(n / v["seconds"]), **v)
             for k, v in rows.items()]
 
 
@@ -49,4 +52,5 @@ if __name__ == "__main__":
     p.add_argument("--models", nargs="+", help="some of the models only")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
-    save("label", [row for o in CASES[a.device] if not a.models or o[0] in a.models for row in case(a.device, *o, a.seconds)], a)
+    save("label", [row for o in CASES[a.device] if not a.models or o[0] in a.models
+                   for row in case(a.device, *o, a.seconds)], a)

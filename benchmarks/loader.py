@@ -2,13 +2,14 @@
 
     python benchmarks/loader.py [--threads 2] [--workers 2] [--device cuda]
 
-Imagenette (160 px) at 128 px, random resized crop, flip, RandAugment, normalization. `fastai stock`: `ImageDataLoaders` with
-`RandomResizedCrop` and our PIL RandAugment as item transforms, in two worker processes. `ours, decoding`: what the first
-epoch costs once per run, decoding into the cache. `ours, delivery`: from the second epoch on, what the host has to do
-when a GPU augments: batches of uint8 from the memory-mapped cache. `ours, all`: delivery and all augmentation on the
-device; on the CPU this is RandAugment on the same two cores. `ratio` is speed over fastai's. The target of 10 is for
-delivery with the augmentation on the device; on a machine without a GPU the host's part alone can be measured, so
-`delivery` is an upper bound there of what a fast GPU would see. Time that passes is measured: run it on an idle machine.
+Imagenette (160 px) at 128 px, random resized crop, flip, RandAugment, normalization. `fastai stock`: `ImageDataLoaders`
+with `RandomResizedCrop` and our PIL RandAugment as item transforms, in two worker processes. `ours, decoding`: what the
+first epoch costs once per run, decoding into the cache. `ours, delivery`: from the second epoch on, what the host has
+to do when a GPU augments: batches of uint8 from the memory-mapped cache. `ours, all`: delivery and all augmentation on
+the device; on the CPU this is RandAugment on the same two cores. `ratio` is speed over fastai's. The target of 10 is
+for delivery with the augmentation on the device; on a machine without a GPU the host's part alone can be measured, so
+`delivery` is an upper bound there of what a fast GPU would see. Time that passes is measured: run it on an idle
+machine.
 """
 import tempfile, time
 
@@ -28,7 +29,8 @@ SIZE, BATCH, STATS = 128, 64, ([.485, .456, .406], [.229, .224, .225])
 
 
 def rate(batches, device, limit) -> tuple[float, int]:
-    "Images per second until `limit` seconds are over, and how many those were; the first batch, which starts workers, is left out"
+    """Images per second until `limit` seconds are over, and how many those were; the first batch, which starts workers,
+    is left out"""
     n, start, it = 0, None, iter(batches)
     for x, *_ in it:
         if device == "cuda": torch.cuda.synchronize()
@@ -52,7 +54,8 @@ if __name__ == "__main__":
     files = get_image_files(path / "train")
     rng = np.random.default_rng(0)
     files = [files[i] for i in rng.permutation(len(files))[:3000]]
-    stock = ImageDataLoaders.from_path_func(path, files, parent_label, valid_pct=.01, bs=BATCH, num_workers=a.workers, device=torch.device(a.device),
+    stock = ImageDataLoaders.from_path_func(path, files, parent_label, valid_pct=.01, bs=BATCH, num_workers=a.workers,
+                                            device=torch.device(a.device),
                                             item_tfms=[RandomResizedCrop(SIZE, min_scale=.35), RandAugment(2, 10)],
                                             batch_tfms=[Normalize.from_stats(*STATS, cuda=False)])
     speeds = {"fastai stock": rate(again(stock.train), a.device, a.seconds)}
@@ -61,11 +64,13 @@ if __name__ == "__main__":
         images = load_images([str(o) for o in files], SIZE, tmp).images
         speeds["ours, decoding, once"] = len(images) / (time.perf_counter() - start), len(images)
         labels = np.zeros(len(images), np.int64)
-        dls = mixed_dataloaders((images, labels), (images[:64], labels[:64]), ["a", "b"], bs=BATCH, stats=STATS, device=a.device,
-                                augment=[ResizedCropFlip(.35), BatchRandAugment(2, 10)])
+        dls = mixed_dataloaders((images, labels), (images[:64], labels[:64]), ["a", "b"], bs=BATCH, stats=STATS,
+                                device=a.device, augment=[ResizedCropFlip(.35), BatchRandAugment(2, 10)])
         plain = ArrayDL(dls.train.dataset, bs=BATCH, shuffle=True)
         speeds["ours, delivery"] = rate(again(plain), a.device, a.seconds / 2)
-        speeds["ours, all on the " + ("CPU" if a.device == "cpu" else "GPU")] = rate(again(dls.train), a.device, a.seconds)
+        speeds["ours, all on the " + ("CPU" if a.device == "cpu" else "GPU")] = rate(again(dls.train), a.device,
+                                                                                     a.seconds)
     base = speeds["fastai stock"][0]
-    save("loader", [dict(device=a.device, case=f"{SIZE} px", candidate=k, images_per_s=round(v), ratio=round(v / base, 2), images=n)
+    save("loader", [dict(device=a.device, case=f"{SIZE} px", candidate=k, images_per_s=round(v),
+                         ratio=round(v / base, 2), images=n)
                     for k, (v, n) in speeds.items()], a)

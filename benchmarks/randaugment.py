@@ -2,14 +2,14 @@
 
     taskset -c 1 python benchmarks/randaugment.py
 
-The candidates: timm on PIL images with p=1, so that it too applies two operations to every image, as it comes
-(bilinear or bicubic by chance) and with the nearest pixel, as ours; torchvision's v2 image by image and on a batch,
-where one draw serves all images, as in kornia and torchaug, which are measured if they are installed; and
-BatchRandAugment, on a GPU with its fused kernels and, to compare, with torch's operations only (`ours by groups`).
-Each repetition times every candidate once, and medians of many repetitions are compared, because machines are noisy.
-On the CPU one thread is used and its CPU time is counted, which waits for other processes are not part of; on a GPU,
-the time until the GPU is done. `op_pairs` is the number of distinct pairs of operations drawn in one batch. Rows that this machine cannot measure
-say "not measured". Writes results/randaugment.csv with the machine, the versions and the commit.
+The candidates: timm on PIL images with p=1, so that it too applies two operations to every image, as it comes (bilinear
+or bicubic by chance) and with the nearest pixel, as ours; torchvision's v2 image by image and on a batch, where one
+draw serves all images, as in kornia and torchaug, which are measured if they are installed; and BatchRandAugment, on a
+GPU with its fused kernels and, to compare, with torch's operations only (`ours by groups`). Each repetition times every
+candidate once, and medians of many repetitions are compared, because machines are noisy. On the CPU one thread is used
+and its CPU time is counted, which waits for other processes are not part of; on a GPU, the time until the GPU is done.
+`op_pairs` is the number of distinct pairs of operations drawn in one batch. Rows that this machine cannot measure say
+"not measured". Writes results/randaugment.csv with the machine, the versions and the commit.
 
 Notes on the CPU rows. Against timm as it comes, the targets (5 at 32 px, 2 at 224 px) are met from batches of 256 on at
 32 px, and at 224 px; they are missed at 32 px with a batch of 64. A batch costs about 2.3 ms (some 470 calls of small
@@ -23,8 +23,8 @@ twice that; memory outside of the cache, page faults of the output and calls are
 
 Notes on a GPU. For a batch of 2048 images of 32 px a million images per second allow 2.0 ms. By groups, the host draws
 (.7 ms), prepares tables and positions in numpy (1.8 ms) and issues some 440 small tensor operations. Fused, it draws,
-prepares eleven numbers per image (.75 ms), and issues one copy and four kernels, all of it while the GPU computes what came
-before. These are CPU times of machine B; what a GPU reaches with either is not measured.
+prepares eleven numbers per image (.75 ms), and issues one copy and four kernels, all of it while the GPU computes what
+came before. These are CPU times of machine B; what a GPU reaches with either is not measured.
 """
 import argparse, time
 from importlib.metadata import version
@@ -105,7 +105,8 @@ def candidates(x, size) -> dict:
             return pairs([item.name for policy in kornia._params for item in policy.data])
         made["kornia"] = lambda: kornia(x.float().div_(255)).mul_(255).byte(), len(x), kornia_pairs
     made["ours"] = lambda: ours(x), len(x), ours_pairs
-    if x.is_cuda: made["ours by groups"] = lambda: _augment_groups(x, ours.draw(len(x), (size, size))), len(x), ours_pairs
+    if x.is_cuda:
+        made["ours by groups"] = lambda: _augment_groups(x, ours.draw(len(x), (size, size))), len(x), ours_pairs
     return made
 
 

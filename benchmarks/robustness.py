@@ -1,4 +1,5 @@
-"""Is the student more robust than its teacher? All rounds of finished CIFAR-10 runs under corruptions, perturbations, FGSM.
+"""Is the student more robust than its teacher? All rounds of finished CIFAR-10 runs under corruptions, perturbations,
+FGSM.
 
     noisy-student run cifar10 --out runs/cifar10_0 --seed 0
     python benchmarks/robustness.py runs/cifar10_0 runs/cifar10_1 --limit 500
@@ -28,7 +29,8 @@ if __name__ == "__main__":
     tables, about, test = [], machine(), load_data("cifar10").test
     with show_progress() as progress:
         for run in map(Path, a.runs):
-            t = evaluate_run(run, test, a.limit, folder=Path(a.runs[0]) / "cache" / "corrupted", device=a.device, progress=progress).reset_index()
+            t = evaluate_run(run, test, a.limit, folder=Path(a.runs[0]) / "cache" / "corrupted", device=a.device,
+                             progress=progress).reset_index()
             seed = json.loads((run / "run.json").read_text())["config"]["seed"]
             tables.append(t.assign(seed=seed, role=pd.read_csv(run / "summary.csv").role, limit=a.limit))
             print(tables[-1].round(4).T.to_string(), flush=True)

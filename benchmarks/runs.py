@@ -27,8 +27,10 @@ def machine() -> dict:
         bf16 = " with AMX" if "amx_bf16" in flags else " with AVX512-BF16" if "avx512_bf16" in flags else ""
         name = lines[0].split(":")[1].strip() + bf16
     here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
-    return dict(machine=name, cores=os.cpu_count(), threads=torch.get_num_threads(), **{o: version(o) for o in ("torch", "fastai", "timm")}, commit=commit)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True,
+                            text=True).stdout.strip()
+    return dict(machine=name, cores=os.cpu_count(), threads=torch.get_num_threads(),
+                **{o: version(o) for o in ("torch", "fastai", "timm")}, commit=commit)
 
 
 def svc(data) -> dict:
@@ -37,7 +39,9 @@ def svc(data) -> dict:
     from sklearn.semi_supervised import SelfTrainingClassifier
     from sklearn.svm import SVC
     def flat(s): return s.images.reshape(len(s), -1) / 255 * 16
-    x, y = np.concatenate([flat(data.labeled), flat(data.unlabeled)]), np.concatenate([data.labeled.labels, np.full(len(data.unlabeled), -1)])
+    x, y = np.concatenate([flat(data.labeled), flat(data.unlabeled)]), np.concatenate([data.labeled.labels,
+                                                                                       np.full(len(data.unlabeled),
+                                                                                               -1)])
     model = SelfTrainingClassifier(SVC(probability=True, gamma=0.001)).fit(x, y)
     return dict(role="SelfTrainingClassifier(SVC)", test_accuracy=model.score(flat(data.test), data.test.labels),
                 valid_accuracy=model.score(flat(data.valid), data.valid.labels))
@@ -53,7 +57,8 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as tmp:
         for seed in a.seeds:
             data = load_data(a.data, seed=seed)
-            run = NoisyStudent(data, None, Path(a.runs or tmp) / f"{a.data}_{seed}", recipe=DATA[a.data].recipe, seed=seed)
+            run = NoisyStudent(data, None, Path(a.runs or tmp) / f"{a.data}_{seed}", recipe=DATA[a.data].recipe,
+                               seed=seed)
             summary = run.fit().assign(best=lambda s: s["round"] == run.best)
             rows += [dict(data=a.data, seed=seed, **r) for r in summary.to_dict("records")]
             if a.data == "digits": rows.append(dict(data=a.data, seed=seed, **svc(data)))
@@ -62,6 +67,7 @@ if __name__ == "__main__":
     out = Path(__file__).parent / "results" / f"runs_{a.data}.csv"
     out.parent.mkdir(exist_ok=True)
     table.to_csv(out, index=False)
-    figures = table.assign(what=table["round"].map(lambda r: "" if pd.isna(r) else f"round {r:.0f} ") + table.role).groupby("what", sort=False)
+    figures = table.assign(what=table["round"].map(lambda r: "" if pd.isna(r) else f"round {r:.0f} ")
+                           + table.role).groupby("what", sort=False)
     print((100 * figures.test_accuracy.agg(["mean", "std", "min"])).round(2).to_string())
     print(table.groupby("seed").seconds.sum().describe()[["mean", "max"]].round(1).to_string())

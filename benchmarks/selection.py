@@ -5,22 +5,23 @@
     python benchmarks/selection.py --rows 3e8 --folder /tmp/select --make          # 5 GB; 10 minutes
     python benchmarks/selection.py --rows 3e8 --folder /tmp/select --candidate ours
 
-The task: of the rows with confidence 0.3 or more, the 1,000 most confident of each class (1,000,000 rows), in the order of
-class, confidence and item, with their probabilities, as one parquet file. Each candidate runs in a process of its own; `seconds`
-runs from the end of its imports to the end of the file, `peak_gb` the largest resident memory of the process. The
-confidences are those of random draws: 1 - u^2 with u uniform, a class drawn uniformly, in files of a million rows in random order.
+The task: of the rows with confidence 0.3 or more, the 1,000 most confident of each class (1,000,000 rows), in the order
+of class, confidence and item, with their probabilities, as one parquet file. Each candidate runs in a process of its
+own; `seconds` runs from the end of its imports to the end of the file, `peak_gb` the largest resident memory of the
+process. The confidences are those of random draws: 1 - u^2 with u uniform, a class drawn uniformly, in files of a
+million rows in random order.
 
-What is in the files. Items, labels, confidences, schema and metadata are the real ones. The probabilities are not: 1,000 of
-float16 per row would be 600 GB for 300 million rows, which was not there, so the list has --width 4 values, the same in
-every row. The figures hold for the two passes over the narrow columns of all rows, the ranking, and the fetching and
-writing of narrow lists for the selected rows; they do not hold the time to read wide lists, which is not measured (up to
-3 million rows, 6 GB, --width 1000 writes lists of real width and random values). That time has a floor: a scattered selection
-touches every row group, and 600 GB at 1 GB/s are 600 s. Files have a million rows, or with --file-rows 8192 as many as
-`label` writes.
+What is in the files. Items, labels, confidences, schema and metadata are the real ones. The probabilities are not:
+1,000 of float16 per row would be 600 GB for 300 million rows, which was not there, so the list has --width 4 values,
+the same in every row. The figures hold for the two passes over the narrow columns of all rows, the ranking, and the
+fetching and writing of narrow lists for the selected rows; they do not hold the time to read wide lists, which is not
+measured (up to 3 million rows, 6 GB, --width 1000 writes lists of real width and random values). That time has a floor:
+a scattered selection touches every row group, and 600 GB at 1 GB/s are 600 s. Files have a million rows, or with
+--file-rows 8192 as many as `label` writes.
 
-pandas and Polars do the task as a user would write it: narrow columns first, then the probabilities of the selected rows. A row
-says "not run" where the narrow columns alone, as measured on a tenth of the rows, would not fit the memory of this machine.
-Rows are added to results/select.csv with the machine, the versions and the commit.
+pandas and Polars do the task as a user would write it: narrow columns first, then the probabilities of the selected
+rows. A row says "not run" where the narrow columns alone, as measured on a tenth of the rows, would not fit the memory
+of this machine. Rows are added to results/select.csv with the machine, the versions and the commit.
 """
 import argparse, json, resource, subprocess, sys, time
 from importlib.metadata import version
@@ -33,17 +34,19 @@ def make(folder, rows, width, file_rows=1_000_000):
     import numpy as np, pyarrow as pa, pyarrow.compute as pc, pyarrow.parquet as pq
     folder.mkdir(parents=True, exist_ok=True)
     n = -(-rows // file_rows)
-    meta = dict(classes=json.dumps([f"class {i}" for i in range(CLASSES)]), temperature="1.0", teacher="0" * 64, version="0",
-                view="{}", pool='"0"', num_shards="1", part_size=str(file_rows), items='"0"', skipped="[]")
+    meta = dict(classes=json.dumps([f"class {i}" for i in range(CLASSES)]), temperature="1.0", teacher="0" * 64,
+                version="0", view="{}", pool='"0"', num_shards="1", part_size=str(file_rows), items='"0"', skipped="[]")
     parts = {}
     for i in range(n):
         rng, m = np.random.default_rng(i), min(file_rows, rows - i * file_rows)
-        name = pc.binary_join_element_wise(f"pool-{i:05d}.tar/", pc.cast(pa.array(rng.permutation(m) + file_rows), pa.string()), ".jpg", "")
+        name = pc.binary_join_element_wise(f"pool-{i:05d}.tar/",
+                                           pc.cast(pa.array(rng.permutation(m) + file_rows), pa.string()), ".jpg", "")
         half = rng.integers(0, 0x3c00, (m if width > 4 else 1) * width, dtype=np.uint16).view(np.float16)
         if width <= 4: half = np.broadcast_to(half, (m, width)).ravel()
         table = pa.table(dict(item=name, label=pa.array(rng.integers(0, CLASSES, m), pa.int32()),
                               confidence=pa.array(1 - rng.random(m, np.float32) ** 2, pa.float32()),
-                              probs=pa.FixedSizeListArray.from_arrays(pa.array(half, pa.float16()), width)), metadata=meta)
+                              probs=pa.FixedSizeListArray.from_arrays(pa.array(half, pa.float16()), width)),
+                         metadata=meta)
         file = folder / f"part-00000-of-00001-{i:05d}.parquet"
         pq.write_table(table, file, row_group_size=8192 if width > 4 else 122880, use_dictionary=["label"])
         parts[file.name] = m
@@ -61,14 +64,17 @@ def by_pandas(folder, out):
     import pandas as pd, pyarrow as pa, pyarrow.parquet as pq
     begun = time.perf_counter()
     files, narrow = sorted(folder.glob("part-*")), []
-    for f in files: narrow.append(pd.read_parquet(f, columns=["item", "label", "confidence"]).assign(file=f.name).astype(dict(file="category")))
+    for f in files:
+        narrow.append(pd.read_parquet(f, columns=["item", "label", "confidence"]).assign(file=f.name)
+                      .astype(dict(file="category")))
     df = pd.concat(narrow, ignore_index=True)
     df["pos"] = df.groupby("file", observed=True).cumcount()
     df = df[df.confidence >= THRESHOLD].sort_values(["label", "confidence", "item"], ascending=[True, False, True])
     df = df.groupby("label").head(PER_CLASS).reset_index(drop=True)
     probs, order = [], []
     for f, g in df.groupby("file"):
-        probs.append(pq.read_table(folder / f, columns=["probs"])["probs"].take(pa.array(g.pos.to_numpy())).combine_chunks())
+        probs.append(pq.read_table(folder / f, columns=["probs"])["probs"].take(pa.array(g.pos.to_numpy()))
+                     .combine_chunks())
         order.extend(g.index)
     back = pa.array(pd.Series(range(len(order)), index=order).sort_index().to_numpy())
     col = pa.concat_arrays([o for p in probs for o in (p.chunks if isinstance(p, pa.ChunkedArray) else [p])]).take(back)
@@ -82,10 +88,12 @@ def by_polars(folder, out):
     begun = time.perf_counter()
     rows = pl.scan_parquet(folder / "part-*.parquet")
     kept = (rows.select("item", "label", "confidence").filter(pl.col("confidence") >= THRESHOLD)
-            .sort(["label", "confidence", "item"], descending=[False, True, False]).group_by("label", maintain_order=True).head(PER_CLASS)
+            .sort(["label", "confidence", "item"], descending=[False, True, False])
+            .group_by("label", maintain_order=True).head(PER_CLASS)
             .collect(engine="streaming"))
     kept = kept.with_row_index("place")
-    wide = rows.select("item", "probs").join(kept.lazy(), on="item", how="inner").sort("place").drop("place").collect(engine="streaming")
+    wide = rows.select("item", "probs").join(kept.lazy(), on="item",
+                                             how="inner").sort("place").drop("place").collect(engine="streaming")
     wide.write_parquet(out)
     return time.perf_counter() - begun, len(wide)
 
@@ -108,7 +116,8 @@ if __name__ == "__main__":
     folder = a.folder / f"{rows}-{a.width}-{a.file_rows}"
     if a.make: make(folder, rows, a.width, a.file_rows)
     if a.candidate and a.here:
-        seconds, kept = dict(ours=ours, pandas=by_pandas, polars=by_polars)[a.candidate](folder, a.folder / "out.parquet")
+        seconds, kept = dict(ours=ours, pandas=by_pandas,
+                             polars=by_polars)[a.candidate](folder, a.folder / "out.parquet")
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         print(json.dumps(dict(seconds=round(seconds, 1), peak_gb=round(peak, 2), selected=kept)))
     elif a.candidate:
@@ -119,7 +128,8 @@ if __name__ == "__main__":
             done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--here"], capture_output=True, text=True)
             if done.returncode: sys.exit(done.stderr)
             got = json.loads(done.stdout.splitlines()[-1])
-        row = dict(rows=rows, probs_per_row=a.width, rows_per_file=a.file_rows, table_gb=round(bytes_on_disk(folder) / 1e9, 2), candidate=a.candidate, **got, **machine(),
+        row = dict(rows=rows, probs_per_row=a.width, rows_per_file=a.file_rows,
+                   table_gb=round(bytes_on_disk(folder) / 1e9, 2), candidate=a.candidate, **got, **machine(),
                    **{o: version(o) for o in ("duckdb", "pyarrow", "pandas", "polars")})
         print(row)
         file = Path(__file__).parent / "results" / "select.csv"

@@ -1,24 +1,25 @@
 """semilearn's (USB's) pseudolabel and FixMatch, called by methods.py.
 
-It goes the way that semilearn's notebooks show for own data: `get_config`, `get_algorithm` with a function that makes the
-network, `BasicDataset`, `get_data_loader`, `Trainer`. The settings are those of its own files for CIFAR-10,
-config/classic_cv: batches of 64 labeled images and 7 times (pseudolabel: once) as many unlabeled ones, SGD with Nesterov
-momentum at .03, weight decay 5e-4, cosine schedule over all iterations, averaged weights with .999, threshold .95, labeled
-images in the unlabeled pile too, its weak and strong augmentation. Ours is only what has to be: the images, the network,
-their mean and standard deviation, the number of iterations, and that images are mirrored only where our recipe mirrors them,
-since a mirrored 2 is no digit. Its RandAugment draws a rectangle of three colors, so gray images are RGB while it works.
+It goes the way that semilearn's notebooks show for own data: `get_config`, `get_algorithm` with a function that makes
+the network, `BasicDataset`, `get_data_loader`, `Trainer`. The settings are those of its own files for CIFAR-10,
+config/classic_cv: batches of 64 labeled images and 7 times (pseudolabel: once) as many unlabeled ones, SGD with
+Nesterov momentum at .03, weight decay 5e-4, cosine schedule over all iterations, averaged weights with .999, threshold
+.95, labeled images in the unlabeled pile too, its weak and strong augmentation. Ours is only what has to be: the
+images, the network, their mean and standard deviation, the number of iterations, and that images are mirrored only
+where our recipe mirrors them, since a mirrored 2 is no digit. Its RandAugment draws a rectangle of three colors, so
+gray images are RGB while it works.
 
 Version 0.3.2 runs on a GPU only. On a GPU nothing of it is changed. On a CPU `on_cpu` stands in for what is not there:
 `.cuda()` returns the tensor or network itself, torch.cuda.Event is a clock, torch.cuda.set_device and synchronize do
-nothing; and packages that are imported but not used for images (torchaudio, transformers, aim, wandb) are empty modules if
-they are missing or do not load. Loaders have no worker processes on a CPU, whose seconds would not be counted.
+nothing; and packages that are imported but not used for images (torchaudio, transformers, aim, wandb) are empty modules
+if they are missing or do not load. Loaders have no worker processes on a CPU, whose seconds would not be counted.
 
-Two networks are there at the end, the last one, which `Trainer.evaluate` takes by default, and the average, which semilearn's
-own training script takes. The one that is better on the validation images counts; after few iterations an average with .999 is
-still close to where it began.
+Two networks are there at the end, the last one, which `Trainer.evaluate` takes by default, and the average, which
+semilearn's own training script takes. The one that is better on the validation images counts; after few iterations an
+average with .999 is still close to where it began.
 
-These methods are made for 2**20 iterations on a GPU. What a minute or two of a CPU allows is far from that: about a hundred of
-FixMatch's, three fifths of whose seconds go into Pillow's augmentation.
+These methods are made for 2**20 iterations on a GPU. What a minute or two of a CPU allows is far from that: about a
+hundred of FixMatch's, three fifths of whose seconds go into Pillow's augmentation.
 
 Tried on a CPU only. On a GPU torchaudio has to be for the same version of CUDA as torch, or it does not import.
 """
@@ -63,7 +64,8 @@ def nothing(*_, **__): pass
 def on_cpu():
     "Inside, code that was written for a GPU runs on the CPU."
     with ExitStack() as stack:
-        for owner, name, new in ((torch.Tensor, "cuda", itself), (nn.Module, "cuda", itself), (torch.cuda, "Event", Event),
+        for owner, name, new in ((torch.Tensor, "cuda", itself), (nn.Module, "cuda", itself),
+                                 (torch.cuda, "Event", Event),
                                  (torch.cuda, "set_device", nothing), (torch.cuda, "synchronize", nothing)):
             stack.enter_context(patch.object(owner, name, new))
         yield
@@ -132,7 +134,8 @@ def fit(ns, name, iterations, seed, folder):
     labeled = BasicDataset(name, images["labeled"], labels["labeled"], n_out, weak, False, strong)
     unlabeled = BasicDataset(name, pile, None, n_out, weak, True, strong)
     workers, bs = config.num_workers, config.batch_size
-    loaders = {o: get_data_loader(config, BasicDataset(name, images[o], labels[o], n_out, plain), config.eval_batch_size,
+    loaders = {o: get_data_loader(config, BasicDataset(name, images[o], labels[o], n_out, plain),
+                                  config.eval_batch_size,
                                   data_sampler=None, num_workers=workers, drop_last=False) for o in ("valid", "test")}
     def net(num_classes, pretrained=False, pretrained_path=None): return Net(ns.archs[-1], num_classes, c_in)
     algorithm = get_algorithm(config, net, tb_log=None, logger=None)

@@ -5,8 +5,8 @@
 All candidates train the same network on the same in-memory CIFAR-sized images, channels last, bfloat16 autocast, AdamW
 fused, one-cycle rates, one epoch of some steps per repetition. `bare`: index the images, normalize, forward, backward,
 step, and nothing else. `ours`: `noisy_student_learner` as `NoisyStudent` trains it, without noise. `fastai`: a stock
-`Learner` with fastai's own Adam, over a stock `DataLoader` of the same tensors. With `augment`, bare and ours also shift and
-mirror every image (`PadCropFlip`), and ours has all three noises in `ours with noise`, which bare has not.
+`Learner` with fastai's own Adam, over a stock `DataLoader` of the same tensors. With `augment`, bare and ours also
+shift and mirror every image (`PadCropFlip`), and ours has all three noises in `ours with noise`, which bare has not.
 """
 import copy
 from functools import partial
@@ -62,11 +62,14 @@ def bare(model, images, labels, batch, steps, augment, device, half=True):
 
 
 def ours(model, images, labels, batch, steps, augment, device, noise=Noise.none()):
-    dls = mixed_dataloaders((images, labels.numpy()), (images[:batch], labels[:batch].numpy()), list(map(str, range(10))), bs=batch,
+    dls = mixed_dataloaders((images, labels.numpy()), (images[:batch], labels[:batch].numpy()),
+                            list(map(str, range(10))), bs=batch,
                             steps=steps, augment=[PadCropFlip(4)] if augment else [], stats=STATS, device=device)
-    learn = noisy_student_learner(dls, model, noise, opt_func=optimizer("adamw", torch.device(device)), cbs=[NoValidation()])
+    learn = noisy_student_learner(dls, model, noise, opt_func=optimizer("adamw", torch.device(device)),
+                                  cbs=[NoValidation()])
     def run():
-        with in_bf16(learn.model, torch.device(device)), learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-3)
+        with in_bf16(learn.model, torch.device(device)), learn.no_bar(), learn.no_logging():
+            learn.fit_one_cycle(1, 1e-3)
     return run
 
 
@@ -75,11 +78,13 @@ def fastai(model, images, labels, batch, steps, device):
     x = torch.from_numpy(images).permute(0, 3, 1, 2)
     items = [(TensorImage(a), TensorCategory(b)) for a, b in zip(x[:batch * steps], labels)]
     tfms = [IntToFloatTensor(), Normalize.from_stats(*STATS, cuda=False)]
-    dls = DataLoaders(*[TfmdDL(items, bs=batch, shuffle=s, num_workers=0, after_batch=tfms, device=torch.device(device)) for s in (True, False)])
+    dls = DataLoaders(*[TfmdDL(items, bs=batch, shuffle=s, num_workers=0, after_batch=tfms, device=torch.device(device))
+                        for s in (True, False)])
     loss = CrossEntropyLossFlat()
     learn = Learner(dls, model, lambda pred, y: loss(pred.float(), y), cbs=[NoValidation()])
     def run():
-        with in_bf16(learn.model, torch.device(device)), learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-3)
+        with in_bf16(learn.model, torch.device(device)), learn.no_bar(), learn.no_logging():
+            learn.fit_one_cycle(1, 1e-3)
     return run
 
 
@@ -96,12 +101,15 @@ def made(device, arch, size, batch, steps):
 def case(device, arch, size, batch, steps, augment, budget):
     model, images, labels = made(device, arch, size, batch, steps)
     make = partial(copy.deepcopy, model)
-    fs = dict(bare=bare(make(), images, labels, batch, steps, augment, device), ours=ours(make(), images, labels, batch, steps, augment, device))
-    if augment: fs["ours with noise"] = ours(make(), images, labels, batch, steps, augment, device, Noise(2, 10, .5, .8))
+    fs = dict(bare=bare(make(), images, labels, batch, steps, augment, device),
+              ours=ours(make(), images, labels, batch, steps, augment, device))
+    if augment:
+        fs["ours with noise"] = ours(make(), images, labels, batch, steps, augment, device, Noise(2, 10, .5, .8))
     else: fs["fastai"] = fastai(make(), images, labels, batch, steps, device)
     rows = in_turns(fs, device, budget, "bare")
     for v in rows.values(): v["seconds"] = float(f"{v['seconds'] / steps:.4g}")
-    return [dict(device=device, model=arch, case="augment" if augment else "plain", size=size, batch=batch, candidate=k, **v) for k, v in rows.items()]
+    return [dict(device=device, model=arch, case="augment" if augment else "plain", size=size, batch=batch, candidate=k,
+                 **v) for k, v in rows.items()]
 
 
 if __name__ == "__main__":
@@ -109,5 +117,6 @@ if __name__ == "__main__":
     p.add_argument("--models", nargs="+", help="some of the models only")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
-    save("step", [row for arch, size, batch, steps in CASES[a.device] if not a.models or arch in a.models for augment in (False, True)
+    save("step", [row for arch, size, batch, steps in CASES[a.device] if not a.models or arch in a.models
+                  for augment in (False, True)
                   for row in case(a.device, arch, size, batch, steps, augment, a.seconds)], a)

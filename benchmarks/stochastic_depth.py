@@ -5,12 +5,12 @@
 The candidates: no stochastic depth; timm's DropPath with the same survival probabilities, which computes every branch
 and multiplies by a mask; ours with `skip=False`, which does the same; ours, a draw per image; ours, one draw per batch.
 A step is forward, backward and a fused AdamW step; each repetition times every candidate once, and `ratio` is the ratio
-of mean times. `floor` is the share of the multiplications that is left on average: as linear decay
-drops 10 % of the branches if every block has an identity skip, and a third to a half of the blocks of ResNets and
-EfficientNets change the shape and cannot be dropped, it lies between .89 and .95; no implementation can be faster.
-Gathering and scattering read and write the kept rows of the branch's input and output once more each. On the CPU both
-precisions are measured; there, before the repetitions, ours with a draw per image makes 30 steps that the others do not: every
-number of kept images makes oneDNN compile its kernels once.
+of mean times. `floor` is the share of the multiplications that is left on average: as linear decay drops 10 % of the
+branches if every block has an identity skip, and a third to a half of the blocks of ResNets and EfficientNets change
+the shape and cannot be dropped, it lies between .89 and .95; no implementation can be faster. Gathering and scattering
+read and write the kept rows of the branch's input and output once more each. On the CPU both precisions are measured;
+there, before the repetitions, ours with a draw per image makes 30 steps that the others do not: every number of kept
+images makes oneDNN compile its kernels once.
 """
 import copy
 from contextlib import ExitStack
@@ -29,8 +29,8 @@ from noisy_student.stochastic_depth import StochasticDepth, residual_blocks
 CASES = {  # device: (model, side of the images, images of a batch)
     "cpu": (("resnet9_24", 32, 64), ("resnet18", 64, 32), ("efficientnet_b0", 64, 32), ("convnext_atto", 64, 32),
             ("vit_tiny_patch16_224", 64, 32)),
-    "cuda": (("resnet9_64", 32, 2048), ("resnet50", 128, 512), ("efficientnet_b0", 128, 512), ("convnext_tiny", 128, 512),
-             ("vit_small_patch16_224", 224, 256)),
+    "cuda": (("resnet9_64", 32, 2048), ("resnet50", 128, 512), ("efficientnet_b0", 128, 512),
+             ("convnext_tiny", 128, 512), ("vit_small_patch16_224", 224, 256)),
 }
 
 
@@ -59,7 +59,8 @@ def step(model, x, y, bf16, per=None, skip=True):
         cb.attach(ExitStack())
     opt = torch.optim.AdamW(model.parameters(), fused=True)
     def run():
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16): loss = nn.functional.cross_entropy(model(x), y)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            loss = nn.functional.cross_entropy(model(x), y)
         loss.backward()
         opt.step()
         opt.zero_grad()
@@ -69,7 +70,8 @@ def step(model, x, y, bf16, per=None, skip=True):
 def case(device, arch, size, batch, budget, bf16):
     torch.manual_seed(0)
     kw = dict(img_size=size) if "vit" in arch else {}
-    model = (timm.create_model(arch, num_classes=10, **kw) if kw else create_model(arch, 10)).to(device, memory_format=torch.channels_last)
+    model = (timm.create_model(arch, num_classes=10, **kw) if kw
+             else create_model(arch, 10)).to(device, memory_format=torch.channels_last)
     x = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
     y = torch.randint(0, 10, (batch,), device=device)
     def plan(m): return StochasticDepth(.8).plan(m)
@@ -85,7 +87,8 @@ def case(device, arch, size, batch, budget, bf16):
     if device == "cpu":
         for _ in range(30): fs["ours, per sample"]()
     rows = in_turns(fs, device, budget, "none")
-    return [dict(device=device, model=arch, size=size, batch=batch, precision="bf16" if bf16 else "float32", candidate=k, **v, floor=least if "ours" in k else None)
+    return [dict(device=device, model=arch, size=size, batch=batch, precision="bf16" if bf16 else "float32",
+                 candidate=k, **v, floor=least if "ours" in k else None)
             for k, v in rows.items()]
 
 
@@ -95,5 +98,6 @@ if __name__ == "__main__":
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     rows = [row for arch, size, batch in CASES[a.device] if not a.models or arch in a.models
-            for bf16 in ((True, False) if a.device == "cpu" else (True,)) for row in case(a.device, arch, size, batch, a.seconds, bf16)]
+            for bf16 in ((True, False) if a.device == "cpu" else (True,))
+            for row in case(a.device, arch, size, batch, a.seconds, bf16)]
     save("stochastic_depth", rows, a)

@@ -27,13 +27,16 @@ if __name__ == "__main__":
         wrong = rng.choice(len(labels), len(labels) // 10, replace=False)
         labels[wrong] = (labels[wrong] + rng.integers(1, 10, len(wrong))) % 10
         with tempfile.TemporaryDirectory() as tmp:
-            ns = NoisyStudent(replace(data, labeled=Split(data.labeled.images, labels)), None, Path(tmp) / "run", recipe="digits", seed=seed, rounds=a.rounds)
+            ns = NoisyStudent(replace(data, labeled=Split(data.labeled.images, labels)), None, Path(tmp) / "run",
+                              recipe="digits", seed=seed, rounds=a.rounds)
             test = ns.fit().test_accuracy.iloc[-1]
             table = ns.suspects(pictures=0)
         found = table[table.kind == "labeled"]
         first = found["item"].head(len(labels) * 15 // 100)
-        rows.append(dict(seed=seed, labels=len(labels), wrong=len(wrong), in_first_15_percent=int(np.isin(first, wrong).sum()), contradicted=len(found),
-                         flagged=int(found.issue.sum()), flagged_and_wrong=int(np.isin(found["item"][found.issue == True], wrong).sum()),  # noqa: E712
+        rows.append(dict(seed=seed, labels=len(labels), wrong=len(wrong),
+                         in_first_15_percent=int(np.isin(first, wrong).sum()), contradicted=len(found),
+                         flagged=int(found.issue.sum()),
+                         flagged_and_wrong=int(np.isin(found["item"][found.issue == True], wrong).sum()),  # noqa: E712
                          flipped_pseudo_labels=int((table.kind != "labeled").sum()), student_test_accuracy=test))
         print(rows[-1], flush=True)
     out = Path(__file__).parent / "results" / "suspects.csv"

@@ -35,11 +35,13 @@ def steps(seconds: float) -> dict:
         begun = time.perf_counter()
         step()
         times.append(time.perf_counter() - begun)
-    return dict(step_seconds=float(np.median(times)), cpu_per_step=(time.process_time() - cpu) / len(times), steps=len(times))
+    return dict(step_seconds=float(np.median(times)), cpu_per_step=(time.process_time() - cpu) / len(times),
+                steps=len(times))
 
 
 def measured(policy: str, seconds: float) -> dict:
-    env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_NUM_THREADS")} | dict(OMP_WAIT_POLICY=policy)
+    env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT",
+                                                            "OMP_NUM_THREADS")} | dict(OMP_WAIT_POLICY=policy)
     p = subprocess.run([sys.executable, "-W", "ignore", __file__, "--in-process", "--seconds", str(seconds)],
                        env=env, text=True, capture_output=True, check=True)
     return json.loads(p.stdout.splitlines()[-1])
@@ -59,9 +61,11 @@ if __name__ == "__main__":
         try: found = [{o: measured(o, a.seconds / a.turns) for o in ("ACTIVE", "PASSIVE")} for _ in range(a.turns)]
         finally:
             for o in busy: o.kill()
-        mean = {o: {k: float(np.mean([f[o][k] for f in found])) for k in ("step_seconds", "cpu_per_step")} for o in found[0]}
+        mean = {o: {k: float(np.mean([f[o][k] for f in found])) for k in ("step_seconds", "cpu_per_step")}
+                for o in found[0]}
         for policy, m in mean.items():
-            rows.append(dict(case=f"beside {others} busy processes", candidate=policy, step_seconds=round(m["step_seconds"], 4),
-                             cpu_per_step=round(m["cpu_per_step"], 4), ratio=round(m["step_seconds"] / mean["ACTIVE"]["step_seconds"], 3),
-                             processes=a.turns))
+            rows.append(dict(case=f"beside {others} busy processes", candidate=policy,
+                             step_seconds=round(m["step_seconds"], 4),
+                             cpu_per_step=round(m["cpu_per_step"], 4),
+                             ratio=round(m["step_seconds"] / mean["ACTIVE"]["step_seconds"], 3), processes=a.turns))
     save("threads", rows, a)

@@ -2,11 +2,11 @@
 
     python tools/docs.py readme   nbs/index.ipynb -> README.md
     python tools/docs.py site     the notebooks -> _docs/
-    python tools/docs.py check    README.md is fresh, the site builds, every link inside both leads somewhere, every page is
-                                  in the sidebar and every entry of the sidebar is a page; where there is a Chromium,
-                                  every page is looked at in it
+    python tools/docs.py check    README.md is fresh, the site builds, every link inside both leads somewhere, every
+                                  page is in the sidebar and every entry of the sidebar is a page; where there is a
+                                  Chromium, every page is looked at in it
 
-Where Quarto is installed, `nbdev_docs` builds the site from the same `_quarto.yml`.
+Where Quarto is installed, `nbdev-docs` builds the site from the same `_quarto.yml`.
 """
 import argparse
 import json
@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from configparser import ConfigParser
 from functools import partial
 from html import unescape
 from html.parser import HTMLParser
@@ -26,7 +27,6 @@ from urllib.parse import quote, unquote, urlsplit
 
 import pypandoc
 import yaml
-from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.serve import proc_nbs
 from smalldocs import site as smalldocs
@@ -40,7 +40,8 @@ README_LINK = re.compile(r"""(\]\(|src=")(?![a-z]+:)([^\s)"#]+)""")
 # A file or folder of this repository, on GitHub or opened from there
 OWN_FILE = re.compile(r"https://.*github(?:\.com)?/noisy-student/noisy_student/(?:blob|tree)/main/([^#?]+)")
 # In a signature: the modules before the name of a type; a class as Python prints it
-MODULES = re.compile(r"(?<=[\[:=( |])(?:__main__|noisy_student|pathlib|collections|typing|numpy|pandas|torch|fastai|PIL|matplotlib)\.(?:\w+\.)*(?=[A-Z]|ndarray|device)")
+PACKAGES = "__main__|noisy_student|pathlib|collections|typing|numpy|pandas|torch|fastai|PIL|matplotlib"
+MODULES = re.compile(rf"(?<=[\[:=( |])(?:{PACKAGES})\.(?:\w+\.)*(?=[A-Z]|ndarray|device)")
 CLASS = re.compile(r"<class '(?:\w+\.)*(\w+)'>")
 EVENTS = re.compile(r"(?:\s*(?:after|before)_\w+:NoneType=None,?){10,}")
 
@@ -62,14 +63,18 @@ def readme() -> str:  # The text of README.md
 
 
 def badges() -> str:  # One line of Markdown
-    "Pictures that link to the tests, the license, the Python versions and the documentation, by what settings.ini says."
-    c = get_config(path=ROOT)
-    repo, shield = f"https://github.com/{c.user}/{c.repo}", "https://img.shields.io/badge"
+    """Pictures that link to the tests, the license, the Python versions and the documentation, by what settings.ini
+    says."""
+    c = ConfigParser(delimiters=["="])
+    c.read(ROOT / "settings.ini", encoding="utf-8")
+    c = c["DEFAULT"]
+    repo, shield = f"https://github.com/{c['user']}/{c['repo']}", "https://img.shields.io/badge"
     return " ".join([
         f"[![tests]({repo}/actions/workflows/test.yml/badge.svg)]({repo}/actions/workflows/test.yml)",
-        f"[![docs]({shield}/docs-{c.user.replace('-', '--')}.github.io-blue)]({c.doc_host}{c.doc_baseurl})",
-        f"[![Python {c.min_python} or newer]({shield}/python-{c.min_python}%2B-blue)]({repo}/blob/{c.branch}/settings.ini)",
-        f"[![Apache 2.0]({shield}/license-Apache%202.0-blue)]({repo}/blob/{c.branch}/LICENSE)",
+        f"[![docs]({shield}/docs-{c['user'].replace('-', '--')}.github.io-blue)]({c['doc_host']}{c['doc_baseurl']})",
+        f"[![Python {c['min_python']} or newer]({shield}/python-{c['min_python']}%2B-blue)]"
+        f"({repo}/blob/{c['branch']}/settings.ini)",
+        f"[![Apache 2.0]({shield}/license-Apache%202.0-blue)]({repo}/blob/{c['branch']}/LICENSE)",
     ])
 
 
@@ -123,7 +128,8 @@ class Site(smalldocs.Site):
             text = re.sub(r"\[(`[^`]+`)\]\(\S+?\)", r"\1", block[0])
             if not text.startswith("```python\ndef "):
                 return text
-            return MODULES.sub("", CLASS.sub(r"\1", EVENTS.sub("\n    **events, # functions, as every fastai `Callback` takes them", text)))
+            text = EVENTS.sub("\n    **events, # functions, as every fastai `Callback` takes them", text)
+            return MODULES.sub("", CLASS.sub(r"\1", text))
         page.body = re.sub(r"^```.*?^```", clean, page.body, flags=re.M | re.S)
         page.body = page.body.replace("\b", "")  # with which the command line keeps lines of its help apart
         return page
@@ -139,7 +145,8 @@ class Site(smalldocs.Site):
 
     def render_page(self, page: smalldocs.Page) -> None:
         super().render_page(page)
-        page.html = re.sub(r"(<pre[^>]*><code[^>]*>)(.*?)(</code></pre>)", lambda m: m[1] + code_lines(m[2]) + m[3], page.html, flags=re.S)
+        page.html = re.sub(r"(<pre[^>]*><code[^>]*>)(.*?)(</code></pre>)", lambda m: m[1] + code_lines(m[2]) + m[3],
+                           page.html, flags=re.S)
         pattern = r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>'
         tex = [(unescape(m[2]), m[1] == "display") for m in re.finditer(pattern, page.html, re.S)]
         if tex:
@@ -155,8 +162,11 @@ def build(
     site = Site(load(proc_nbs(force=True)), quiet=True)
     site.out = out
     site.build()
+    for page in out.rglob("*.llms.md"):  # where nbdev's line in the docstring of a module leads
+        shutil.copy(page, page.with_name(page.name.replace(".llms.md", ".html.md")))
     # `Site.read` reads output-file, styles.css does what grid and code-overflow do for Quarto.
-    known = ("output-file is not read by smalldocs", "format.html.grid is ignored", "format.html.code-overflow is ignored")
+    known = ("output-file is not read by smalldocs", "format.html.grid is ignored",
+             "format.html.code-overflow is ignored")
     return [w for w in site.warnings if not w.endswith(known)]
 
 
@@ -181,7 +191,8 @@ class Links(HTMLParser):
 def broken_links(
     site: Path,  # Folder of a built site
 ) -> list[str]:  # A line for each link that leads nowhere, with the pages it is on
-    "Follow every link to the site and to files of the repository: the file and, within a page, the anchor must be there."
+    """Follow every link to the site and to files of the repository: the file and, within a page, the anchor must be
+    there."""
     pages = {p: Links(p) for p in sorted(site.rglob("*.html"))}
     broken = {}
     for page, links in pages.items():
@@ -201,8 +212,9 @@ def broken_links(
     return [f"broken link {ref} in {', '.join(sorted(on))}" for ref, on in broken.items()]
 
 
-# Opens the pages named in its fragment one after the other, wide and narrow, light and dark, and sends what is wrong with
-# them to the server. A site may clip what is too wide, and the page is then no wider: so elements are looked at, too.
+# Opens the pages named in its fragment one after the other, wide and narrow, light and dark, and sends what is wrong
+# with them to the server. A site may clip what is too wide, and the page is then no wider: so elements are looked at,
+# too.
 LOOK = """<!doctype html><title>look</title><link rel="icon" href="data:,"><body><script>
 const found = [], frame = document.createElement('iframe');
 const say = text => found.push(text);
@@ -214,7 +226,8 @@ async function look(page) {
     img.loading = 'eager';
     await img.decode().catch(() => say(`${page}: the picture ${img.getAttribute('src').slice(0, 80)} does not load`));
   }
-  const scrolls = e => e && e !== d.body && (/auto|scroll/.test(w.getComputedStyle(e).overflowX) || scrolls(e.parentElement));
+  const scrolls = e => e && e !== d.body
+    && (/auto|scroll/.test(w.getComputedStyle(e).overflowX) || scrolls(e.parentElement));
   for (const theme of ['light', 'dark']) {
     const done = () => root.classList.contains('quarto-dark') === (theme === 'dark');
     if (w.smalldocsToggleScheme && !done()) {
@@ -248,7 +261,8 @@ def chromium() -> str | None:  # Its path
 def look(
     site: Path,  # Folder of a built site
 ) -> list[str] | None:  # A line for each fault; None if there is no Chromium
-    "Open every page in a headless Chromium, wide and narrow, light and dark: no error, no missing picture, nothing too wide."
+    """Open every page in a headless Chromium, wide and narrow, light and dark: no error, no missing picture, nothing
+    too wide."""
     if (browser := chromium()) is None:
         return None
     pages = " ".join(p.relative_to(site).as_posix() for p in sorted(site.rglob("*.html")) if "site_libs" not in p.parts)
@@ -262,10 +276,13 @@ def look(
 
     handler = type("Quiet", (SimpleHTTPRequestHandler,), dict(log_message=lambda *args: None, do_POST=receive))
     (site / "look.html").write_text(LOOK, encoding="utf-8")
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=site)) as server, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=site))
+    with server, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
         Thread(target=server.serve_forever, daemon=True).start()
-        flags = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-background-networking --enable-logging=stderr"
-        command = [browser, *flags.split(), "--no-proxy-server", f"--user-data-dir={home}/profile", "--remote-debugging-port=0"]
+        flags = ("--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-background-networking "
+                 "--enable-logging=stderr")
+        command = [browser, *flags.split(), "--no-proxy-server", f"--user-data-dir={home}/profile",
+                   "--remote-debugging-port=0"]
         with open(f"{home}/log", "w+", encoding="utf-8", errors="replace") as log:
             url = f"http://127.0.0.1:{server.server_port}/look.html#{quote(pages)}"
             process = subprocess.Popen([*command, url], stdout=subprocess.DEVNULL, stderr=log)
@@ -298,7 +315,8 @@ def sidebar_problems(
     return [
         *(f"_quarto.yml: {name} is not in the sidebar" for name in sorted(pages - set(listed))),
         *(f"_quarto.yml: {name} in the sidebar is not there" for name in sorted(set(listed) - pages)),
-        *(f"_quarto.yml: {name} is in the sidebar twice" for name in sorted({n for n in listed if listed.count(n) > 1})),
+        *(f"_quarto.yml: {name} is in the sidebar twice"
+          for name in sorted({n for n in listed if listed.count(n) > 1})),
         *(f"_quarto.yml: {name} in the navigation bar is not there" for name in sorted(set(bar) - pages)),
     ]
 

@@ -32,7 +32,8 @@ def save(fig: plt.Figure, name: str) -> None:
 
 def gain(ax: Axes, size: float) -> None:
     "Test accuracy on digits by round: every seed, and the mean."
-    accuracy = 100 * RUNS[RUNS.role.isin(["teacher", "student"])].pivot(index="round", columns="seed", values="test_accuracy")
+    accuracy = 100 * RUNS[RUNS.role.isin(["teacher", "student"])].pivot(index="round", columns="seed",
+                                                                        values="test_accuracy")
     ax.set_facecolor(NIGHT)
     ax.plot(accuracy, color=BLUE, alpha=0.35, lw=size / 7)
     ax.plot(accuracy.mean(axis=1), "o-", color=ORANGE, lw=size / 3.5, ms=size * 0.75)
@@ -76,17 +77,21 @@ def loop(rows: int = 3, cols: int = 6) -> None:
         panel.set_facecolor(NIGHT)
         panel.text(0.5, 0.9, f"{number}   {head}", color="white", fontsize=13, ha="center")
         panel.text(0.5, 0.82, under, color=TEXT, fontsize=10.5, ha="center")
-    axes = panels[0].subplots(rows, cols, gridspec_kw=dict(left=0.03, right=0.97, top=0.71, bottom=0.03, hspace=0.4, wspace=0.1))
+    axes = panels[0].subplots(rows, cols, gridspec_kw=dict(left=0.03, right=0.97, top=0.71, bottom=0.03, hspace=0.4,
+                                                           wspace=0.1))
     for ax, o in zip(axes.flat, pd.concat([kept, left_out]).itertuples()):
         ok = o.confidence >= recipe.threshold
         ax.imshow(data.unlabeled.images[o.item, ..., 0], cmap="gray", alpha=1 if ok else 0.45)
-        ax.set_title(f"{data.classes[o.label]}: {100 * o.confidence:.0f} %", fontsize=9, color=TEXT if ok else "#8fa1b1", pad=3)
+        ax.set_title(f"{data.classes[o.label]}: {100 * o.confidence:.0f} %", fontsize=9,
+                     color=TEXT if ok else "#8fa1b1", pad=3)
         ax.set_facecolor(NIGHT)
         ax.axis("off")
     images = torch.from_numpy(np.asarray(data.unlabeled.images)[kept.item]).permute(0, 3, 1, 2)
     big = torch.nn.functional.interpolate(images.float(), size=32, mode="bilinear").round().byte()
-    noised = BatchRandAugment(n=recipe.noise.randaugment_n, m=recipe.noise.randaugment_m, seed=3)(torch.cat([big, big[:cols]]))
-    axes = panels[1].subplots(rows, cols, gridspec_kw=dict(left=0.05, right=0.95, top=0.74, bottom=0.03, hspace=0.08, wspace=0.08))
+    noised = BatchRandAugment(n=recipe.noise.randaugment_n, m=recipe.noise.randaugment_m,
+                              seed=3)(torch.cat([big, big[:cols]]))
+    axes = panels[1].subplots(rows, cols, gridspec_kw=dict(left=0.05, right=0.95, top=0.74, bottom=0.03, hspace=0.08,
+                                                           wspace=0.08))
     for ax, image in zip(axes.flat, noised):
         ax.imshow(image[0], cmap="gray", vmin=0, vmax=255)
         ax.axis("off")
