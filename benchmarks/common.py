@@ -1,6 +1,6 @@
 "What the benchmarks of speed share: candidates timed in turns, and a table written with machine, versions and commit."
 import argparse, time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -66,8 +66,17 @@ def with_others(table: pd.DataFrame, name: str) -> pd.DataFrame:
     return pd.concat([table, old[[o not in again for o in cases(old)]]], ignore_index=True)
 
 
-def save(name: str, rows: list[dict], a: argparse.Namespace, **versions: str) -> pd.DataFrame:
-    "Print the table and write it, with what was measured before; a case that is measured again replaces its row."
+def save(name: str, cases: Iterable[list[dict]], a: argparse.Namespace, **versions: str) -> None:
+    "Print the rows of each case and write them at once, since a later case may be cut short."
+    rows = []
+    for new in cases:
+        print(pd.DataFrame(new).to_string(index=False), flush=True)
+        rows += new
+        write(name, rows, a, **versions)
+
+
+def write(name: str, rows: list[dict], a: argparse.Namespace, **versions: str) -> None:
+    "Write the table, with what was measured before; a case that is measured again replaces its row."
     table = with_others(pd.DataFrame(rows).assign(**machine(), **versions), name)
     if "device" in table and "cuda" not in set(table.device):
         cases = table.drop_duplicates([o for o in ("model", "case", "candidate") if o in table])
@@ -76,5 +85,3 @@ def save(name: str, rows: list[dict], a: argparse.Namespace, **versions: str) ->
         table = pd.concat([table, blank], ignore_index=True)
     a.out.mkdir(parents=True, exist_ok=True)
     table.to_csv(a.out / f"{name}.csv", index=False)
-    print(pd.DataFrame(rows).to_string(index=False), flush=True)
-    return table

@@ -41,5 +41,4 @@ def case(device, arch, size, batch, steps, budget):
 if __name__ == "__main__":
     a = arguments(__doc__, seconds=20).parse_args()
     torch.set_num_threads(a.threads)
-    save("compile", [row for arch, size, batch, steps in CASES[a.device]
-                     for row in case(a.device, arch, size, batch, steps, a.seconds)], a)
+    save("compile", (case(a.device, *o, a.seconds) for o in CASES[a.device]), a)

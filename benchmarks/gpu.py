@@ -1,72 +1,109 @@
-"""Everything that wants a GPU, in one command: the tests marked gpu, the benchmarks of speed, and two runs on CIFAR-10.
+"""Everything that wants a GPU, in one command: right, fast, good. For a machine that is lent for a quarter of an hour.
 
-    python benchmarks/gpu.py [--only tests step label] [--out DIR] [--device cpu --quick]
+    python benchmarks/gpu.py speed          # kernels, tests marked gpu, benchmarks of speed: 340 s
+    python benchmarks/gpu.py cifar10        # two whole runs on CIFAR-10, and torch.compile: 560 s
+    python benchmarks/gpu.py step label     # some parts
+    python benchmarks/gpu.py speed cifar10 --device cpu --quick    # a rehearsal without a GPU: a moment each
 
-Every part is a process of its own with its own time limit; one that fails or runs out of time does not stop the others.
-All together stay below ten minutes; `few` (CIFAR-10 with 4,000 labels, 15 minutes) and `compile` run only when they are
-named. The CSV files go to --out (default: $OUT, else benchmarks/results), with what each part printed beside them in
-PART.txt, and a short table is printed at the end. `loader` wants Imagenette, `full` and `few` CIFAR-10 and Tiny
-ImageNet where fastai keeps its data, or a network to fetch them. The exit code is 1 if a part failed. With `--device
-cpu --quick` the same parts run for a moment each, to see that they work, with fifteen minutes for each part.
+Parts run in order of importance, each as a process of its own with a limit of its own, all together within --total
+seconds; what a part leaves running is ended with it, and one that fails does not stop the others. Each part writes its
+CSV after every case, so that what was measured stays when time runs out. The files go to --out (default: $OUT, else
+benchmarks/results, or with --quick a temporary folder), with what each part printed in PART.txt. `loader` wants
+Imagenette, `full` and `few` CIFAR-10 and Tiny ImageNet where fastai keeps its data, or a network to fetch them; decoded
+images and compiled kernels are kept in --cache. The exit code is 1 if a part failed.
 """
-import argparse, os, subprocess, sys, tempfile, time
+import argparse, os, signal, subprocess, sys, tempfile, time
 from pathlib import Path
 
-import pandas as pd
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+QUICK_LIMIT = 900  # seconds of a part in a rehearsal, also on slow cores
+MARKED = "tests marked gpu"  # stands for their files, since importing all others takes long
+COMMAND_LINE = "import sys; from noisy_student.cli import main; sys.exit(main())"
+SMALL = ["--seconds", ".1", "--models", "resnet9_24", "resnet9_64"]
+PARTS = {  # name: (limit in seconds, script or options of Python, what --quick adds)
+    "speed": {
+        "kernels": (120, ["kernels.py"], []),
+        "tests": (150, ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", MARKED], []),
+        "randaugment": (60, ["randaugment.py", "--seconds", "6"], ["--seconds", ".1"]),
+        "step": (110, ["step.py", "--seconds", "2"], ["--seconds", ".1", "--models", "resnet9_8", "resnet9_64"]),
+        "label": (60, ["label.py", "--seconds", "6"], SMALL),
+        "stochastic_depth": (90, ["stochastic_depth.py", "--seconds", "2"], SMALL),
+        "bench": (40, ["-c", COMMAND_LINE, "bench", "--json"], ["--arch", "resnet9_4", "--size", "16", "--bs", "8"]),
+        "loader": (70, ["loader.py", "--seconds", "10"], ["--seconds", ".5"])},
+    "cifar10": {
+        "full": (150, ["cifar_gpu.py", "full", "--cache", "{cache}/decoded"], ["--quick"]),
+        "few": (430, ["cifar_gpu.py", "few", "--cache", "{cache}/decoded"], ["--quick"]),
+        "compile": (120, ["compile.py", "--seconds", "4"], ["--seconds", ".1"])}}
+TOTAL = dict(speed=340, cifar10=560)
 
-HERE = Path(__file__).parent
-PARTS = {  # name: (seconds it may take, script or module with its arguments, what --quick changes)
-    "tests": (60, ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"], None),
-    "bench": (40, ["-c", "import sys; from noisy_student.cli import main; sys.exit(main())", "bench", "--json"],
-              ["--arch", "resnet9_4", "--size", "16", "--bs", "8"]),
-    "randaugment": (70, ["randaugment.py", "--seconds", "10"], ["--seconds", ".1"]),
-    "stochastic_depth": (100, ["stochastic_depth.py", "--seconds", "8"],
-                         ["--seconds", ".1", "--models", "resnet9_24", "resnet9_64"]),
-    "step": (80, ["step.py", "--seconds", "6"], ["--seconds", ".1", "--models", "resnet9_8", "resnet9_64"]),
-    "label": (60, ["label.py", "--seconds", "12"], ["--seconds", ".1", "--models", "resnet9_24", "resnet9_64"]),
-    "loader": (70, ["loader.py", "--seconds", "10"], ["--seconds", ".5"]),
-    "compile": (400, ["compile.py", "--seconds", "15"], ["--seconds", ".1"]),
-    "full": (110, ["cifar_gpu.py", "full"], ["--quick"]),
-    "few": (1000, ["cifar_gpu.py", "few"], ["--quick"]),
-}
-PLAIN = ("tests",)  # look for a GPU themselves
-NAMED = ("few", "compile")  # take long
+
+def parts(names: list[str]) -> dict[str, tuple]:
+    "Those that are named, also by their group, in the order of importance."
+    return {k: v for group, members in PARTS.items() for k, v in members.items() if group in names or k in names}
 
 
-def run(name: str, a: argparse.Namespace) -> dict:
-    "Run a part; its output goes to a file."
-    limit, command, quick = PARTS[name]
-    if command[0].endswith(".py"): command = [str(HERE / command[0]), *command[1:]]
-    if name not in PLAIN: command = [*command, "--device", a.device]
-    if name not in ("tests", "bench"): command += ["--out", str(a.out)]
-    if a.quick: command, limit = [*command, *(quick or [])], 900
-    a.out.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
+def command(name: str, a: argparse.Namespace) -> list[str]:
+    "What is run, without Python."
+    _, first, quick = parts([name])[name]
+    words = [o.format(cache=a.cache) for o in first]
+    if words[0].endswith(".py"): words[0] = str(HERE / words[0])
+    if words[-1] == MARKED:
+        return words[:-1] + [str(o) for o in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in o.read_text()]
+    out = [] if name == "bench" else ["--out", str(a.out)]
+    return [*words, "--device", a.device, *out, *(quick if a.quick else [])]
+
+
+def run(name: str, limit: float, a: argparse.Namespace) -> str:
+    "Run a part, its output into a file, and say how it ended. It and all that it started are gone afterwards."
+    env = dict(os.environ,
+               PYTHONPATH=os.pathsep.join(map(str, filter(None, (ROOT, HERE, os.environ.get("PYTHONPATH"))))),
+               PYTHONUNBUFFERED="1", MPLBACKEND="Agg", TRITON_CACHE_DIR=str(a.cache / "triton"))
     with open(a.out / f"{name}.txt", "w") as log:
-        try:
-            code = subprocess.run([sys.executable, "-W", "ignore", *command], cwd=HERE.parent, stdout=log,
-                                  stderr=subprocess.STDOUT, timeout=limit).returncode
-        except subprocess.TimeoutExpired: code = "out of time"
-    ok = code == 0 or (name == "tests" and code == 5)  # 5: no test has the marker
-    return dict(part=name, result="ok" if ok else f"failed: {code}", seconds=round(time.monotonic() - start),
-                limit=limit, output=str(a.out / f"{name}.txt"))
+        p = subprocess.Popen([sys.executable, "-W", "ignore", *command(name, a)], cwd=ROOT, env=env, stdout=log,
+                             stderr=subprocess.STDOUT, start_new_session=True)
+        try: code = p.wait(limit)
+        except subprocess.TimeoutExpired: code = f"out of time ({limit:.0f} s)"
+        finally:
+            try: os.killpg(p.pid, signal.SIGKILL)
+            except ProcessLookupError: pass
+            p.wait()
+    no_gpu = name == "tests" and a.device == "cpu" and code in (0, 5)  # 5: nothing was selected
+    return "ok" if code == 0 or no_gpu else f"failed: {code}"
+
+
+def last_lines(file: Path, n: int) -> str:
+    "The end of what a part printed."
+    return "\n".join(o[:230] for o in file.read_text(errors="replace").strip().splitlines()[-n:])
+
+
+def main(a: argparse.Namespace) -> int:
+    "Run the parts within the time. Returns the exit code."
+    begun, rows = time.monotonic(), []
+    for o in (a.out, a.cache): o.mkdir(parents=True, exist_ok=True)
+    for name, (limit, *_) in parts(a.what).items():
+        left, start = a.total - (time.monotonic() - begun), time.monotonic()
+        result = "not begun: no time left" if left < 15 else run(name, min(limit, left - 5), a)
+        rows.append(f"{name:18} {result:28} {time.monotonic() - start:5.0f} s")
+        if left >= 15:
+            print(f"\n== {rows[-1]}\n" + last_lines(a.out / f"{name}.txt", 12 if result == "ok" else 25), flush=True)
+    rows.append(f"all: {time.monotonic() - begun:.0f} s")
+    (a.out / "table.txt").write_text("\n".join(rows) + "\n")
+    print("\n" + "\n".join(rows))
+    return int(any(" ok " not in o for o in rows[:-1]))
 
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--only", nargs="+", choices=PARTS, help="these parts")
-    p.add_argument("--device", default="cuda")
+    p.add_argument("what", nargs="+", choices=[*PARTS, *(o for g in PARTS.values() for o in g)], help="groups or parts")
+    p.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    p.add_argument("--total", type=float, help="seconds; default: 340 for speed, 560 for cifar10, 900 for both")
     p.add_argument("--quick", action="store_true", help="a moment each, to see that they work")
-    p.add_argument("--out", type=Path,
-                   help="default: $OUT, else benchmarks/results, or with --quick a temporary folder")
+    p.add_argument("--out", type=Path, help="folder of the results")
+    p.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "noisy_student_gpu", help="folder")
     a = p.parse_args()
-    a.out = a.out or Path(tempfile.mkdtemp() if a.quick else os.environ.get("OUT", HERE / "results"))
-    rows = []
-    for name in a.only or [o for o in PARTS if o not in NAMED]:
-        rows.append(run(name, a))
-        print("{part}: {result} in {seconds} s".format(**rows[-1]), flush=True)
-    print(pd.DataFrame(rows).to_string(index=False))
-    for name in [o["part"] for o in rows if o["result"] == "ok"]:
-        file = a.out / f"{dict(full='cifar_gpu_full', few='cifar_gpu_few').get(name, name)}.csv"
-        if file.exists(): print(f"\n{name}\n" + pd.read_csv(file).query("device == @a.device").to_string(index=False))
-    sys.exit(any(o["result"] != "ok" for o in rows))
+    a.out = (a.out or Path(tempfile.mkdtemp() if a.quick else os.environ.get("OUT", HERE / "results"))).resolve()
+    if a.quick: PARTS = {g: {k: (QUICK_LIMIT, *v[1:]) for k, v in m.items()} for g, m in PARTS.items()}
+    groups = [g for g, m in PARTS.items() if {g, *m} & set(a.what)]
+    a.total = a.total or (QUICK_LIMIT * len(parts(a.what)) if a.quick else sum(TOTAL[g] for g in groups))
+    sys.exit(main(a))

@@ -29,4 +29,4 @@ if __name__ == "__main__":
     fs = {name: (lambda line=line: subprocess.run([sys.executable, "-W", "ignore", "-c", line], check=True, env=ENV))
           for name, line in LINES.items()}
     rows = in_turns(fs, "cpu", a.seconds, "fastai.vision.all")
-    save("imports", [dict(candidate=k, **v) for k, v in rows.items()], a)
+    save("imports", [[dict(candidate=k, **v) for k, v in rows.items()]], a)

@@ -52,5 +52,4 @@ if __name__ == "__main__":
     p.add_argument("--models", nargs="+", help="some of the models only")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
-    save("label", [row for o in CASES[a.device] if not a.models or o[0] in a.models
-                   for row in case(a.device, *o, a.seconds)], a)
+    save("label", (case(a.device, *o, a.seconds) for o in CASES[a.device] if not a.models or o[0] in a.models), a)

@@ -71,6 +71,5 @@ if __name__ == "__main__":
         speeds["ours, all on the " + ("CPU" if a.device == "cpu" else "GPU")] = rate(again(dls.train), a.device,
                                                                                      a.seconds)
     base = speeds["fastai stock"][0]
-    save("loader", [dict(device=a.device, case=f"{SIZE} px", candidate=k, images_per_s=round(v),
-                         ratio=round(v / base, 2), images=n)
-                    for k, (v, n) in speeds.items()], a)
+    save("loader", [[dict(device=a.device, case=f"{SIZE} px", candidate=k, images_per_s=round(v),
+                          ratio=round(v / base, 2), images=n) for k, (v, n) in speeds.items()]], a)

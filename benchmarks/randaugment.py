@@ -133,7 +133,8 @@ if __name__ == "__main__":
     p.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
     a = p.parse_args()
     torch.set_num_threads(1)
-    rows = []
+    rows, versions = [], {o: version(o) if found else "not installed" for o, found in dict(
+        torchvision=v2, pillow=Image, kornia=KorniaRandAugment, torchaug=TorchaugRandAugment).items()}
     for device, cases in CASES.items():
         if a.device not in (None, device): continue
         for size, batch in cases:
@@ -142,8 +143,6 @@ if __name__ == "__main__":
                           for o in NAMES[device]]
             rows += made
             print(pd.DataFrame(made).to_string(index=False), flush=True)
-    versions = {o: version(o) if found else "not installed" for o, found in
-                dict(torchvision=v2, pillow=Image, kornia=KorniaRandAugment, torchaug=TorchaugRandAugment).items()}
-    table = pd.DataFrame(rows).assign(**machine(), **versions)
-    table = with_others(table, "randaugment").astype(dict(op_pairs="Int64", repetitions="Int64"))
-    table.to_csv(a.out / "randaugment.csv", index=False)
+            table = with_others(pd.DataFrame(rows).assign(**machine(), **versions), "randaugment")
+            a.out.mkdir(parents=True, exist_ok=True)
+            table.astype(dict(op_pairs="Int64", repetitions="Int64")).to_csv(a.out / "randaugment.csv", index=False)

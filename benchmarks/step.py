@@ -117,6 +117,6 @@ if __name__ == "__main__":
     p.add_argument("--models", nargs="+", help="some of the models only")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
-    save("step", [row for arch, size, batch, steps in CASES[a.device] if not a.models or arch in a.models
-                  for augment in (False, True)
-                  for row in case(a.device, arch, size, batch, steps, augment, a.seconds)], a)
+    save("step", (case(a.device, arch, size, batch, steps, augment, a.seconds)
+                  for arch, size, batch, steps in CASES[a.device] if not a.models or arch in a.models
+                  for augment in (False, True)), a)

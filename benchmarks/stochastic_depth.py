@@ -97,7 +97,6 @@ if __name__ == "__main__":
     p.add_argument("--models", nargs="+", help="some of the models only")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
-    rows = [row for arch, size, batch in CASES[a.device] if not a.models or arch in a.models
-            for bf16 in ((True, False) if a.device == "cpu" else (True,))
-            for row in case(a.device, arch, size, batch, a.seconds, bf16)]
-    save("stochastic_depth", rows, a)
+    save("stochastic_depth", (case(a.device, arch, size, batch, a.seconds, bf16)
+                              for arch, size, batch in CASES[a.device] if not a.models or arch in a.models
+                              for bf16 in ((True, False) if a.device == "cpu" else (True,))), a)

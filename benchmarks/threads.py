@@ -68,4 +68,4 @@ if __name__ == "__main__":
                              step_seconds=round(m["step_seconds"], 4),
                              cpu_per_step=round(m["cpu_per_step"], 4),
                              ratio=round(m["step_seconds"] / mean["ACTIVE"]["step_seconds"], 3), processes=a.turns))
-    save("threads", rows, a)
+    save("threads", [rows], a)
