@@ -76,7 +76,7 @@ def _value_args(op, v, center, size, reference):
         elif name == 'Posterize': lut[i] = level & (0xff << 8 - posterize_bits(u, reference))
         elif name == 'Solarize': lut[i] = np.where(level < solarize_threshold(u, reference), level, 255 - level)
         elif name == 'SolarizeAdd': lut[i] = np.where(level < 128, (level + np.trunc(u)).clip(0, 255), level)
-        else: lut[i] = (level.astype(np.float32) * u.astype(np.float32)).clip(0, 255) # A blend with black
+        else: lut[i] = (level.astype(np.float32) * u.astype(np.float32)).clip(0, 255) # a blend with black
     return lut
 
 

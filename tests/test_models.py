@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from noisy_student import architectures, pretrained
+from noisy_student import architectures, export
 from noisy_student.models import (EFFICIENTNETS, arch_name, create_model, find_weights, fine_tuning_groups, head,
                                   load_pretrained, n_parameters, read_checkpoint, save_weights, split_head)
 from noisy_student.network import Network
@@ -400,7 +400,7 @@ def test_onnx(arch, c_in, tmp_path):
         assert want.std() > 1e-3 and np.abs(got - want.numpy()).max() < 1e-4
 
 def test_onnx_failures(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrained, 'find_spec', lambda o: None)
+    monkeypatch.setattr(export, 'find_spec', lambda o: None)
     with pytest.raises(ImportError, match=r"pip install '\.\[export\]'"):
         export_onnx(nn.Linear(1, 1), tmp_path/'m.onnx', 8)
     monkeypatch.undo()
