@@ -30,7 +30,7 @@ from .network import evaluating
 def frozen_features(
     model: nn.Module, # A classifier; its mode is left as it was
     images: np.ndarray, # uint8 (N, H, W, C)
-    view: Callable[[np.ndarray], torch.Tensor], # Some of `images` -> float (B, C, H, W) as the network takes them, on its device
+    view: Callable[[np.ndarray], torch.Tensor], # Some images -> float (B, C, H, W), normalized, on its device
     bs: int = 128, # Images per forward pass
     progress: Callable[[int, int], None] | None = None, # Called with (done, total) images
 ) -> np.ndarray: # float32 (N, F)
@@ -53,48 +53,56 @@ class LinearHead(NamedTuple):
     bias: np.ndarray # float32 (K,)
     C: float # Inverse strength of the penalty it was trained with
 
-    def logits(self, features: np.ndarray # float32 (N, F)
-              ) -> np.ndarray: # float32 (N, K)
+    def logits(
+        self,
+        features: np.ndarray, # float32 (N, F)
+    ) -> np.ndarray: # float32 (N, K)
         return features @ self.weight.T + self.bias
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.) # of C, from strongly to hardly held back
 
-def _regression(x, labels, weight, C): return LogisticRegression(C=C, max_iter=1000).fit(x, labels, sample_weight=weight)
+def _regression(x, labels, weight, C):
+    "Hard labels, by scikit-learn"
+    return LogisticRegression(C=C, max_iter=1000).fit(x, labels, sample_weight=weight)
 
-def _soft_regression(x, targets, C): # float (N, F), float (N, K) whose rows sum to the weight of an image -> float (K, F), (K,)
+def _soft_regression(x, targets, C):
+    "From float (N, F) and targets (N, K), whose rows sum to the weight of an image: float (K, F), (K,)"
     F, K = x.shape[1], targets.shape[1]
     x, t = x.astype(np.float64), targets.astype(np.float64)
     mass = t.sum(1, keepdims=True)
-    penalty, size = 2. if K == 2 else 1., C * t.sum() # scikit-learn holds back the difference of two classes, not each
+    penalty, size = 2. if K == 2 else 1., C * t.sum() # of two classes scikit-learn holds back the difference
     def objective(w):
         w = w.reshape(K, F + 1)
         logp = log_softmax(x @ w[:, :F].T + w[:, F], axis=1)
         wrong = C * (np.exp(logp) * mass - t)
         slope = np.column_stack([wrong.T @ x + penalty * w[:, :F], wrong.sum(0)])
         return (-C * (t * logp).sum() + penalty / 2 * (w[:, :F]**2).sum()) / size, slope.ravel() / size
-    found = minimize(objective, np.zeros(K * (F + 1)), jac=True, method='L-BFGS-B',
-                     options=dict(maxiter=1000, maxls=50, gtol=1e-4, ftol=64 * np.finfo(float).eps)).x.reshape(K, F + 1) # as scikit-learn stops
+    stop = dict(maxiter=1000, maxls=50, gtol=1e-4, ftol=64 * np.finfo(float).eps) # as scikit-learn stops
+    found = minimize(objective, np.zeros(K * (F + 1)), jac=True, method='L-BFGS-B', options=stop).x.reshape(K, F + 1)
     return found[:, :F], found[:, F]
 
+# %% ../nbs/04c_features.ipynb #04c00002
 def choose_strength(
     features: np.ndarray, # float32 (N, F), standardized
     labels: np.ndarray, # int64 (N,)
     seed: int = 0, # Of the folds
 ) -> float: # One of `STRENGTHS`
-    "The C with the lowest log loss in stratified cross-validation of at most five folds; .01 with fewer than three images of a class."
+    """The C with the lowest log loss in stratified cross-validation of at most five folds; .01 with fewer than three
+    images of a class."""
     counts = np.bincount(labels)
     if (n := min(5, counts[counts > 0].min())) < 3: return .01
-    folds, classes = list(StratifiedKFold(n, shuffle=True, random_state=seed).split(features, labels)), np.unique(labels)
+    splits = StratifiedKFold(n, shuffle=True, random_state=seed)
+    folds, classes = list(splits.split(features, labels)), np.unique(labels)
     def loss(C): # of all images, each by a classifier that has not seen it
-        return sum(log_loss(labels[b], _regression(features[a], labels[a], np.ones(len(a)), C).predict_proba(features[b]),
-                            labels=classes, normalize=False) for a, b in folds)
+        fits = ((_regression(features[a], labels[a], np.ones(len(a)), C), b) for a, b in folds)
+        return sum(log_loss(labels[b], o.predict_proba(features[b]), labels=classes, normalize=False) for o, b in fits)
     return min(STRENGTHS, key=loss)
 
 def fit_head(
     features: np.ndarray, # float32 (N, F)
     labels: np.ndarray, # int64 (N,), true labels; every class occurs
     pool: np.ndarray | None = None, # float32 (M, F): unlabeled images
-    pseudo: np.ndarray | None = None, # float (M, K): their pseudo labels, whose rows sum to the weight of an image; 0 where there is none
+    pseudo: np.ndarray | None = None, # float (M, K): pseudo labels; rows sum to the image's weight, 0 for none
     C: float | None = None, # Inverse strength of the penalty, > 0; None: `choose_strength`
     seed: int = 0, # Of the folds that choose C
     class_weight: np.ndarray | None = None, # float (K,): weight of a true label of each class; None: all 1
@@ -102,7 +110,8 @@ def fit_head(
     "Logistic regression on labeled and pseudo-labeled images. Raises ValueError for features that are not finite."
     everything = features if pool is None else np.concatenate([features, pool])
     if not np.isfinite(everything).all():
-        raise ValueError("features must be finite, got NaN or infinity: the weights or the images of this network are damaged")
+        raise ValueError("features must be finite, got NaN or infinity: the weights or the images of this network are "
+                         "damaged")
     scale = StandardScaler().fit(everything)
     x, K = scale.transform(features), int(labels.max()) + 1
     C = choose_strength(x, labels, seed) if C is None else C
@@ -114,7 +123,8 @@ def fit_head(
     else:
         found = _regression(x, labels, of_class[labels], C)
         w, b = found.coef_, found.intercept_
-        if K == 2: w, b = np.concatenate([-w, w]) / 2, np.concatenate([-b, b]) / 2 # scikit-learn keeps one row for two classes
+        if K == 2: # scikit-learn keeps one row for two classes
+            w, b = np.concatenate([-w, w]) / 2, np.concatenate([-b, b]) / 2
     w = w / scale.scale_
     return LinearHead(w.astype(np.float32), (b - w @ scale.mean_).astype(np.float32), C)
 
@@ -135,16 +145,20 @@ def put_head(
     return model
 
 # %% ../nbs/04c_features.ipynb #5401343c
-def _key(pixels): return hashlib.blake2b(np.ascontiguousarray(pixels), digest_size=12).digest() # of one image
+def _key(pixels):
+    "Of one image"
+    return hashlib.blake2b(np.ascontiguousarray(pixels), digest_size=12).digest()
 
 class KnownFeatures(nn.Module):
     "A network whose features of some images are known: only the classifier is computed for them. In evaluation mode."
-    def __init__(self, model: nn.Module, # Whose classifier is one linear layer
-                 images: np.ndarray, # uint8 (N, H, W, C)
-                 features: np.ndarray, # float32 (N, F), of these images by this network
-                 mean: list[float], # Per channel, as the network's input is normalized
-                 std: list[float] # Per channel
-                ):
+    def __init__(
+        self,
+        model: nn.Module, # Whose classifier is one linear layer
+        images: np.ndarray, # uint8 (N, H, W, C)
+        features: np.ndarray, # float32 (N, F), of these images by this network
+        mean: list[float], # Per channel, as the network's input is normalized
+        std: list[float], # Per channel
+    ):
         super().__init__()
         self.model, self.features = model, features
         self.row = {_key(o): i for i, o in enumerate(images)}
@@ -152,8 +166,10 @@ class KnownFeatures(nn.Module):
         layer, = [m for m in head(model).modules() if isinstance(m, nn.Linear)]
         self.layer = layer
 
-    def forward(self, x: torch.Tensor # float (B, C, H, W), normalized
-               ) -> torch.Tensor: # float (B, K)
+    def forward(
+        self,
+        x: torch.Tensor, # float (B, C, H, W), normalized
+    ) -> torch.Tensor: # float (B, K)
         pixels = ((x.float().cpu().numpy() * self.std + self.mean) * 255).round().clip(0, 255).astype(np.uint8)
         rows = [self.row.get(_key(o)) for o in pixels.transpose(0, 2, 3, 1)]
         new = [i for i, r in enumerate(rows) if r is None]

@@ -14,28 +14,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .randaugment import Draws, FAMILY, KERNELS, OPS, _matrices, _posterize_bits, _solarize_threshold
+from .ops import Draws, FAMILIES, FAMILY, OPS, posterize_bits, solarize_threshold, source_matrices
 
 # %% ../nbs/01a_fused.ipynb #76a471eb
 _NAMED = ('AutoContrast', 'Equalize', 'Invert', 'Posterize', 'Solarize', 'Contrast', 'Brightness', 'SolarizeAdd')
 _AUTOCONTRAST, _EQUALIZE, _INVERT, _POSTERIZE, _SOLARIZE, _CONTRAST, _BRIGHTNESS, _SOLARIZE_ADD = (
     tl.constexpr(OPS.index(o)) for o in _NAMED)
-_GEOMETRY, _COLOR, _SHARPNESS, _CUTOUT = (
-    tl.constexpr(list(KERNELS).index(o)) for o in ('geometry', 'color', 'sharpness', 'cutout')) # other families are tables
+_GEOMETRY, _COLOR, _SHARPNESS, _CUTOUT = ( # other families are tables
+    tl.constexpr(FAMILIES.index(o)) for o in ('geometry', 'color', 'sharpness', 'cutout'))
 _PLAN = tl.constexpr(11) # numbers per image
 
 def _plan(draws, size, reference):
     """What the kernels know of each draw: (n, B, 11) int64.
 
-    The operation and its family; its argument, a whole number or the bits of a float32; Cutout's center, row and column; and where a
-    pixel comes from in 16.16 fixed point: x and y per column, x and y per row, x and y of the corner."""
+    The operation and its family; its argument, a whole number or the bits of a float32; Cutout's center, row and
+    column; and where a pixel comes from in 16.16 fixed point: x and y per column, x and y per row, x and y of the
+    corner."""
     op, v, center = draws
     def drew(*names): return np.isin(op, [OPS.index(o) for o in names])
-    argument = np.select(
-        [drew('Posterize'), drew('Solarize'), drew('SolarizeAdd', 'Cutout')],
-        [0xff << 8 - _posterize_bits(v, reference), _solarize_threshold(v, reference).clip(0, 256), np.trunc(v).clip(-2**24, 2**24)],
-        v.astype(np.float32).view(np.int32)) # float64 holds all of these exactly
-    return np.concatenate([op[..., None], FAMILY[op][..., None], argument[..., None], center, *_matrices(op, v, size)], -1).astype(np.int64)
+    whole = [(drew('Posterize'), 0xff << 8 - posterize_bits(v, reference)),
+             (drew('Solarize'), solarize_threshold(v, reference).clip(0, 256)),
+             (drew('SolarizeAdd', 'Cutout'), np.trunc(v).clip(-2**24, 2**24))]
+    argument = np.select(*zip(*whole), v.astype(np.float32).view(np.int32)) # float64 holds all of these exactly
+    plan = [op[..., None], FAMILY[op][..., None], argument[..., None], center, *source_matrices(op, v, size)]
+    return np.concatenate(plan, -1).astype(np.int64)
 
 # %% ../nbs/01a_fused.ipynb #59bc5c05
 @triton.jit
@@ -112,6 +114,7 @@ def _tables_kernel(
         if step > 0: value = _byte((tl.cumsum(count, 0) - count + step // 2) // step)
     tl.store(tables + level, value.to(tl.uint8))
 
+# %% ../nbs/01a_fused.ipynb #01a00002
 @triton.jit
 def _pixels_kernel(
     x, out, tables, plan, # (B, C, H, W), the same, (B, C, 256) uint8, (B, 11)

@@ -29,18 +29,23 @@ from .pseudo_labels import PseudoLabels
 # %% ../nbs/08m_heads.ipynb #ad000005
 MAX_FEATURES = 20_000 # unlabeled images whose features are kept: 100 MB of 1,280 each
 
-class Heads:
-    "Classifiers on frozen features."
-    def __init__(self, learners: Learners, # Of the run
-                 tell: Callable[[str, int, int], None] # Called with (stage, done, total)
-                ): self.learners, self.tell, self.known = learners, tell, {}
+class _Features:
+    "Features of the images of a run, by the pretrained networks of its rounds"
+    def __init__(
+        self,
+        learners: Learners, # Of the run
+        tell: Callable[[str, int, int], None], # Called with (stage, done, total)
+    ): self.learners, self.tell, self.known = learners, tell, {}
     known: dict[str, tuple] # Features by network
 
-    def features(self, k: int # Round
-                ) -> tuple[np.ndarray, np.ndarray | None]: # float32 (n, F): of the labeled images, of the first of the pool
+    def features(
+        self,
+        k: int, # Round
+    ) -> tuple[np.ndarray, np.ndarray | None]: # float32 (n, F): of the labeled images, of the first of the pool
         "What the pretrained network of round k sees, computed once."
         a = self.learners
-        key = hashlib.sha256(f"{resolved(a.arch(k), True)} {a.recipe.pretrained} {a.opened.size} {fingerprint(a.data)}".encode()).hexdigest()[:16]
+        what = f"{resolved(a.arch(k), True)} {a.recipe.pretrained} {a.opened.size} {fingerprint(a.data)}"
+        key = hashlib.sha256(what.encode()).hexdigest()[:16]
         if key not in self.known:
             file = a.dir.path/'cache'/f'features-{key}.safetensors'
             with first_rank_first():
@@ -50,27 +55,37 @@ class Heads:
             self.known[key] = tensors['labeled'].numpy(), tensors['pool'].numpy() if 'pool' in tensors else None
         return self.known[key]
 
-    def _compute(self, k, file): # and keep
+    def _compute(self, k, file):
+        "Compute them, and keep them in `file`"
         a, pool = self.learners, self.learners.opened.images('unlabeled').images[:MAX_FEATURES]
         with seeded(0): learn = a.new(k, None, Noise.none(), a.recipe.pretrained)
         sets = dict(labeled=a.opened.images('labeled').images, **(dict(pool=pool) if len(pool) else {}))
-        tensors = {name: torch.from_numpy(frozen_features(learn.model, images, learn.dls.clean_view,
-                                                          progress=StageProgress(self.tell, f'features of {name} images (images)')))
-                   for name, images in sets.items()}
+        tensors = {}
+        for name, images in sets.items():
+            progress = StageProgress(self.tell, f'features of {name} images (images)')
+            found = frozen_features(learn.model, images, learn.dls.clean_view, progress=progress)
+            tensors[name] = torch.from_numpy(found)
         save_tensors(tensors, file)
         return tensors
 
-    def start(self, k: int, # Round
-              learn: Learner, # Of this round; its classifier is replaced
-              selection: PseudoLabels | None # What it learns from, beside the labels
-             ) -> None:
+# %% ../nbs/08m_heads.ipynb #ad000009
+class Heads(_Features):
+    "Classifiers on frozen features."
+    def start(
+        self,
+        k: int, # Round
+        learn: Learner, # Of this round; its classifier is replaced
+        selection: PseudoLabels | None, # What it learns from, beside the labels
+    ) -> None:
         "The classifier that the labels of round k give on frozen features."
         a, (labeled, pool) = self.learners, self.features(k)
         pseudo = None if selection is None or pool is None else self._targets(selection, len(pool))
         weights = a.class_weights()
-        put_head(learn.model, fit_head(labeled, a.labels('labeled'), pool, pseudo, seed=a.seed, class_weight=None if weights is None else weights.numpy()))
+        put_head(learn.model, fit_head(labeled, a.labels('labeled'), pool, pseudo, seed=a.seed,
+                                       class_weight=None if weights is None else weights.numpy()))
 
-    def _targets(self, selection, n): # float32 (n, K) of the first n images of the pool: pseudo labels times their weight
+    def _targets(self, selection, n):
+        "float32 (n, K) of the first n images of the pool: pseudo labels times their weight"
         a, rows = self.learners, self.learners.opened.rows(selection.items)
         known = rows < n # those whose features are kept
         weight = selection.copies[known].astype(np.float32)
@@ -79,25 +94,29 @@ class Heads:
         out[rows[known]] = a.targets(selection)[known] * weight[:, None]
         return out
 
-    def history(self, learn: Learner, # Whose classifier was replaced
-                stage: str # What it is called
-               ) -> list[dict]: # As `fit_resumably` gives it
+    def history(
+        self,
+        learn: Learner, # Whose classifier was replaced
+        stage: str, # What it is called
+    ) -> list[dict]: # As `fit_resumably` gives it
         "The figures of a training that has no epochs."
         a = self.learners
-        with learn.no_bar(), learn.no_logging(): loss, acc, *more = learn.validate()
+        with learn.no_bar(), learn.no_logging(): valid_loss, acc, *more = learn.validate()
         known = a.labels('labeled')[:2000]
         train = torch.from_numpy(a.scores(learn, 'labeled')[:2000])
-        figures = dict(train_loss=float(learn.loss_func(train, torch.from_numpy(known))), valid_loss=float(loss), valid_accuracy=float(acc),
+        loss = learn.loss_func(train, torch.from_numpy(known))
+        figures = dict(train_loss=float(loss), valid_loss=float(valid_loss), valid_accuracy=float(acc),
                        **named_figures(learn.metrics[1:], more))
         StageProgress(self.tell, stage).epoch(1, 1, figures)
         return [dict(epoch=0, **figures)]
 
-    def with_known(self, k: int, # Round whose network differs from the pretrained one in its classifier only
-                   learn: Learner # Its learner; changed in place
-                  ) -> Learner:
+    def with_known(
+        self,
+        k: int, # Round whose network differs from the pretrained one in its classifier only
+        learn: Learner, # Its learner; changed in place
+    ) -> Learner:
         "Labels the pool by the features that are known."
         known, (_, features) = self.learners.opened.images('unlabeled').images[:MAX_FEATURES], self.features(k)
         assert features is not None # there is a pool
         learn.model = KnownFeatures(learn.model, known, features, *self.learners.stats(k))
         return learn
-

@@ -19,14 +19,43 @@ from torch import Tensor, nn
 # %% auto #0
 __all__ = ['SoftLabelCrossEntropy', 'class_weights', 'temperature_softmax', 'temperature_probs', 'HardTargets']
 
-# %% ../nbs/03_losses.ipynb #2ea425ec
-def _positive(x): return x.clamp(min=torch.finfo(x.dtype).tiny)  # a batch may have labels of weight 0 alone
+# %% ../nbs/03_losses.ipynb #03000001
+def _positive(x):
+    "`x` without zeros: a batch may have labels of weight 0 alone"
+    return x.clamp(min=torch.finfo(x.dtype).tiny)
 
-def _total(losses, sizes, rows):  # what a part's sum is divided by; a part without rows gets 0 rather than nan
+def _total(losses, sizes, rows):
+    "What the sum of a part is divided by; a part without rows gets 0 rather than nan"
     return max(len(losses), 1) if sizes is None else _positive(sizes[rows].sum())
 
-def _part(losses, sizes, rows): return losses.sum() / _total(losses, sizes, rows)
+def _mean(losses, sizes, n, unlabeled_weight):
+    "The reduced loss, of rows whose weights are `sizes` (None: all 1), the first `n` labeled"
+    if unlabeled_weight is None: return losses.mean() if sizes is None else losses.sum() / _positive(sizes.sum())
+    parts = (losses[:n], slice(n)), (losses[n:], slice(n, None))
+    labeled, others = (part.sum() / _total(part, sizes, rows) for part, rows in parts)
+    return labeled + unlabeled_weight * others
 
+def _rows(losses, sizes, n, unlabeled_weight):
+    "Rows whose plain mean is the reduced loss"
+    if unlabeled_weight is None:
+        return losses if sizes is None else losses * (len(losses) / _positive(sizes.sum()))
+    parts = (losses[:n], slice(n), 1.), (losses[n:], slice(n, None), unlabeled_weight)
+    return torch.cat([r * part * (len(losses) / _total(part, sizes, rows)) for part, rows, r in parts])
+
+def _check(label_smoothing, labeled, unlabeled_weight, reduction, weight):
+    if not 0 <= label_smoothing < 1: raise ValueError(f'label_smoothing is {label_smoothing}: it lies in [0, 1).')
+    if labeled is not None and labeled < 0: raise ValueError(f'labeled is {labeled}: it is a number of rows.')
+    if unlabeled_weight is not None and labeled is None:
+        raise ValueError('unlabeled_weight needs labeled, the number of labeled rows in a batch.')
+    if unlabeled_weight is not None and unlabeled_weight < 0:
+        raise ValueError(f'unlabeled_weight is {unlabeled_weight}: it is at least 0.')
+    if reduction not in ('mean', 'sum', 'none'):
+        raise ValueError(f"reduction is {reduction!r}: use 'mean', 'sum' or 'none'.")
+    if weight is not None and not (weight.ndim == 1 and bool((weight >= 0).all()) and bool(weight.any())):
+        raise ValueError(f'weight must be a tensor (K,) of numbers from 0 on, not all 0, got {weight}: use '
+                         'class_weights(labels, n_classes).')
+
+# %% ../nbs/03_losses.ipynb #2ea425ec
 class SoftLabelCrossEntropy(nn.Module):
     """Cross-entropy against labels (int) or distributions (float), computed in float32 at least.
 
@@ -36,30 +65,20 @@ class SoftLabelCrossEntropy(nn.Module):
     (arXiv 1911.04252, section 3.1). Class weights are those of `nn.CrossEntropyLoss`; its mean over labels, which is
     divided by the sum of their weights, holds for distributions too.
     """
-    y_int = True  # tells fastai's MixUp to mix two losses: integer targets cannot be mixed
+    y_int = True # tells fastai's MixUp to mix two losses: integer targets cannot be mixed
 
     def __init__(
         self,
-        label_smoothing: float = 0.,  # share of a hard label spread over all classes, in [0, 1)
-        labeled: int | None = None,  # leading rows of a float target with true labels: they are smoothed; None: none
-        unlabeled_weight: float | None = None,  # r of mean(labeled) + r * mean(others); None: one mean; needs `labeled`
-        reduction: str = 'mean',  # 'mean', 'sum' or 'none'; `unlabeled_weight` acts on 'mean' only
-        weight: Tensor | None = None,  # float (K,), at least 0: weight of every class, of the labeled rows if `labeled` is given, see `class_weights`; None: all 1
+        label_smoothing: float = 0., # Share of a hard label spread over all classes, in [0, 1)
+        labeled: int | None = None, # Leading rows of a float target with true labels: they are smoothed; None: none
+        unlabeled_weight: float | None = None, # r of mean(labeled) + r * mean(others); None: one mean; needs `labeled`
+        reduction: str = 'mean', # 'mean', 'sum' or 'none'; `unlabeled_weight` acts on 'mean' only
+        weight: Tensor | None = None, # float (K,), at least 0: of every class, in the labeled rows; None: all 1
     ):
         super().__init__()
-        if not 0 <= label_smoothing < 1: raise ValueError(f'label_smoothing is {label_smoothing}: it lies in [0, 1).')
-        if labeled is not None and labeled < 0: raise ValueError(f'labeled is {labeled}: it is a number of rows.')
-        if unlabeled_weight is not None and labeled is None:
-            raise ValueError('unlabeled_weight needs labeled, the number of labeled rows in a batch.')
-        if unlabeled_weight is not None and unlabeled_weight < 0:
-            raise ValueError(f'unlabeled_weight is {unlabeled_weight}: it is at least 0.')
-        if reduction not in ('mean', 'sum', 'none'):
-            raise ValueError(f"reduction is {reduction!r}: use 'mean', 'sum' or 'none'.")
+        _check(label_smoothing, labeled, unlabeled_weight, reduction, weight)
         self.label_smoothing, self.labeled, self.unlabeled_weight = label_smoothing, labeled, unlabeled_weight
         self.reduction = self._chosen = reduction
-        if weight is not None and not (weight.ndim == 1 and bool((weight >= 0).all()) and bool(weight.any())):
-            raise ValueError(f'weight must be a tensor (K,) of numbers from 0 on, not all 0, got {weight}: use '
-                             'class_weights(labels, n_classes).')
         self.register_buffer('weight', None if weight is None else weight.detach().float())
 
     def forward(self, pred: Tensor, targ: Tensor) -> Tensor:
@@ -78,8 +97,9 @@ class SoftLabelCrossEntropy(nn.Module):
             return self._reduce(losses, sizes, len(losses), pred.requires_grad)
         n = min(self.labeled or 0, len(targ))
         targ = targ.to(pred.dtype)
-        true = len(targ) if self.labeled is None or weight is None else n  # rows whose classes are weighed: pseudo labels are balanced when they are selected
-        sizes = None if weight is None else torch.cat([targ[:true] @ weight, targ.new_ones(len(targ) - true)])  # before smoothing, as in PyTorch
+        # Rows whose classes are weighed, before smoothing, as in PyTorch; pseudo labels are balanced when selected.
+        true = len(targ) if self.labeled is None or weight is None else n
+        sizes = None if weight is None else torch.cat([targ[:true] @ weight, targ.new_ones(len(targ) - true)])
         if n and self.label_smoothing:
             smooth = torch.lerp(targ[:n], torch.full_like(targ[:n], 1 / targ.shape[1]), self.label_smoothing)
             targ = torch.cat([smooth, targ[n:]])
@@ -87,26 +107,21 @@ class SoftLabelCrossEntropy(nn.Module):
         if true < len(targ): losses = torch.cat([losses, F.cross_entropy(pred[true:], targ[true:], reduction='none')])
         return self._reduce(losses, sizes, n, pred.requires_grad)
 
-    def _weight_for(self, pred):  # class weights like `pred`, which stay where they were needed once
+    def _weight_for(self, pred):
+        "Class weights like `pred`; they stay where they were needed once"
         if self.weight is None: return None
         if len(self.weight) != pred.shape[1]:
             raise ValueError(f'weight must have a number for each of {pred.shape[1]} classes, got {len(self.weight)}.')
         if self.weight.device != pred.device: self.weight = self.weight.to(pred.device)
         return self.weight.to(pred.dtype)
 
-    def _reduce(self, losses, sizes, n, trains):  # sizes: weight of every row, None: all 1
+    def _reduce(self, losses, sizes, n, trains):
+        "The loss, of rows whose weights are `sizes` (None: all 1), the first `n` labeled"
         # fastai's MixUp and CutMix ask for rows, mix them and take their plain mean: it shall be the mean asked for.
-        if self.reduction == 'none' and self._chosen == 'mean' and trains: return self._rows(losses, sizes, n)
-        if self.reduction == 'none': return losses
-        if self.reduction == 'sum': return losses.sum()
-        if self.unlabeled_weight is None: return losses.mean() if sizes is None else losses.sum() / _positive(sizes.sum())
-        return _part(losses[:n], sizes, slice(n)) + self.unlabeled_weight * _part(losses[n:], sizes, slice(n, None))
-
-    def _rows(self, losses, sizes, n):  # rows whose mean is the reduced loss
-        if self.unlabeled_weight is None:
-            return losses if sizes is None else losses * (len(losses) / _positive(sizes.sum()))
-        parts = (losses[:n], sizes, slice(n), 1.), (losses[n:], sizes, slice(n, None), self.unlabeled_weight)
-        return torch.cat([r * part * (len(losses) / _total(part, s, rows)) for part, s, rows, r in parts])
+        mixes = self.reduction == 'none' and self._chosen == 'mean' and trains
+        if mixes: return _rows(losses, sizes, n, self.unlabeled_weight)
+        if self.reduction == 'mean': return _mean(losses, sizes, n, self.unlabeled_weight)
+        return losses if self.reduction == 'none' else losses.sum()
 
     def activation(self, x: Tensor) -> Tensor:
         "Probabilities, for `get_preds`"
@@ -123,10 +138,10 @@ class SoftLabelCrossEntropy(nn.Module):
 
 # %% ../nbs/03_losses.ipynb #c7a2d9e4
 def class_weights(
-    labels: Tensor | Sequence[int],  # Class indices of the training images, int (N,)
-    n_classes: int,  # Number of classes, K
-    how: str = 'balanced',  # 'balanced': N / (K n_k), as scikit-learn; 'sqrt': the square root of that, a milder one
-) -> Tensor:  # float32 (K,), to be given to `SoftLabelCrossEntropy(weight=...)`
+    labels: Tensor | Sequence[int], # Class indices of the training images, int (N,)
+    n_classes: int, # Number of classes, K
+    how: str = 'balanced', # 'balanced': N / (K n_k), as scikit-learn; 'sqrt': the square root of that, a milder one
+) -> Tensor: # float32 (K,), to be given to `SoftLabelCrossEntropy(weight=...)`
     """A weight for every class, the higher the rarer it is; a class without an image counts as one with a single image.
 
     Raises `ValueError` for labels that are no class indices, and for an unknown `how`."""
@@ -143,17 +158,17 @@ def _check_temperature(temperature):
     if not temperature > 0: raise ValueError(f'temperature is {temperature}: it has to be greater than 0.')
 
 def temperature_softmax(
-    logits: Tensor,  # float, shape (..., K)
-    temperature: float = 1.,  # T > 0; above 1 softens, below 1 sharpens
-) -> Tensor:  # probabilities, float32 at least, shape (..., K)
+    logits: Tensor, # float, shape (..., K)
+    temperature: float = 1., # T > 0; above 1 softens, below 1 sharpens
+) -> Tensor: # Probabilities, float32 at least, shape (..., K)
     "The distribution softmax(z / T); raises `ValueError` unless T > 0."
     _check_temperature(temperature)
     return torch.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature, -1)
 
 def temperature_probs(
-    probs: Tensor,  # probabilities, float (float16 as they are stored is fine), shape (..., K)
-    temperature: float = 1.,  # T > 0; above 1 softens, below 1 sharpens
-) -> Tensor:  # probabilities, float32 at least, shape (..., K)
+    probs: Tensor, # Probabilities, float (float16 as they are stored is fine), shape (..., K)
+    temperature: float = 1., # T > 0; above 1 softens, below 1 sharpens
+) -> Tensor: # Probabilities, float32 at least, shape (..., K)
     "The distribution p^(1/T) / sum p^(1/T); raises `ValueError` unless T > 0."
     # In logarithms: small probabilities to a large power would underflow to a row of zeros.
     return temperature_softmax(probs.to(torch.promote_types(probs.dtype, torch.float32)).log(), temperature)
@@ -164,8 +179,10 @@ class HardTargets(Callback):
     `get_preds` too, from which fastai's `ClassificationInterpretation` takes its targets."""
     order = Recorder.order - 1
 
-    def __init__(self, gathered: bool = False  # `get_preds` returns class indices where targets are soft
-                ):
+    def __init__(
+        self,
+        gathered: bool = False, # `get_preds` returns class indices where targets are soft
+    ):
         if gathered: self.order = GatherPredsCallback.order - 1
 
     def after_batch(self):

@@ -16,18 +16,23 @@ if TYPE_CHECKING: from torch import nn
 # %% ../nbs/03a_noise.ipynb #a89db0d8
 class Style(NamedTuple):
     "How one of the published implementations makes its noise."
-    randaugment: dict # Arguments of `BatchRandAugment`; `ops` by its name in module `randaugment`
+    randaugment: dict # Arguments of `BatchRandAugment`; `ops` by its name in module `ops`
     depth: dict # Arguments of `StochasticDepth`; the published code computes what it drops
 
 STYLES = {
-    'paper': Style({}, {}), # 14 operations; Huang et al.'s rates, a draw per image
-    'reference': Style(dict(ops='OPS', reference=True), dict(rule='reference', skip=False)), # 16 operations, its own rates and rounding
-    'keras': Style(dict(ops='KERAS_OPS', schedule='random'), dict(per='batch', scale='test', skip=False)), # 13 operations, M drawn from 0 to `randaugment_m`
+    # 14 operations; Huang et al.'s rates, a draw per image
+    'paper': Style({}, {}),
+    # 16 operations, its own rates and rounding
+    'reference': Style(dict(ops='OPS', reference=True), dict(rule='reference', skip=False)),
+    # 13 operations, M drawn from 0 to `randaugment_m`
+    'keras': Style(dict(ops='KERAS_OPS', schedule='random'), dict(per='batch', scale='test', skip=False)),
 }
 
 @dataclass(frozen=True)
 class Noise:
-    "The noise of a student; the `none` constructor switches all of it off. Defaults: section 3.1 of the paper. Raises ValueError for values out of range."
+    """The noise of a student; the `none` constructor switches all of it off. Defaults: section 3.1 of the paper.
+
+    Raises ValueError for values out of range."""
     randaugment_n: int = 2 # Operations per image; 0 switches RandAugment off
     randaugment_m: float = 27 # Magnitude M, 0..30 as in the reference
     dropout: float = 0.5 # Probability of dropping a feature before the classifier, in [0, 1); 0 switches dropout off
@@ -47,20 +52,26 @@ class Noise:
         "No noise: a plain learner."
         return cls(randaugment_n=0, dropout=0., survival=1.)
 
-    def callbacks(self, model: 'nn.Module' # The network to be noised
-                 ) -> list: # fastai callbacks
+    def callbacks(
+        self,
+        model: 'nn.Module', # The network to be noised
+    ) -> list: # fastai callbacks
         "The callbacks that noise `model` during training. Raises ValueError at once if a noise has nothing to act on."
         from noisy_student.stochastic_depth import ClassifierDropout, StochasticDepth
         cbs: list = []
         if self.survival < 1:
-            cbs.append(depth := StochasticDepth(self.survival, **STYLES[self.style].depth)); depth.plan(model)
-        if self.dropout: cbs.append(dropout := ClassifierDropout(self.dropout)); dropout.heads(model)
+            cbs.append(depth := StochasticDepth(self.survival, **STYLES[self.style].depth))
+            depth.plan(model)
+        if self.dropout:
+            cbs.append(dropout := ClassifierDropout(self.dropout))
+            dropout.heads(model)
         return cbs
 
     def transforms(self) -> list: # fastai batch transforms
         "RandAugment of this strength, or nothing if it is off."
         if not self.randaugment_n: return []
-        from noisy_student import randaugment
+        from noisy_student import ops
+        from noisy_student.randaugment import BatchRandAugment
         args = STYLES[self.style].randaugment
-        if 'ops' in args: args = dict(args, ops=getattr(randaugment, args['ops']))
-        return [randaugment.BatchRandAugment(self.randaugment_n, self.randaugment_m, **args)]
+        if 'ops' in args: args = dict(args, ops=getattr(ops, args['ops']))
+        return [BatchRandAugment(self.randaugment_n, self.randaugment_m, **args)]

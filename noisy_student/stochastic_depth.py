@@ -1,4 +1,4 @@
-"""The two kinds of noise inside the student: dropped residual branches, and dropout before the classifier
+"""Noise inside the student: residual branches that are dropped in training, whatever library the network is from
 
 Docs: https://noisy-student.github.io/noisy_student/stochastic_depth.html.md"""
 
@@ -7,243 +7,30 @@ Docs: https://noisy-student.github.io/noisy_student/stochastic_depth.html.md"""
 # %% ../nbs/02_stochastic_depth.ipynb #05d20459
 from __future__ import annotations
 
-import re
 from contextlib import ExitStack
-from typing import NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from fastai.callback.core import Callback
-from fastai.layers import ResBlock
-from fastcore.basics import noop
-from timm.models import _efficientnet_blocks as efficientnet
-from timm.models import resnet
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.models import resnet as tv_resnet
 
-from .models import unwrapped
+from .branches import DropBranch, drop_branch, survival_probs
+from .dropout import ClassifierDropout
+from .residual import ResidualBlock, branch_entries, is_placeholder, last_norm, residual_blocks
+from .training_noise import TrainingNoise
+
+_all_ = ['DropBranch', 'drop_branch', 'survival_probs', 'ClassifierDropout', 'ResidualBlock', 'residual_blocks',
+         'TrainingNoise'] # public here, too
 
 # %% auto #0
-__all__ = ['survival_probs', 'drop_branch', 'DropBranch', 'ResidualBlock', 'residual_blocks', 'TrainingNoise', 'StochasticDepth',
-           'ClassifierDropout']
+__all__ = ['StochasticDepth', 'DropBranch', 'drop_branch', 'survival_probs', 'ClassifierDropout', 'ResidualBlock',
+           'residual_blocks', 'TrainingNoise']
 
-# %% ../nbs/02_stochastic_depth.ipynb #4fa86df7
-def survival_probs(
-    n_blocks: int,  # number of residual blocks, L >= 1
-    last: float = 0.8,  # survival probability of the last block, p_L, in (0, 1]
-    rule: str = 'huang',  # 'huang': blocks count 1..L; 'reference': 0..L-1, as in google-research/noisystudent
-) -> np.ndarray:  # float64, shape (n_blocks,)
-    """Survival probability of every residual block, falling linearly (Huang et al. 2016, equation 4).
-
-    Raises `ValueError` for values out of range.
-    """
-    if n_blocks < 1: raise ValueError(f'n_blocks is {n_blocks}: a network needs at least one residual block.')
-    if not 0 < last <= 1: raise ValueError(f'last is {last}: a survival probability lies in (0, 1].')
-    if rule not in ('huang', 'reference'): raise ValueError(f"rule is {rule!r}: use 'huang' or 'reference'.")
-    index = np.arange(n_blocks) + (rule == 'huang')
-    return 1 - index / n_blocks * (1 - last)
-
-# %% ../nbs/02_stochastic_depth.ipynb #d6f9d2eb
-def drop_branch(
-    x: Tensor,  # output of a residual branch, float, shape (B, ...)
-    survival: float,  # probability of keeping it, in (0, 1]
-    per: str = 'sample',  # 'sample': a coin per image; 'batch': one coin for all
-    scale: str = 'train',  # 'train': a kept branch is divided by `survival`; 'test': it is kept as it is
-) -> Tensor:  # shape, dtype and device of `x`
-    "The training-time output of a residual branch under stochastic depth; the draw is made on the device of `x`."
-    if survival == 1.: return x
-    shape = (x.shape[0] if per == 'sample' else 1,) + (1,) * (x.ndim - 1)
-    keep = x.new_empty(shape).bernoulli_(survival)
-    return x * (keep / survival if scale == 'train' else keep)
-
-# %% ../nbs/02_stochastic_depth.ipynb #40d230ae
-class DropBranch(nn.Module):
-    """`drop_branch` as a layer without parameters: the identity in eval mode.
-
-    Where the input of the branch went through `enter`, dropped images have not been in the branch at all.
-    """
-    def __init__(
-        self,
-        survival: float,  # probability of keeping the branch, in (0, 1]
-        per: str = 'sample',  # as in `drop_branch`
-        scale: str = 'train',  # as in `drop_branch`
-    ):
-        super().__init__()
-        self.survival, self.per, self.scale = survival, per, scale
-        self._drawn: tuple[int, Tensor] | None = None
-
-    def enter(
-        self,
-        x: Tensor,  # input of the branch, shape (B, ...)
-        least: int = 0,  # images that pass through a branch dropped as a whole: 1 if it cannot do with an empty batch
-    ) -> Tensor:  # the rows of `x` whose branch survives
-        "Draw, and let only the kept images into the branch; `forward` puts what becomes of them back into the batch."
-        n = len(x)
-        # Drawn on the host: there it is known at once how many they are, and a GPU need not be waited for.
-        kept = torch.empty(n if self.per == 'sample' else 1).bernoulli_(self.survival).nonzero().squeeze(1)
-        if self.per == 'batch': kept = torch.arange(n * len(kept))
-        self._drawn = n, kept.to(x.device, non_blocking=True)
-        if self.per == 'batch': return x if len(kept) else x[:least]
-        return x if len(kept) in (0, 1, n) else _take(x, self._drawn[1])  # one image alone has no batch statistics
-
-    def forward(self, x: Tensor) -> Tensor:
-        drawn, self._drawn = self._drawn, None
-        if drawn is None: return drop_branch(x, self.survival, self.per, self.scale) if self.training else x
-        (n, kept), factor = drawn, 1 / self.survival if self.scale == 'train' else 1.
-        if len(kept) == n: return x * factor
-        return _put(x if len(x) == len(kept) else _take(x, kept), kept, n, factor)
-
-    def extra_repr(self): return f'survival={self.survival:.4f}, per={self.per}, scale={self.scale}'
-
-def _is_nhwc(x): return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-
-def _take(x, rows): # x[rows]; an image that is one piece of memory is copied as one piece
-    if _is_nhwc(x): return x.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
-    return x.index_select(0, rows)
-
-def _put(x, rows, n, factor): # (n, ...): factor * x at `rows`, else 0
-    if _is_nhwc(x): return _put(x.permute(0, 2, 3, 1), rows, n, factor).permute(0, 3, 1, 2)
-    return x.new_zeros((n, *x.shape[1:])).index_add_(0, rows, x, alpha=factor)
-
-# %% ../nbs/02_stochastic_depth.ipynb #66bde447
-class ResidualBlock(NamedTuple):
-    "A residual block of a model, as found by `residual_blocks`."
-    name: str  # as in `model.named_modules()`
-    identity: bool  # whether the skip connection is the identity, so that the branch can be dropped
-    branches: tuple  # attributes of `module` at whose output a branch joins the skip
-    module: nn.Module  # the block
-
-# %% ../nbs/02_stochastic_depth.ipynb #184a5593
-_noise_attr = re.compile(r'(\w+_)?drop_path\d?|stochastic_depth')
-
-def _is_placeholder(m):
-    "Whether `m` only marks the end of a branch: it has nothing to learn, so that it can be replaced for a while"
-    is_drop = type(m).__name__.endswith(('DropPath', 'StochasticDepth', 'DropBranch'))  # each library has its own
-    return m is None or isinstance(m, nn.Identity) or is_drop
-
-def _branches(m):
-    "Names of the attributes of `m` that end a residual branch; none if `m` is no residual block"
-    if isinstance(m, ResBlock): return ('convpath',)
-    if isinstance(m, tv_resnet.BasicBlock): return ('bn2',)
-    if isinstance(m, tv_resnet.Bottleneck): return ('bn3',)
-    return tuple(k for k, v in {**vars(m), **m._modules}.items() if _noise_attr.fullmatch(k) and _is_placeholder(v))
-
-def _has_identity_skip(m):
-    if isinstance(m, ResBlock): return len(m.idpath) == 0
-    for flag in ('has_skip', 'use_res_connect', 'residual'):
-        if isinstance(getattr(m, flag, None), bool): return getattr(m, flag)
-    if hasattr(m, 'no_skip') and m.no_skip: return False
-    for name in ('downsample', 'shortcut', 'identity'):
-        if not hasattr(m, name): continue
-        skip = getattr(m, name)
-        # None stands for the identity in ResNets and Xception, and for no skip at all in RegNet, RepVGG and the like.
-        if skip is None: return hasattr(m, 'no_skip') or (name == 'downsample' and 'regnet' not in type(m).__module__)
-        return isinstance(skip, nn.Identity) or name == 'identity'  # RepVGG's `identity` is a batch norm
-    return True
-
-def residual_blocks(
-    model: nn.Module,  # a timm, torchvision or fastai model, or one built from their blocks
-) -> list[ResidualBlock]:  # in the order of `model.named_modules()`, empty if there is none
-    "All residual blocks of `model`, those that stochastic depth can drop (`identity`) and the others."
-    found = ((name, m, _branches(m)) for name, m in model.named_modules())
-    return [ResidualBlock(name, _has_identity_skip(m), branches, m) for name, m, branches in found if branches]
-
-# %% ../nbs/02_stochastic_depth.ipynb #1ae5fbda
-class _TrainGuard:
-    "Stands in for `learn._with_events` for one call, the training phase, and detaches all noise if that raises"
-    def __init__(self, learn): self.learn, self.previous = learn, vars(learn).get('_with_events')
-
-    def remove(self):
-        if vars(self.learn).get('_with_events') is not self: return
-        if self.previous is None: del self.learn._with_events
-        else: self.learn._with_events = self.previous
-
-    def __call__(self, f, event_type, ex, final=noop):
-        self.remove()
-        try: self.learn._with_events(f, event_type, ex, final)
-        except BaseException:  # also Ctrl-C, and the end of the epoch or fit that a callback asked for
-            for cb in self.learn.cbs:
-                if isinstance(cb, TrainingNoise): cb.detach()
-            raise
-
-class TrainingNoise(Callback):
-    """Base class of callbacks that change the model during the training phase of an epoch, and only then.
-
-    A subclass implements `attach(undo)`: it changes `self.plain_model` and pushes onto `undo`, a
-    `contextlib.ExitStack`, what takes each change back. Several of these callbacks can be on one learner as long as
-    they change different things.
-    """
-    order, run_valid = 100, False  # late: whatever else prepares or wraps the model has done so
-    _undo = None
-
-    def attach(self, undo: ExitStack): raise NotImplementedError(f'{type(self).__name__} has to implement attach(undo)')
-
-    def detach(self):
-        "Take all changes back; does nothing if there are none."
-        undo, self._undo = self._undo, None
-        if undo is not None: undo.close()
-
-    @property
-    def plain_model(self) -> nn.Module:
-        "The learner's model without the wrappers of data parallel training and `torch.compile`."
-        return unwrapped(self.learn.model)
-
-    def before_epoch(self):
-        if not isinstance(vars(self.learn).get('_with_events'), _TrainGuard):
-            self.learn._with_events = _TrainGuard(self.learn)
-
-    def before_train(self):
-        self._undo = ExitStack()
-        self.attach(self._undo)
-
-    def after_train(self): self.detach()
-
-    def after_epoch(self):
-        # Still there only if a callback skipped the epoch before its training phase began.
-        guard = vars(self.learn).get('_with_events')
-        if isinstance(guard, _TrainGuard): guard.remove()
-
-# %% ../nbs/02_stochastic_depth.ipynb #4538e7cd
-_skip_attr = re.compile(r'downsample|shortcut|identity|idpath|skip')
-_known_blocks = re.compile(
-    r'(timm|torchvision)\.models\.(_efficientnet_blocks|beit|convnext|edgenext|efficientnet|focalnet|inception_next|'
-    r'mambaout|maxxvit|metaformer|nest|pit|pvt_v2|regnet|resnet|swin_transformer|vision_transformer|'
-    r'vision_transformer_relpos)|(fastai|noisy_student)\..*')
-
-def _entries(block):
-    "The layers at which each branch of `block` begins: a list for every name in `block.branches`, empty if unknown"
-    m, ends = block.module, block.branches
-    if not _known_blocks.fullmatch(type(m).__module__): return [[]] * len(ends)
-    if isinstance(m, ResBlock): return [[m.convpath]]
-    norms = [getattr(m, k) for k in ('norm1', 'norm2') if isinstance(getattr(m, k, None), nn.Module)]
-    if len(ends) == 2: return [[o] for o in norms] if len(norms) == 2 and ends[0].endswith('1') else [[], []]
-    if len(ends) > 2: return [[]] * len(ends)
-    if len(norms) == 2: return [norms if ends[0] == 'stochastic_depth' else []]  # torchvision's Swin uses it twice
-    inner = [v for k, v in m.named_children() if not _skip_attr.fullmatch(k) and not _is_placeholder(v)]
-    return [inner[:1]]
-
-# %% ../nbs/02_stochastic_depth.ipynb #df3b25a6
-def _last_norm(block):
-    "The batch norm whose output is the residual branch of `block`, or None"
-    m, kind = block.module, type(block.module)
-    if isinstance(m, (resnet.BasicBlock, efficientnet.DepthwiseSeparableConv, efficientnet.EdgeResidual)): last = m.bn2
-    elif isinstance(m, (resnet.Bottleneck, efficientnet.InvertedResidual)): last = m.bn3
-    elif kind.__module__ == 'torchvision.models.efficientnet': last = m.block
-    elif len(block.branches) == 1 and getattr(m, block.branches[0]) is not None: last = getattr(m, block.branches[0])
-    else: return None
-    if isinstance(m, (resnet.BasicBlock, resnet.Bottleneck)) and m.se is not None: return None
-    if not isinstance(last, _BatchNorm): last = list(last.modules())[-1]
-    if not isinstance(last, _BatchNorm) or not last.affine: return None
-    has_act = not isinstance(getattr(last, 'act', nn.Identity()), nn.Identity)  # timm's batch norms may hold one
-    return None if has_act else last
-
+# %% ../nbs/02_stochastic_depth.ipynb #02000001
 def _replace(module, name, new, undo):
     "Set the submodule `name` of `module`, and push onto `undo` the way back to exactly what was there"
     old, registered = getattr(module, name), name in module._modules
     def restore():
-        if not registered: delattr(module, name)  # timm's ResNets hold None as a plain attribute
+        if not registered: delattr(module, name) # timm's ResNets hold None as a plain attribute
         setattr(module, name, old)
     setattr(module, name, new.train(module.training))
     undo.callback(restore)
@@ -255,6 +42,7 @@ def _scale_affine(norm, factor):
 
 def _is_compiled(model): return hasattr(model, '_orig_mod') or model._compiled_call_impl is not None
 
+# %% ../nbs/02_stochastic_depth.ipynb #df3b25a6
 class StochasticDepth(TrainingNoise):
     """Drop residual branches during training (Huang et al. 2016), whatever library the model is from.
 
@@ -263,26 +51,27 @@ class StochasticDepth(TrainingNoise):
     """
     def __init__(
         self,
-        last: float = 0.8,  # survival probability of the last block, in (0, 1]
-        rule: str = 'huang',  # how probabilities fall over the blocks: 'huang' or 'reference', see `survival_probs`
-        per: str = 'sample',  # 'sample': every image has its own draw; 'batch': one draw per branch and batch
-        scale: str = 'train',  # 'train': kept branches are divided by p in training; 'test': multiplied by p afterwards
-        skip: bool = True,  # dropped branches are not computed; False: they are, so that their batch norms see all images
+        last: float = 0.8, # Survival probability of the last block, in (0, 1]
+        rule: str = 'huang', # How probabilities fall over the blocks: 'huang' or 'reference', see `survival_probs`
+        per: str = 'sample', # 'sample': every image has its own draw; 'batch': one draw per branch and batch
+        scale: str = 'train', # 'train': kept branches are divided by p in training; 'test': multiplied by p afterwards
+        skip: bool = True, # Do not compute dropped branches; False: their batch norms see all images
     ):
-        survival_probs(1, last, rule)  # raises for values out of range
+        survival_probs(1, last, rule) # raises for values out of range
         if per not in ('sample', 'batch'): raise ValueError(f"per is {per!r}: use 'sample' or 'batch'.")
         if scale not in ('train', 'test'): raise ValueError(f"scale is {scale!r}: use 'train' or 'test'.")
         self.last, self.rule, self.per, self.scale, self.skip = last, rule, per, scale, skip
 
     def plan(
         self,
-        model: nn.Module,  # the model to be trained
-    ) -> list[tuple[ResidualBlock, float]]:  # every block with the probability that its branch survives
+        model: nn.Module, # The model to be trained
+    ) -> list[tuple[ResidualBlock, float]]: # Every block with the probability that its branch survives
         "What training will do to `model`; a block without an identity skip always survives."
         blocks = residual_blocks(model)
         if not any(o.identity for o in blocks):
             raise ValueError(f'{type(model).__name__} has no residual block with an identity skip that stochastic '
-                             'depth could drop. Leave the callback out (Noise(survival=1.)), or use a residual architecture.')
+                             'depth could drop. Leave the callback out (Noise(survival=1.)), or use a residual '
+                             'architecture.')
         probs = survival_probs(len(blocks), self.last, self.rule)
         return [(o, float(p) if o.identity else 1.) for o, p in zip(blocks, probs)]
 
@@ -292,16 +81,17 @@ class StochasticDepth(TrainingNoise):
         skip = self.skip and not isinstance(self.learn.model, nn.DataParallel) and not _is_compiled(self.learn.model)
         for block, survival in self.plan(model):
             if self.scale == 'test' and survival < 1: self._unfold(block, survival, undo)
-            for name, entries in zip(block.branches, _entries(block)):
+            for name, entries in zip(block.branches, branch_entries(block)):
                 end, drop = getattr(block.module, name), DropBranch(survival, self.per, self.scale)
-                if _is_placeholder(end): _replace(block.module, name, drop, undo)
+                if is_placeholder(end): _replace(block.module, name, drop, undo)
                 elif survival < 1: undo.callback(end.register_forward_hook(self._leave(block.module, drop)).remove)
                 for o in entries if skip and survival < 1 else ():
                     undo.callback(o.register_forward_pre_hook(self._enter(block.module, drop)).remove)
 
     # The block says whether it trains: the layer hooked onto may be a batch norm kept in eval mode on purpose.
     def _enter(self, module, drop):
-        least = int(not any(isinstance(m, _BatchNorm) for m in module.modules()))  # attention reshapes, and needs a size
+        # Attention reshapes, and needs a size.
+        least = int(not any(isinstance(m, _BatchNorm) for m in module.modules()))
         def enter(layer, args): return (drop.enter(args[0], least), *args[1:]) if module.training and args else None
         return enter
 
@@ -310,68 +100,9 @@ class StochasticDepth(TrainingNoise):
         return leave
 
     def _unfold(self, block, survival, undo):
-        norm = _last_norm(block)
+        norm = last_norm(block)
         if norm is None:
             raise ValueError(f'The branch of {block.name} ({type(block.module).__name__}) does not end in a batch '
                              "norm, so its test-time factor cannot be folded into the weights. Use scale='train'.")
         _scale_affine(norm, 1 / survival)
         undo.callback(_scale_affine, norm, survival)
-
-# %% ../nbs/02_stochastic_depth.ipynb #1a6614d1
-def _classifiers(model):
-    "The layers that turn features into class scores: one, or two for models distilled with an extra head"
-    if hasattr(model, 'get_classifier'):
-        found = model.get_classifier()
-        found = found if isinstance(found, (tuple, list)) else [found]
-        return [m for m in found if isinstance(m, nn.Module) and any(True for _ in m.parameters())]
-    def scores(m): return isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and set(m.kernel_size) == {1})
-    return [m for m in model.modules() if scores(m)][-1:]
-
-def _dropout_before(model, layer):
-    "The model's own dropout layer between `layer` and the last layer with parameters before it, or None"
-    found = None
-    for m in model.modules():
-        if m is layer: return found
-        if isinstance(m, nn.Dropout): found = m
-        elif any(True for _ in m.parameters(recurse=False)): found = None
-
-class ClassifierDropout(TrainingNoise):
-    """Dropout on the features the classifier reads, during training.
-
-    Training raises `ValueError` if the model has no classifier.
-    """
-    def __init__(
-        self,
-        p: float = 0.5,  # probability of dropping a feature, in [0, 1)
-    ):
-        if not 0 <= p < 1: raise ValueError(f'dropout is {p}: a probability of dropping a feature lies in [0, 1).')
-        self.p = p
-
-    def heads(
-        self,
-        model: nn.Module,  # the model to be trained
-    ) -> list[nn.Module]:  # one, or two for models distilled with an extra head
-        "The layers whose input will be dropped. Raises `ValueError` if there is none."
-        heads = _classifiers(model)
-        if not heads:
-            raise ValueError(f'{type(model).__name__} has no classifier (a last linear layer or 1x1 convolution) that '
-                             'dropout could be put before. Switch it off with Noise(dropout=0), or build the model '
-                             'with num_classes= at least 1.')
-        return heads
-
-    def attach(self, undo: ExitStack):
-        model = self.plain_model
-        heads = self.heads(model)
-        own = _dropout_before(model, heads[0])
-        if own is not None: self._set(own, 'p', self.p, undo)
-        else:
-            for head in heads: undo.callback(head.register_forward_pre_hook(self._hook(model)).remove)
-        if getattr(model, 'drop_rate', 0): self._set(model, 'drop_rate', 0., undo)
-
-    def _set(self, obj, name, value, undo):
-        undo.callback(setattr, obj, name, getattr(obj, name))
-        setattr(obj, name, value)
-
-    def _hook(self, model):
-        def drop(layer, args): return (F.dropout(args[0], self.p, training=model.training),) + args[1:]
-        return drop

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from noisy_student import randaugment
+from noisy_student import kernels
 
 pytest.importorskip('triton', reason='Triton is not made for this system')
 
@@ -21,7 +21,8 @@ def python(program, **env):
 INTERPRETED = """
 import numpy as np, torch
 from noisy_student.fused import augment
-from noisy_student.randaugment import BatchRandAugment, OPS, _augment_groups
+from noisy_student import grouped
+from noisy_student.randaugment import BatchRandAugment, OPS
 
 rng = np.random.default_rng(0)
 for h, w, c, reference in ((9, 14, 3, False), (1, 1, 1, False), (37, 29, 3, True)):
@@ -34,7 +35,7 @@ for h, w, c, reference in ((9, 14, 3, False), (1, 1, 1, False), (37, 29, 3, True
     every_second_column = x[..., ::2]
     for case in (every_second_column, every_second_column.float() / 255)[:1 + (h < 20)]:
         before, made = case.clone(), augment(case, draws, reference)
-        bad = (made != _augment_groups(case, draws, reference)).flatten(1).any(1)
+        bad = (made != grouped.augment(case, draws, reference)).flatten(1).any(1)
         assert not bad.any(), (h, w, c, reference, case.dtype, [(OPS[i], OPS[j]) for i, j in draws.op[:, bad].T])
         assert torch.equal(case, before) and made.dtype == case.dtype and made.shape == case.shape
 
@@ -92,8 +93,8 @@ def test_kernels_that_do_not_work_are_named_and_replaced(monkeypatch, fails):
     monkeypatch.setattr(fused, 'augment', augment)
     to = torch.Tensor.to
     monkeypatch.setattr(torch.Tensor, 'to', lambda x, *a, **kw: x if a[:1] == (torch.device('cuda:0'),) else to(x, *a, **kw))
-    randaugment._fused.cache_clear()
+    kernels._fused.cache_clear()
     with pytest.warns(UserWarning, match='C compiler' if fails else 'wrong'):
-        assert randaugment._fused(torch.device('cuda:0'), torch.float32) is None
-    randaugment._fused.cache_clear()
+        assert kernels._fused(torch.device('cuda:0'), torch.float32) is None
+    kernels._fused.cache_clear()
 

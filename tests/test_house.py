@@ -1,50 +1,97 @@
-"""How the modules hang together, read from their imports: no two need each other.
+"""How the modules hang together, read from their imports and from the sidebar of the site, which lists them from the
+ground up: a module needs only modules that stand before it there, hence no two need each other, and no private name of
+another.
 
-A module at the top of a file is loaded with it; one inside a function is needed all the same, only later, so it counts too. Two
-pairs still do: the command `folds=` makes another class of the same run, and RandAugment hands a batch on a GPU to its kernels."""
-import ast
+A module at the top of a file is loaded with it; one inside a function is needed all the same, only later, so it counts
+too."""
+import ast, json
 from pathlib import Path
+
+import pytest
+import yaml
 
 import noisy_student
 
 FOLDER = Path(noisy_student.__file__).parent
-PAIRS = {("folds", "rounds"), ("fused", "randaugment")}
+ROOT = FOLDER.parent
+LINES = 200  # that a notebook exports at most, imports and blank lines left out
+TABLES = {"recipes"}  # whose lines are rows of a table
+if not (ROOT/"_quarto.yml").exists(): pytest.skip("needs the source tree", allow_module_level=True)
 
 
-def imports(source, names):
-    "Modules of the package that a module imports, anywhere in it."
-    found = set()
+def imported(source):
+    "(module of the package, name or None) for each import of a module, anywhere in it."
     for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.ImportFrom): continue
-        module = node.module or ""
-        if node.level == 1: found |= {module.split(".")[0]} if module else {o.name for o in node.names}
-        elif module.startswith("noisy_student."): found.add(module.split(".")[1])
-    return found & names
+        if isinstance(node, ast.Import):
+            found = [(o.name.partition("noisy_student.")[2], None) for o in node.names if "noisy_student." in o.name]
+        elif isinstance(node, ast.ImportFrom):
+            here = node.module if node.level == 1 else (node.module or "").partition("noisy_student.")[2]
+            whole = node.level == 1 and not node.module or node.level == 0 and node.module == "noisy_student"
+            found = [(o.name, None) if whole else (here, o.name) for o in node.names] if here or whole else []
+        else: continue
+        yield from found
 
 
-def circles(graph):
-    "Sets of modules that need each other."
-    def reach(start):
-        seen, todo = set(), [start]
-        while todo:
-            for o in graph[todo.pop()] - seen: seen.add(o); todo.append(o)
-        return seen
-    far = {o: reach(o) for o in graph}
-    return {tuple(sorted(p for p in far[o] if o in far[p])) for o in graph if o in far[o]}
+def sources(): return {f.stem: f.read_text() for f in FOLDER.glob("*.py") if f.stem not in ("__init__", "_modidx")}
 
 
-def package():
-    files = {f.stem: f.read_text() for f in FOLDER.glob("*.py") if f.stem not in ("__init__", "_modidx")}
-    return {k: imports(v, set(files)) - {k} for k, v in files.items()}
+def order():
+    "Modules as the sidebar lists their notebooks."
+    def hrefs(entries):
+        for o in entries:
+            if isinstance(o, str): yield o
+            else: yield from hrefs(o.get("contents", [])) if "section" in o else [o.get("href", "")]
+    listed = hrefs(yaml.safe_load((ROOT/"_quarto.yml").read_text())["website"]["sidebar"]["contents"])
+    cells = [json.loads((ROOT/"nbs"/o).read_text())["cells"] for o in listed if o.endswith(".ipynb")]
+    said = ["".join(c["source"]).partition("#| default_exp ")[2].split("\n")[0].strip() for nb in cells for c in nb]
+    return [o for o in said if o]
 
 
-def test_no_two_modules_need_each_other():
-    graph = package()
-    assert len(graph) > 40 and circles(graph) == PAIRS
+def upward(files, place):
+    "Imports of what does not stand before, as (module, what it needs)."
+    return sorted({(k, o) for k, v in files.items() for o, _ in imported(v) if o in files and place[o] >= place[k]})
 
 
-def test_a_planted_circle_is_found():
-    graph = package()
-    graph["files"].add("report")
-    assert any({"files", "report"} <= set(o) for o in circles(graph))
-    assert imports("def f():\n    from noisy_student.report import x\n    from . import files", {"report", "files"}) == {"report", "files"}
+def private(files):
+    "Private names that a module takes from another, also as attributes of it."
+    found = {(k, f"{o}.{n}") for k, v in files.items() for o, n in imported(v)
+             if o in files and n and n.startswith("_") and not n.startswith("__")}
+    for k, v in files.items():
+        modules = {o for o, n in imported(v) if n is None} | {n for _, n in imported(v) if n in files}
+        found |= {(k, f"{n.value.id}.{n.attr}") for n in ast.walk(ast.parse(v)) if isinstance(n, ast.Attribute)
+                  and n.attr.startswith("_") and isinstance(n.value, ast.Name) and n.value.id in modules}
+    return sorted(found)
+
+
+def too_long():
+    "Notebooks that export more than a reader keeps in mind, with their lines."
+    found = {}
+    for file in (ROOT/"nbs").glob("*.ipynb"):
+        cells = ["".join(c["source"]) for c in json.loads(file.read_text())["cells"] if c["cell_type"] == "code"]
+        lines = [o for c in cells if c.startswith("#| export") for o in c.split("\n")
+                 if o.strip() and not o.startswith(("#|", "import ", "from "))]
+        if len(lines) > LINES: found[file.stem] = len(lines)
+    return found
+
+
+def test_a_module_needs_only_what_stands_before_it():
+    files, listed = sources(), order()
+    assert sorted(listed) == sorted(files) and len(listed) > 40
+    assert upward(files, {o: i for i, o in enumerate(listed)}) == []
+
+
+def test_no_private_name_of_another_module(): assert private(sources()) == []
+
+
+def test_a_notebook_is_one_room():
+    assert {k: v for k, v in too_long().items() if k.partition("_")[2] not in TABLES} == {}
+
+
+def test_what_is_planted_is_found():
+    files, place = {"files": "x = 1", "report": "from .files import x"}, {"files": 0, "report": 1}
+    assert upward(files, place) == [] and private(files) == []
+    for line in ("from .report import y", "def f():\n    from noisy_student.report import y", "from . import report",
+                 "import noisy_student.report", "from noisy_student import report"):
+        assert upward({**files, "files": line}, place) == [("files", "report")], line
+    for line in ("from .files import _x", "from . import files\nfiles._x", "from noisy_student import files\nfiles._x"):
+        assert private({**files, "report": line}) == [("report", "files._x")], line

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from noisy_student import models, pretrained
+from noisy_student import architectures, export
 from noisy_student.models import (EFFICIENTNETS, arch_name, create_model, find_weights, fine_tuning_groups, head,
                                   load_pretrained, n_parameters, read_checkpoint, save_weights, split_head)
 from noisy_student.network import Network
@@ -60,7 +60,7 @@ def test_l0_is_the_same_network_as_timms():
     want = timm.create_model('tf_efficientnet_b0', num_classes=10)
     numbers = {**EFFICIENTNETS, 'l0': EFFICIENTNETS['b0']}
     with pytest.MonkeyPatch.context() as mp:
-        mp.setattr(models, 'EFFICIENTNETS', numbers)
+        mp.setattr(architectures, 'EFFICIENTNETS', numbers)
         got = create_model('tf_efficientnet_l0', 10)
     got.load_state_dict(lively(want).state_dict())
     with torch.inference_mode(): assert torch.equal(got.eval()(images(size=64)), want(images(size=64)))
@@ -400,7 +400,7 @@ def test_onnx(arch, c_in, tmp_path):
         assert want.std() > 1e-3 and np.abs(got - want.numpy()).max() < 1e-4
 
 def test_onnx_failures(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrained, 'find_spec', lambda o: None)
+    monkeypatch.setattr(export, 'find_spec', lambda o: None)
     with pytest.raises(ImportError, match=r"pip install '\.\[export\]'"):
         export_onnx(nn.Linear(1, 1), tmp_path/'m.onnx', 8)
     monkeypatch.undo()
@@ -447,7 +447,7 @@ def test_pretrained_weights_are_sought_in_the_cache_alone_when_the_hub_cannot_be
     def look(*_, **__): seen.append(constants.HF_HUB_OFFLINE); raise OSError('nothing there')
     seen, before = [], constants.HF_HUB_OFFLINE
     monkeypatch.setattr(socket, 'getaddrinfo', (lambda *_: []) if reachable else no_network)
-    monkeypatch.setattr('noisy_student.models.getproxies', dict)
+    monkeypatch.setattr('noisy_student.choice.getproxies', dict)
     monkeypatch.setattr(timm, 'create_model', look)
     with pytest.raises(ValueError, match='nothing there'): create_model('resnet18', 10, pretrained=True)
     assert seen == [before if reachable else True] and constants.HF_HUB_OFFLINE == before
@@ -458,14 +458,14 @@ def no_network(monkeypatch, seconds=0.):
     import socket
     def getaddrinfo(*_, **__): time.sleep(seconds); raise socket.gaierror(-2, 'Name or service not known')
     monkeypatch.setattr(socket, 'getaddrinfo', getaddrinfo)
-    monkeypatch.setattr('noisy_student.models.getproxies', dict)
+    monkeypatch.setattr('noisy_student.choice.getproxies', dict)
 
 @pytest.fixture
 def caches(tmp_path, monkeypatch):
     "Of the hub's library and of torch, empty; no packages of weights"
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path/'hub'))
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path/'torch'))
-    monkeypatch.setattr('noisy_student.models._PACKAGES', {})
+    monkeypatch.setattr('noisy_student.choice._PACKAGES', {})
     return tmp_path
 
 @pytest.mark.parametrize('seconds', [0., 20.])
@@ -500,10 +500,10 @@ def test_weights_in_a_package(monkeypatch):
 
 def test_weights_where_the_hub_answers(monkeypatch, caches):
     for answers in (True, False):
-        monkeypatch.setattr('noisy_student.models._answers', lambda url: answers)
+        monkeypatch.setattr('noisy_student.choice._answers', lambda url: answers)
         assert find_weights('resnet18') is (answers or None)
         assert find_weights('resnet18', download=False) is None
-    monkeypatch.setattr('noisy_student.models._answers', lambda url: True)
+    monkeypatch.setattr('noisy_student.choice._answers', lambda url: True)
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     assert find_weights('resnet18') is None
     for o in ('resnet9_24', 'no such name', 'tf_efficientnet_l1', 7, None): assert find_weights(o) is None

@@ -17,8 +17,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from noisy_student.models import create_model
-from noisy_student.stochastic_depth import (ClassifierDropout, DropBranch, StochasticDepth, TrainingNoise, _entries,
-                                            drop_branch, residual_blocks, survival_probs)
+from noisy_student.residual import branch_entries
+from noisy_student.stochastic_depth import (ClassifierDropout, DropBranch, StochasticDepth, TrainingNoise, drop_branch,
+                                            residual_blocks, survival_probs)
 
 tv = torchvision.models
 ARCHS = {  # name: (constructor, blocks, blocks with an identity skip)
@@ -131,7 +132,7 @@ def test_dropped_images_are_not_computed(arch):
     model, rows, steps, B = make(arch), {}, 10, 20
     cb = StochasticDepth(.5)
     firsts = {f'{o.name}.{i}': (entry, p) for o, p in cb.plan(model) if p < 1
-              for i, entry in enumerate(e for es in _entries(o) for e in es)}
+              for i, entry in enumerate(e for es in branch_entries(o) for e in es)}
     assert len(firsts) >= ARCHS[arch][2], 'every block with an identity skip leaves out work'
     for k, (entry, _) in firsts.items():
         entry.register_forward_hook(lambda m, args, out, k=k: rows.setdefault(k, []).append(len(out)))
