@@ -19,7 +19,7 @@ from .arrays import ArrayDataset, ArrayItem
 
 # %% ../nbs/05y_batches.ipynb #b3b75388
 def stream(
-    n: int, # Size of the pile, from 1 on
+    n: int, # Number of images, from 1 on
     start: int, # First entry of the endless sequence, from 0 on
     count: int, # How many entries, from 1 on
     seed: tuple[int, ...], # Seeds the permutations
@@ -67,14 +67,14 @@ class _Both:
 # %% ../nbs/05y_batches.ipynb #24a7f6f3
 class MixedDL(ArrayDL):
     """Batches of `bs` labeled and `ratio * bs` pseudo-labeled images, or with `ratio=None` of `bs` images drawn from
-    both piles as if they were one. The order is a function of `seed` and `epoch`."""
+    both as if they were one. The order is a function of `seed` and `epoch`."""
     def __init__(self,
         labeled: ArrayDataset, # Labeled images
         pseudo: ArrayDataset | None = None, # Pseudo-labeled images with targets (N, K); None: labeled images only
         bs: int = 64, # Labeled images per batch; with `ratio=None` all images of a batch
-        ratio: int | None = 1, # Pseudo-labeled images per labeled image, r; None: both piles concatenated and shuffled
+        ratio: int | None = 1, # Pseudo-labeled images per labeled image, r; None: both concatenated and shuffled
         copies: np.ndarray | None = None, # int (N,): how often each pseudo-labeled image (without them: labeled) occurs
-        steps: int | None = None, # Batches per epoch; None: one pass over the labeled images, or over the one pile
+        steps: int | None = None, # Batches per epoch; None: one pass over the labeled images, or over both
         seed: int = 0, # Decides the order
         rank: int = 0, # Of `num_ranks` processes that train together: this loader gives the share of this one
         num_ranks: int = 1, # Processes; the batches of all of them together are those of one with `bs * num_ranks`
@@ -87,12 +87,12 @@ class MixedDL(ArrayDL):
         self.pool = (np.repeat(np.arange(len(pseudo)), 1 if copies is None else copies) + len(labeled) if pseudo
                      else None)
         self.own = np.repeat(np.arange(len(labeled)), 1 if copies is None or pseudo else copies)
-        pile = self.own
+        once = self.own
         if self.ratio is None:
-            self.n_labeled, self.pool = 0, (pile := np.concatenate([np.arange(len(labeled)), self.pool]))
+            self.n_labeled, self.pool = 0, (once := np.concatenate([np.arange(len(labeled)), self.pool]))
         both: Any = _Both(labeled, pseudo) if pseudo else labeled
         super().__init__(both, bs=bs * (1 + (self.ratio or 0)), **kwargs)
-        self.steps = steps or -(-len(pile) // bs)
+        self.steps = steps or -(-len(once) // bs)
         self.n = self.steps * self.bs
         self.start_at(0)
 
@@ -105,9 +105,9 @@ class MixedDL(ArrayDL):
 
     def get_idxs(self) -> np.ndarray:
         "Positions of all images of this epoch, batch after batch; `epoch` then counts up."
-        def rows(pile, per_batch, key): # of one pile, (steps, per_batch): the share of this rank
+        def rows(images, per_batch, key): # of one kind, (steps, per_batch): the share of this rank
             n, mine = self.steps * per_batch * self.num_ranks, slice(self.rank * per_batch, (self.rank + 1) * per_batch)
-            return pile[stream(len(pile), self.epoch * n, n, (self.seed, key))].reshape(self.steps, -1)[:, mine]
+            return images[stream(len(images), self.epoch * n, n, (self.seed, key))].reshape(self.steps, -1)[:, mine]
         idxs = rows(self.own, self.n_labeled, 0) if self.n_labeled else np.empty((self.steps, 0), np.int64)
         if self.pool is not None: idxs = np.concatenate([idxs, rows(self.pool, self.bs - self.n_labeled, 1)], 1)
         self.epoch += 1

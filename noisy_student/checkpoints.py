@@ -108,7 +108,8 @@ class _Resumed(Callback):
         self.start = state['epoch'] + 1
         if state.get('batch'): self.within, self.pct = (state['batch'], state['n_iter']), state['pct']
 
-    def _stateful(self): # such as EMA; asked of the class, since an instance passes unknown names on to the model
+    def _stateful(self):
+        "Callbacks such as EMA; their class is asked, since an instance passes unknown names on to the model."
         return [cb for cb in self.learn.cbs if hasattr(type(cb), 'state_dict')]
 
     def before_fit(self):

@@ -81,8 +81,8 @@ def mixed_dataloaders(
     pseudo: tuple[np.ndarray, np.ndarray | torch.Tensor] | None = None, # Images likewise, probabilities float32 (M, K)
     copies: np.ndarray | None = None, # int (M,): how often each pseudo-labeled image (without them: labeled) occurs
     bs: int = 64, # Labeled images per batch; with `ratio=None` all images of a batch
-    ratio: int | None = 1, # Pseudo-labeled images per labeled image; None: both piles concatenated and shuffled
-    steps: int | None = None, # Batches per epoch; None: one pass over the labeled images, or over the one pile
+    ratio: int | None = 1, # Pseudo-labeled images per labeled image; None: both concatenated and shuffled
+    steps: int | None = None, # Batches per epoch; None: one pass over the labeled images, or over both
     augment: list | None = None, # Batch transforms of the student's view, such as `[PadCropFlip()]`
     stats: tuple[list[float], list[float]] | None = None, # Mean and standard deviation per channel, for pixels in 0..1
     seed: int = 0, # Decides the order of the images
@@ -97,9 +97,9 @@ def mixed_dataloaders(
                          + ', '.join(map(str, shapes)))
     norm = [Normalize.from_stats(*stats, cuda=False)] if stats else []
     tfms = [IntToFloatTensor(), *norm]
-    def dataset(pile, split_idx): return ArrayDataset(*pile, classes, split_idx).to(torch.device(device))
+    def dataset(given, split_idx): return ArrayDataset(*given, classes, split_idx).to(torch.device(device))
     train = MixedDL(dataset(labeled, 0), pseudo and dataset(pseudo, 0), bs=bs, ratio=ratio, copies=copies, steps=steps,
                     seed=seed, rank=rank, num_ranks=num_ranks, after_batch=[*(augment or []), *tfms],
                     device=torch.device(device))
-    exam = ArrayDL(dataset(valid, 1), bs=max(256, bs), after_batch=tfms, device=torch.device(device))
-    return NoisyStudentDataLoaders(train, exam, device=torch.device(device))
+    clean = ArrayDL(dataset(valid, 1), bs=max(256, bs), after_batch=tfms, device=torch.device(device))
+    return NoisyStudentDataLoaders(train, clean, device=torch.device(device))

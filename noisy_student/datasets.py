@@ -35,7 +35,7 @@ _all_ = ['Split', 'Splits', 'stratified', 'MAX_PIXELS', 'ImageFileError', 'BadIm
 # %% ../nbs/00e_datasets.ipynb #7fe2513a
 def digits(
     n_labeled: int | None = 100, # Labeled images, 10 to 1,100, the other training images are the pool; None: label all
-    seed: int = 0, # Which images land in which pile
+    seed: int = 0, # Which images land in which split
 ) -> Splits:
     "scikit-learn's 8x8 digits as `uint8` arrays (N, 8, 8, 1): 500 test, 197 validation, 1,100 to train on."
     from sklearn.datasets import load_digits
@@ -96,7 +96,7 @@ def _train_test(path, test_name, n_labeled, unlabeled, seed, n_valid):
 def cifar10(
     n_labeled: int | None = None, # Labels to keep, stratified; None keeps all 45,000
     unlabeled: str | Path | list[str] = 'rest', # 'rest', 'imagenet32', 'rest+imagenet32', a folder or a list of files
-    seed: int = 0, # Which images land in which pile
+    seed: int = 0, # Which images land in which split
     n_valid: int = 5000, # Validation images, taken from the training set
 ) -> Splits:
     "CIFAR-10: files of 32x32 pixels, 10 classes, 50,000 for training and validation, 10,000 for testing."
@@ -110,7 +110,7 @@ IMAGENETTE_CLASSES = dict(
 def imagenette(
     n_labeled: int | None = None, # Labels to keep, stratified; None keeps all that are not held out
     unlabeled: str | Path | list[str] = 'rest', # 'rest', a folder or a list of files
-    seed: int = 0, # Which images land in which pile
+    seed: int = 0, # Which images land in which split
     n_valid: int = 1000, # Validation images, taken from the training set
 ) -> Splits:
     """Imagenette (160 px): ten easily told classes of ImageNet, 9,469 images for training and validation, 3,925 for

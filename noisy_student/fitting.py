@@ -139,7 +139,8 @@ class KeepTime(Callback):
                 self.kept[self.epoch] = self.length = max(1, fits)
                 if self.note: self.note(self.kept)
         self._set(self.kept.get(self.epoch, self.length))
-    def _set(self, steps): # of this epoch
+    def _set(self, steps):
+        "The length of this epoch."
         dl = self.dls.train
         dl.steps, dl.n = steps, steps * dl.bs
     def after_fit(self): self._set(self.length)

@@ -73,7 +73,8 @@ class Half(MixedPrecision):
     def after_fit(self):
         super().after_fit()
         self._forget()
-    def _forget(self): # what the optimizer was told of this step
+    def _forget(self):
+        "What the optimizer was told of this step."
         for o in ('grad_scale', 'found_inf'): vars(getattr(self.opt, 'opt', self.opt)).pop(o, None)
     def state_dict(self): return self.scaler.state_dict()
     def load_state_dict(self, state): self.scaler.load_state_dict(state)

@@ -82,7 +82,7 @@ def _svhn_array(root, name):
 def svhn(
     n_labeled: int | None = None, # Labels to keep, stratified; None keeps all 69,257
     unlabeled: str | Path | list[str] = 'extra', # 'extra', 'rest' (training images), a folder or a list of files
-    seed: int = 0, # Which images land in which pile; 0 is the reference's validation set
+    seed: int = 0, # Which images land in which split; 0 is the reference's validation set
     root: str | Path | None = None, # Folder of the .mat files; None: `svhn` in fastai's data folder
     n_valid: int = 4000, # Validation images, taken from the training set
 ) -> Splits:

@@ -140,7 +140,8 @@ class EMA(Callback):
         self.average = None
 
     @torch.no_grad()
-    def _swap(self): # in place, so that the optimizer and every hook keep what they hold on to
+    def _swap(self):
+        "In place, so that the optimizer and every hook keep what they hold on to."
         for a, b in zip(self.average.module.state_dict().values(), self.model.state_dict().values()):
             held = a.clone()
             a.copy_(b)
