@@ -30,52 +30,61 @@ def world() -> int: # 1 or more
     "How many processes train together."
     return int(os.environ.get('WORLD_SIZE', 1))
 
-def own_device(device: str | torch.device | None = None # As the user asked; None: a GPU if there is one
-              ) -> torch.device: # 'cuda' becomes the GPU of this process
+def own_device(
+    device: str | torch.device | None = None, # As the user asked; None: a GPU if there is one
+) -> torch.device: # 'cuda' becomes the GPU of this process
     "Where this process computes."
     device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if device == torch.device('cuda') and world() > 1 else device
+    if world() == 1 or device != torch.device('cuda'): return device
+    return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
 
-def join(device: torch.device # Where this process computes
-        ) -> None:
+def join(
+    device: torch.device, # Where this process computes
+) -> None:
     "Make a group of the processes, once."
     if world() == 1 or dist.is_initialized(): return
     if device.type == 'cuda': torch.cuda.set_device(device)
-    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(days=7)) # the others wait while one decodes or selects
+    week = timedelta(days=7) # the others wait while one decodes or selects
+    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=week)
 
 def barrier() -> None:
     "Wait for the other processes."
     if world() > 1: dist.barrier()
 
 @contextmanager
-def first_rank_first() -> Iterator[None]: # rank 0 does what is inside and the others wait, then they find it done
-    "For what is to be made once, such as a file that is made when it is not there."
+def first_rank_first() -> Iterator[None]:
+    """For what is to be made once, such as a file that is made when it is not there: rank 0 does what is inside, the
+    others wait and find it done."""
     if rank(): barrier()
     try: yield
     finally:
         if not rank(): barrier()
 
-def write_once(file: str | Path, # Target
-               text: str # Its content
-              ) -> None:
+def write_once(
+    file: str | Path, # Target
+    text: str, # Its content
+) -> None:
     "Of several processes the first one writes the file, whole or not at all. Raises OSError, naming the file."
     if not rank(): write_text(file, text)
 
 
 # %% ../nbs/06b_distributed.ipynb #fed4caf2
 class MeanGradients(Callback):
-    "Keeps the networks of all processes equal. Needs loaders that give each process its share of a batch; does nothing for one process."
-    order = 8 # after gradient accumulation (6) has decided whether there is a step; before float16 (10) looks for overflow, which all must see
-    def __init__(self, seed: int = 0 # Of the noise
-                ): self.seed = seed
+    """Keeps the networks of all processes equal. Needs loaders that give each process its share of a batch; does
+    nothing for one process."""
+    # after gradient accumulation (6) has decided whether there is a step; before float16 (10) looks for overflow
+    order = 8
+    def __init__(self,
+        seed: int = 0, # Of the noise
+    ): self.seed = seed
     def before_fit(self):
         self.run = world() > 1
         if self.run:
             for t in self.model.state_dict().values():
                 dist.broadcast(same := t.detach().contiguous(), 0) # channels_last is not contiguous
                 t.copy_(same)
-    def before_train(self): torch.manual_seed( # after a checkpoint, which knows one process, has been put back
-        ((self.seed * 10_007 + self.epoch) * 10_007 + rank()) % 2 ** 63)
+    def before_train(self): # after a checkpoint, which knows one process, has been put back
+        torch.manual_seed(((self.seed * 10_007 + self.epoch) * 10_007 + rank()) % 2 ** 63)
     def before_step(self):
         params = [p for p in self.model.parameters() if p.requires_grad]
         for p in params:

@@ -22,22 +22,23 @@ from fastai.vision.augment import aug_transforms
 from torch import nn
 
 from .checkpoints import RunState
-from .dataloaders import PadCropFlip, ResizedCropFlip
 from .distributed import MeanGradients, rank, world
-from .files import stoppable
 from .models import split_head
 from .precision import Half, fast, half_of
+from .processes import stoppable
 from .randaugment import BatchRandAugment
 from .recipes import Recipe
 from .training import EMA, FrozenStatistics, Plateau, TeacherTargets, staircase
-
+from .views import PadCropFlip, ResizedCropFlip
 
 # %% ../nbs/08i_fitting.ipynb #d1000006
-def _weights(model): # which decay; biases and normalization, which do not
+def _weights(model):
+    "Which decay; biases and normalization, which do not."
     params = [p for p in model.parameters() if p.requires_grad]
     return [[p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]]
 
-def _shortcuts(model): # the projections around residual blocks, as timm's and torchvision's ResNets name them; all else
+def _shortcuts(model):
+    "The projections around residual blocks, as timm's and torchvision's ResNets name them; all else."
     params = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     found = [p for n, p in params if 'downsample' in n and p.ndim > 1]
     if not found:
@@ -47,9 +48,11 @@ def _shortcuts(model): # the projections around residual blocks, as timm's and t
 
 _DECAYED = dict(weights=_weights, shortcuts=_shortcuts)
 
-def splitter(recipe: Recipe # Its `wd_on` and `body_lr`
-            ) -> Callable[[nn.Module], list[list[nn.Parameter]]]: # What a `Learner` takes: two groups, or two of the body and two of the classifier where their rates differ
-    "Parameter groups: what decays, what does not. The function raises ValueError for a network without what is to decay."
+def splitter(
+    recipe: Recipe, # Its `wd_on` and `body_lr`
+) -> Callable[[nn.Module], list[list[nn.Parameter]]]: # What a `Learner` takes
+    """Parameter groups: what decays, what does not; of the body and again of the classifier where their rates differ.
+    The function raises ValueError for a network without what is to decay."""
     if recipe.body_lr == 1: return _DECAYED[recipe.wd_on]
     def groups(model):
         top = {id(p) for p in split_head(model)[1]}
@@ -58,8 +61,9 @@ def splitter(recipe: Recipe # Its `wd_on` and `body_lr`
     return groups
 
 # %% ../nbs/08i_fitting.ipynb #d1000009
-def student_view(r: Recipe # Its crops, turns and squares
-                ) -> list: # fastai batch transforms
+def student_view(
+    r: Recipe, # Its crops, turns and squares
+) -> list: # fastai batch transforms
     "The transforms of training images, around RandAugment."
     tfms = ([ResizedCropFlip(r.min_scale, r.flip)] if r.min_scale < 1
             else [PadCropFlip(r.pad, r.flip)] if r.pad or r.flip else [])
@@ -78,23 +82,27 @@ def fit_resumably(
     recipe: Recipe, # Rates, schedule, decay, average, precision
     folder: Path, # Its `checkpoint/` holds how far it is
     progress: Callable[[int, int], None] | None = None, # As `RunState` takes it
-    cbs: Sequence[Callback] = () # More callbacks
+    cbs: Sequence[Callback] = (), # More callbacks
 ) -> tuple[list[dict], float]: # A dict per epoch, and the seconds that all of it took
-    "Train, or go on from the last checkpoint. Raises what `RunState` raises: FloatingPointError if training diverged, `Stopped` on a signal."
+    """Train, or resume from the last checkpoint. Raises what `RunState` raises: FloatingPointError if training
+    diverged, `Stopped` on a signal."""
     with stoppable(defer=True) as asked:
         state = RunState(folder/'checkpoint'/'state.safetensors', progress, asked)
         learn.create_opt()
-        wd = [recipe.wd * (2 if recipe.wd_on == 'shortcuts' else 1), 0.] * (len(learn.opt.hypers) // 2) # of the groups that the splitter makes
+        pair = [recipe.wd * (2 if recipe.wd_on == 'shortcuts' else 1), 0.] # of the groups that the splitter makes
+        wd = pair * (len(learn.opt.hypers) // 2)
         start = state.load(learn) # also if no epoch is left: the average may still have to be taken
         with fast(_networks(learn), learn.dls.device, recipe.bf16), learn.no_bar(), learn.no_logging():
             _fit(learn, epochs, recipe, [state, *_callbacks(learn, recipe), *cbs], wd=wd, start_epoch=start)
-        if not rank(): state.previous.unlink(missing_ok=True) # the last one holds the finished training
+        if not rank(): state.files.previous.unlink(missing_ok=True) # the last one holds the finished training
         return state.history, time.perf_counter() - state.begun
 
-def _networks(learn): # a teacher on the fly computes as fast; but in float32 beside a student in float16, which it might not fit
+def _networks(learn):
+    "Those that compute in bfloat16: a teacher on the fly too, but not in float16, which it might not fit."
     return [learn.model, *(o.teacher for o in learn.dls.train.after_batch.fs if isinstance(o, TeacherTargets))]
 
 def _callbacks(learn, recipe):
+    "What the recipe and the device ask for."
     cbs: list[Callback] = [] if recipe.ema is None else [EMA(recipe.ema)]
     if recipe.freeze_norm: cbs.append(FrozenStatistics())
     if world() > 1: cbs.append(MeanGradients(learn.dls.train.seed))
@@ -103,9 +111,11 @@ def _callbacks(learn, recipe):
     return cbs
 
 def _fit(learn, epochs, recipe, cbs, **how):
+    "fastai's `fit` with the recipe's schedule."
     rate = recipe.rate
     if recipe.schedule == 'one-cycle':
-        return learn.fit_one_cycle(epochs, [rate * recipe.body_lr] * 2 + [rate] * 2 if len(how['wd']) > 2 else rate, cbs=cbs, **how)
+        rates = [rate * recipe.body_lr] * 2 + [rate] * 2 if len(how['wd']) > 2 else rate
+        return learn.fit_one_cycle(epochs, rates, cbs=cbs, **how)
     if recipe.schedule == 'plateau': return learn.fit(epochs, rate, cbs=[Plateau(round(epochs * 5 / 6)), *cbs], **how)
     stairs = staircase(rate, epochs, **recipe.stairs(epochs))
     learn.fit(epochs, rate, cbs=[ParamScheduler({'lr': stairs}), *cbs], **how)
@@ -115,10 +125,11 @@ def _fit(learn, epochs, recipe, cbs, **how):
 class KeepTime(Callback):
     "Shortens epochs so that a training ends in time."
     order = 75 # before_epoch after fastai's SkipToEpoch (70), before `RunState` (80), which asks how long an epoch is
-    def __init__(self, seconds: float, # For the whole training, from the first batch of this process on
-                 kept: dict[int, int] | None = None, # Epoch -> steps, as decided by an earlier process
-                 note: Callable[[dict[int, int]], None] | None = None # Called with all decisions after each new one
-                ): self.limit, self.kept, self.note = seconds, dict(kept or {}), note
+    def __init__(self,
+        seconds: float, # For the whole training, from the first batch of this process on, > 0
+        kept: dict[int, int] | None = None, # Epoch -> steps, as decided by an earlier process
+        note: Callable[[dict[int, int]], None] | None = None, # Called with all decisions after each new one
+    ): self.limit, self.kept, self.note = seconds, dict(kept or {}), note
 
     def before_fit(self): self.begun, self.made, self.length = time.perf_counter(), 0, len(self.dls.train)
     def after_batch(self): self.made += self.training
@@ -130,7 +141,8 @@ class KeepTime(Callback):
                 self.kept[self.epoch] = self.length = max(1, fits)
                 if self.note: self.note(self.kept)
         self._set(self.kept.get(self.epoch, self.length))
-    def _set(self, steps): # of this epoch
+    def _set(self, steps):
+        "The length of this epoch."
         dl = self.dls.train
         dl.steps, dl.n = steps, steps * dl.bs
     def after_fit(self): self._set(self.length)

@@ -1,4 +1,4 @@
-"""One line that adds the three noises of Noisy Student to any fastai vision `DataLoaders` and any network, and gives an ordinary `Learner`.
+"""The three noises of Noisy Student on any fastai vision `DataLoaders` and any network, as an ordinary `Learner`.
 
 Docs: https://noisy-student.github.io/noisy_student/learner.html.md"""
 
@@ -12,8 +12,7 @@ import copy, time
 from collections.abc import Callable
 from dataclasses import replace
 
-# to_fp16, progress bars, fit_one_cycle and lr_find
-import fastai.callback.fp16, fastai.callback.progress, fastai.callback.schedule
+import fastai.callback.fp16, fastai.callback.progress, fastai.callback.schedule # noqa: F401, to_fp16, bars, fit_one_cycle
 import torch
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders, TfmdDL
@@ -45,10 +44,11 @@ _BY_CAPACITY = [ # up to so many million parameters: magnitude, dropout, surviva
 
 def default_noise(
     model_or_n_parameters: nn.Module | int, # The network, or its number of parameters
-    size: int, # Side of the training images in pixels
+    size: int, # Side of the training images in pixels, > 0
     pretrained: bool | str = False, # Whether it starts from published weights, that is, trains shortly
 ) -> Noise:
-    "Noise that a network of this capacity can learn with, in the paper's style: mild for small, the paper's for large ones."
+    """Noise that a network of this capacity can learn with, in the paper's style: mild for small, the paper's for large
+    ones."""
     n = n_parameters(model_or_n_parameters) if isinstance(model_or_n_parameters, nn.Module) else model_or_n_parameters
     _, m, dropout, survival = next(row for row in _BY_CAPACITY if n < row[0] * 1e6)
     if size <= 64 or pretrained: m = min(m, 10)
@@ -56,7 +56,8 @@ def default_noise(
     return Noise(1 if n < 2e6 else 2, m, dropout, survival)
 
 # %% ../nbs/07_learner.ipynb #bf4afbf6
-def _copy_dl(dl, tfms): # `dl` with more batch transforms, itself unchanged
+def _copy_dl(dl, tfms):
+    "`dl` with more batch transforms, itself unchanged."
     new = copy.copy(dl)
     new.fake_l = copy.copy(dl.fake_l)
     new.fake_l.d, new.fake_l.dataset = new, new.fake_l # it iterates over the loader it knows
@@ -64,11 +65,12 @@ def _copy_dl(dl, tfms): # `dl` with more batch transforms, itself unchanged
     return new
 
 def _add_transforms(dls, train_tfms, all_tfms):
+    "A copy of `dls`, with more transforms for training batches and for all."
     if not train_tfms and not all_tfms: return dls
     if not all(isinstance(dl, TfmdDL) for dl in dls.loaders):
         raise TypeError("dls must hold fastai data loaders, which can take RandAugment as a batch transform, not "
-                        f"{type(dls.train).__name__}: "
-                        "build them with DataBlock or ImageDataLoaders, or pass noise=Noise(randaugment_n=0)")
+                        f"{type(dls.train).__name__}: build them with DataBlock or ImageDataLoaders, or pass "
+                        "noise=Noise(randaugment_n=0)")
     new = copy.copy(dls)
     new.loaders = [_copy_dl(dl, [*all_tfms, *(train_tfms if i == 0 else [])]) for i, dl in enumerate(dls.loaders)]
     for dl in new.loaders:
@@ -77,14 +79,15 @@ def _add_transforms(dls, train_tfms, all_tfms):
 
 # %% ../nbs/07_learner.ipynb #777f4c78
 class _SmoothLoss(AvgSmoothLoss):
-    "fastai's, on the device of the loss"
+    "fastai's, on the device of the loss."
     def accumulate(self, learn):
         self.count += 1
         loss = to_detach(learn.loss.mean(), cpu=False)
         self.val = torch.lerp(loss, self.val.to(loss.device, loss.dtype, non_blocking=True), self.beta)
 
 class LossOnDevice(Callback):
-    "The `Recorder` notes the smoothed loss without waiting for the device in every step; `recorder.losses` is complete after an epoch."
+    """The `Recorder` notes the smoothed loss without waiting for the device in every step; `recorder.losses` is
+    complete after an epoch."""
     order = Recorder.order - 1 # its metrics are reset when a fit begins
     def before_fit(self):
         self.run, self.shown = hasattr(self.learn, 'recorder'), float('-inf') # `default_cbs=False` leaves it out
@@ -105,14 +108,16 @@ class LossOnDevice(Callback):
         if hasattr(self.learn, 'progress'): vars(self.learn.progress).pop('smooth_loss', None)
 
 # %% ../nbs/07_learner.ipynb #5d9e47f4
-def _first_image(dl): # of the training data, before batch transforms; None where it cannot be asked for
+def _first_image(dl):
+    "Of the training data, before batch transforms; None where it cannot be asked for."
     if not isinstance(dl, TfmdDL): return None
     with no_random(reproducible=False):
         try: x = dl.do_item(0)[0]
         except Exception: return None # of any kind: training will tell
     return x if isinstance(x, torch.Tensor) and x.ndim == 3 else None
 
-def _check_augmentable(dl, image): # RandAugment acts on images that say that they are images
+def _check_augmentable(dl, image):
+    "RandAugment acts on images that say that they are images."
     if image is None or isinstance(image, TensorImage): return
     with no_random(reproducible=False):
         try: x = dl.after_batch(dl.create_batch(dl.before_batch([dl.do_item(0)])))[0]
@@ -121,12 +126,14 @@ def _check_augmentable(dl, image): # RandAugment acts on images that say that th
         raise ValueError(f"images must be TensorImage for RandAugment to act on them, got {type(x).__name__}: return "
                          "TensorImage(x) from get_x, or pass noise=Noise(randaugment_n=0)")
 
-def _channels(dls, image, n_in): # of the images
+def _channels(dls, image, n_in):
+    "Of the images."
     found = getattr(dls, 'n_in', None if image is None else image.shape[0])
     if n_in and found and n_in != found: raise ValueError(f"n_in must be {found}, as the images have, got {n_in}")
     return n_in or found or 3
 
-def _that_acts(noise, model): # without what finds nothing in the network to act on
+def _that_acts(noise, model):
+    "The noise without what finds nothing in the network to act on."
     def acts(**only):
         try: replace(Noise.none(), style=noise.style, **only).callbacks(model)
         except ValueError: return False
@@ -134,7 +141,8 @@ def _that_acts(noise, model): # without what finds nothing in the network to act
     return replace(noise, dropout=noise.dropout if acts(dropout=noise.dropout) else 0.,
                    survival=noise.survival if acts(survival=noise.survival) else 1.)
 
-def _normalization(model, dls, n_in): # of the published weights, unless the data loaders have one
+def _normalization(model, dls, n_in):
+    "That of the published weights, unless the data loaders have one."
     cfg = getattr(model, 'pretrained_cfg', None)
     if not cfg or any(isinstance(o, Normalize) for o in dls.after_batch.fs): return []
     mean, std = ([sum(cfg[o]) / len(cfg[o])] if n_in == 1 else cfg[o] for o in ('mean', 'std'))
@@ -143,24 +151,25 @@ def _normalization(model, dls, n_in): # of the published weights, unless the dat
 # %% ../nbs/07_learner.ipynb #c1f97a34
 def noisy_student_learner(
     dls: DataLoaders, # Any fastai vision DataLoaders
-    arch: str | nn.Module | Callable[..., nn.Module], # A timm name, `resnet9_24` and the like, a function that makes a network, or any module with logits (B, K) as output
-    noise: Noise | None = None, # Noise.none() for a plain learner; None: `default_noise`, as far as the network has something to act on
+    arch: str | nn.Module | Callable[..., nn.Module], # A timm name, `resnet9_24`, a network (B, K), or what makes one
+    noise: Noise | None = None, # Noise.none() for a plain learner; None: of `default_noise` what can act on the network
     pretrained: bool | str = False, # Start from published weights (True), a file, or 'package:NAME'
     n_out: int | None = None, # Number of classes; None: as many as `dls` have
     n_in: int | None = None, # Image channels; None: as the images have
-    label_smoothing: float = 0., # Share of a hard label spread over all classes, in [0, 1); soft targets are never smoothed
+    label_smoothing: float = 0., # Share of a hard label spread over all classes, in [0, 1); soft ones are not smoothed
     loss_func: Callable | None = None, # None: SoftLabelCrossEntropy
     opt_func: Callable = Adam, # fastai optimizer
     metrics: Callable | list | None = accuracy, # Of validation batches
     cbs: list | None = None, # More callbacks
     class_weights: torch.Tensor | None = None, # float (K,), see `losses.class_weights`; None: all 1
     splitter: Callable = fine_tuning_groups, # Network -> parameter groups
-    **kwargs # To `Learner`: lr, path, wd ...
+    **kwargs, # To `Learner`: lr, path, wd ...
 ) -> Learner: # Not frozen: `fine_tune`, or `freeze`, trains the head first
-    """A fastai `Learner` whose training is noised. Raises ValueError if the number of classes is unknown, the architecture is
-    unknown, or a noise that was asked for has nothing to act on; TypeError for data loaders that are not fastai's."""
+    """A fastai `Learner` whose training is noised. Raises ValueError if the number of classes is unknown, the
+    architecture is unknown, or a noise that was asked for has nothing to act on; TypeError for data loaders that are
+    not fastai's."""
     n_out = n_out or get_c(dls)
-    if not n_out: raise ValueError("the number of classes is not known from dls: pass n_out")
+    if not n_out: raise ValueError("n_out must be given, since dls do not say how many classes there are")
     if loss_func is not None and class_weights is not None:
         raise ValueError("class_weights must be None beside a loss_func of your own: give the weights to it")
     image = _first_image(dls.train)

@@ -17,24 +17,27 @@ from torch import nn
 
 
 # %% ../nbs/08h_precision.ipynb #a1000006
-def half_of(device: torch.device # Where it would be computed
-           ) -> torch.dtype | None: # None: float32 alone
+def half_of(
+    device: torch.device, # Where it would be computed
+) -> torch.dtype | None: # None: float32 alone
     "The half precision that a GPU is fast at: bfloat16 from Ampere on and on AMD, float16 on Volta and Turing."
     if device.type != 'cuda': return None
     if torch.version.hip or (major := torch.cuda.get_device_properties(device).major) >= 8: return torch.bfloat16
     return torch.float16 if major == 7 else None
 
-def has_fast_bf16(device: torch.device # Where it would be computed
-                 ) -> bool:
+def has_fast_bf16(
+    device: torch.device, # Where it would be computed
+) -> bool:
     "Whether the hardware has matrix units for bfloat16: GPUs from Ampere on, CPUs with AMX."
     if device.type == 'cuda': return half_of(device) == torch.bfloat16
     if device.type != 'cpu': return False
     return getattr(torch.cpu, '_is_amx_tile_supported', bool)()
 
 @contextmanager
-def in_bf16(model: nn.Module, # Any network
-            device: torch.device # Where it computes
-           ) -> Iterator[None]:
+def in_bf16(
+    model: nn.Module, # Any network
+    device: torch.device, # Where it computes
+) -> Iterator[None]:
     "Inside, every forward pass of `model` runs in bfloat16 autocast."
     contexts = []
     def enter(*_): contexts.append(c := torch.autocast(device.type, torch.bfloat16)); c.__enter__()
@@ -46,10 +49,11 @@ def in_bf16(model: nn.Module, # Any network
         for h in hooks: h.remove()
 
 @contextmanager
-def fast(networks: Sequence[nn.Module], # That compute inside
-         device: torch.device, # Where they do
-         wanted: bool = True # False: everything stays as it is
-        ) -> Iterator[None]:
+def fast(
+    networks: Sequence[nn.Module], # That compute inside
+    device: torch.device, # Where they do
+    wanted: bool = True, # False: everything stays as it is
+) -> Iterator[None]:
     "Inside, they compute in bfloat16 if that is wanted and the hardware is fast at it."
     with ExitStack() as stack:
         if wanted and has_fast_bf16(device):
@@ -59,7 +63,7 @@ def fast(networks: Sequence[nn.Module], # That compute inside
 
 # %% ../nbs/08h_precision.ipynb #a1000009
 class Half(MixedPrecision):
-    "float16 with scaled gradients, whose scale is part of a checkpoint"
+    "float16 with scaled gradients, whose scale is part of a checkpoint."
     def before_step(self): # a fused optimizer leaves out by itself a step that overflowed: the host need not know
         opt = getattr(self.opt, 'opt', None)
         if not getattr(opt, '_step_supports_amp_scaling', False): return super().before_step()
@@ -71,7 +75,8 @@ class Half(MixedPrecision):
     def after_fit(self):
         super().after_fit()
         self._forget()
-    def _forget(self): # what the optimizer was told of this step
+    def _forget(self):
+        "What the optimizer was told of this step."
         for o in ('grad_scale', 'found_inf'): vars(getattr(self.opt, 'opt', self.opt)).pop(o, None)
     def state_dict(self): return self.scaler.state_dict()
     def load_state_dict(self, state): self.scaler.load_state_dict(state)

@@ -22,8 +22,9 @@ from fastai.optimizer import Adam
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .dataloaders import (ArrayDataset, ArrayDL, MixedDL, NoisyStudentDataLoaders, mixed_dataloaders,
-                                       stream)
+from .arrays import ArrayDataset
+from .batches import ArrayDL, MixedDL, stream
+from .dataloaders import NoisyStudentDataLoaders, mixed_dataloaders
 from .datasets import Split, Splits, load_images
 from .losses import SoftLabelCrossEntropy
 from .network import normalization
@@ -38,14 +39,16 @@ class FreezeShallow(TrainingNoise):
         train_from: str | None = None # First layer to train, of `model.named_modules()`; None: the last normalization
     ): self.train_from = train_from
 
-    def plan(self, model: nn.Module # The network
-            ) -> tuple[list[str], list[str]]: # Frozen and trained layers: the names of those with parameters
+    def plan(self,
+        model: nn.Module, # The network
+    ) -> tuple[list[str], list[str]]: # Frozen and trained layers: the names of those with parameters
         "What training will do to `model`."
         def names(part): return [n for n, m in part if list(m.parameters(recurse=False))]
         layers, i = self._first(model)
         return names(layers[:i]), names(layers[i:])
 
-    def _first(self, model): # all layers with their names, and where training begins
+    def _first(self, model):
+        "All layers with their names, and where training begins."
         layers, kind, first = list(model.named_modules()), type(model).__name__, self.train_from
         own = [i for i, (_, m) in enumerate(layers) if list(m.parameters(recurse=False))]
         if not own: raise ValueError(f"{kind} has no parameters: there is nothing to fine-tune")
@@ -66,18 +69,20 @@ class FreezeShallow(TrainingNoise):
                 p.requires_grad_(False).grad = None # an old gradient would still move it
         _evaluate([m for _, m in layers[:i]], undo)
 
-def _evaluate(modules, undo): # evaluation mode, each module for itself, until `undo` is closed
+def _evaluate(modules, undo):
+    "Evaluation mode, each module for itself, until `undo` is closed."
     for m in modules: undo.callback(setattr, m, 'training', m.training); m.training = False
 
 # %% ../nbs/08_resolution.ipynb #37f8ee39
 class EpochsDL(MixedDL):
     "Exactly `epochs` passes: each image comes floor(epochs) or ceil(epochs) times, in batches of nearly equal size."
-    def __init__(self, labeled: ArrayDataset, # Labeled images
-                 bs: int = 64, # Images per batch at most
-                 epochs: float = 1.5, # Passes over the images, > 0: `round(epochs * N)` images, at least one
-                 seed: int = 0, # Decides the order
-                 **kwargs # To `TfmdDL`: after_batch, device
-                ):
+    def __init__(self,
+        labeled: ArrayDataset, # Labeled images
+        bs: int = 64, # Images per batch at most
+        epochs: float = 1.5, # Passes over the images, > 0: `round(epochs * N)` images, at least one
+        seed: int = 0, # Decides the order
+        **kwargs, # To `TfmdDL`: after_batch, device
+    ):
         super().__init__(labeled, bs=bs, seed=seed, **kwargs)
         self.n = max(1, round(epochs * len(labeled)))
 
@@ -86,14 +91,16 @@ class EpochsDL(MixedDL):
         self.epoch += 1
         return stream(len(self.labeled), (self.epoch - 1) * self.n, self.n, (self.seed, 0))
 
-    def create_batches(self, samps: Iterator[int] # Positions, in order
-                      ) -> Iterator[tuple]:
+    def create_batches(self,
+        samps: Iterator[int], # Positions, in order
+    ) -> Iterator[tuple]: # Batches
         "Index the dataset, as many positions at a time as make batches of equal size."
         for idxs in np.array_split(np.fromiter(samps, dtype=np.int64), len(self)):
             yield self.dataset.batch(idxs)
 
 # %% ../nbs/08_resolution.ipynb #51d41d2f
-def _labeled(split, size, cache=None): # images at `size`, and labels
+def _labeled(split, size, cache=None):
+    "Images at `size`, and labels."
     if split.labels is None or not len(split):
         raise ValueError("there are no images with labels: fine-tuning and accuracy need them")
     d = load_images(split.images, size, cache)
@@ -117,7 +124,8 @@ def fix_resolution(
     """Fine-tune the last layers at a larger size on un-augmented labeled images (arXiv 1906.06423; 1911.04252, 3.1).
 
     Raises ValueError for settings, data or networks that this cannot work with, before anything is trained."""
-    if not isinstance(data, Splits): raise ValueError(f"data must be Splits, such as from_folder(...), not {type(data).__name__}")
+    if not isinstance(data, Splits):
+        raise ValueError(f"data must be Splits, such as from_folder(...), not {type(data).__name__}")
     stats = normalization(learn.dls)
     now = getattr(learn.dls, 'size', None) or max(learn.dls.valid.one_batch()[0].shape[-2:])
     if size <= now: raise ValueError(f"size={size} must be larger than the {now} px that the learner's images have now")

@@ -37,18 +37,20 @@ def spinning(
         raise ValueError(f"expected and wall_seconds must be above 0 and cpu_seconds not below, got {expected}, "
                          f"{wall_seconds} and {cpu_seconds}: measure more steps")
     if threads < 2 or cpu_seconds < factor * expected: return None # one thread has nobody to wait for
-    if wall_seconds < factor * expected / threads: return None # as fast as it could be: the CPU time is nobody's loss
-    return (f"training takes {cpu_seconds / expected:.1f} times the CPU time that it should: {threads} threads wait for "
-            "each other by spinning, on cores that other processes use. Set OMP_WAIT_POLICY=PASSIVE before Python "
+    if wall_seconds < factor * expected / threads: return None # as fast as it could be: nobody's loss
+    return (f"training takes {cpu_seconds / expected:.1f} times the CPU time that it should: {threads} threads wait "
+            "for each other by spinning, on cores that other processes use. Set OMP_WAIT_POLICY=PASSIVE before Python "
             "starts, or use fewer threads with torch.set_num_threads")
 
 # %% ../nbs/00f_threads.ipynb #aa000002
 @functools.lru_cache(1)
 def keep_memory() -> bool: # Whether it could be asked for: with glibc, and unless the environment says otherwise
     "Freed memory stays with this process, for the next step. Without effect on the memory of a GPU."
-    if any(o.startswith(('MALLOC_', 'GLIBC_TUNABLES', 'LD_PRELOAD')) for o in os.environ): return False # somebody has decided
+    decided = ('MALLOC_', 'GLIBC_TUNABLES', 'LD_PRELOAD')
+    if any(o.startswith(decided) for o in os.environ): return False
     try: set_option = ctypes.CDLL('libc.so.6').mallopt
     except (OSError, AttributeError): return False # another C library
     mmap_threshold, trim_threshold, top_pad = -3, -1, -2
-    return all([set_option(mmap_threshold, 32 << 20), set_option(trim_threshold, 2**31 - 1), set_option(top_pad, 64 << 20)])
+    wanted = {mmap_threshold: 32 << 20, trim_threshold: 2**31 - 1, top_pad: 64 << 20} # bytes
+    return all([set_option(k, v) for k, v in wanted.items()])
 

@@ -33,22 +33,25 @@ OPTIMIZERS = { # name: what fastai's `Learner` takes as `opt_func`
     'rmsprop': partial(OptimWrapper, opt=RMSpropTF, alpha=.9, momentum=.9, eps=1e-3),
 }
 
-def optimizer(name: str, # 'adamw', 'adam' or 'rmsprop'
-              device: torch.device = torch.device('cpu') # Where the weights are
-             ) -> Callable: # `opt_func` of a fastai Learner
+def optimizer(
+    name: str, # 'adamw', 'adam' or 'rmsprop'
+    device: torch.device = torch.device('cpu'), # Where the weights are
+) -> Callable: # `opt_func` of a fastai Learner
     "The optimizer of that name, fused into one kernel where PyTorch can. Raises ValueError for an unknown name."
-    if name not in OPTIMIZERS: raise ValueError(f"unknown optimizer {name!r}: use {', '.join(OPTIMIZERS)}")
-    flags, known = dict(foreach=name == 'rmsprop', fused=device.type in ('cuda', 'cpu')), signature(OPTIMIZERS[name].keywords['opt']).parameters
+    if name not in OPTIMIZERS: raise ValueError(f"name must be one of {', '.join(OPTIMIZERS)}, got {name!r}")
     # not left at None: loggers want numbers
+    flags = dict(foreach=name == 'rmsprop', fused=device.type in ('cuda', 'cpu'))
+    known = signature(OPTIMIZERS[name].keywords['opt']).parameters
     return partial(OPTIMIZERS[name], **{k: v for k, v in flags.items() if k in known})
 
 # %% ../nbs/06a_training.ipynb #ce9fd328
-def staircase(lr: float, # Rate before any decay
-              epochs: float, # Length of the training
-              every: float = 2.4, # Epochs from one step to the next
-              decay: float = 0.97, # Factor of each step
-              warmup: float = 5. # Epochs of linear growth from 0
-             ) -> Callable[[float], float]: # Part of the training that is done, 0..1 -> learning rate
+def staircase(
+    lr: float, # Rate before any decay, > 0
+    epochs: float, # Length of the training, > 0
+    every: float = 2.4, # Epochs from one step to the next, > 0
+    decay: float = 0.97, # Factor of each step, > 0
+    warmup: float = 5., # Epochs of linear growth from 0, from 0 on
+) -> Callable[[float], float]: # Part of the training that is done, 0..1 -> learning rate
     """Exponential decay in stairs with a warm-up, for fastai's `ParamScheduler`. Source: section 3.1 of the paper,
     `build_learning_rate` of the reference. Raises ValueError for lengths that are not positive."""
     if min(lr, epochs, every, decay) <= 0 or warmup < 0:
@@ -60,10 +63,11 @@ def staircase(lr: float, # Rate before any decay
     return rate
 
 # %% ../nbs/06a_training.ipynb #4a6f40da
-def plateau(losses: list[float], # Validation loss of every epoch of the phase, in order
-            patience: int = 3, # Epochs without improvement before the rate falls
-            stop: int = 10 # Epochs without improvement before training ends
-           ) -> tuple[int, bool]: # How often the rate has fallen; is it time to end?
+def plateau(
+    losses: list[float], # Validation loss of every epoch of the phase, in order
+    patience: int = 3, # Epochs without improvement before the rate falls
+    stop: int = 10, # Epochs without improvement before training ends
+) -> tuple[int, bool]: # How often the rate has fallen; is it time to end?
     "Keras' `ReduceLROnPlateau` (with its least improvement of 1e-4) and `EarlyStopping`, as a function of the losses."
     best, wait, falls = math.inf, 0, 0
     for loss in losses:
@@ -75,13 +79,15 @@ def plateau(losses: list[float], # Validation loss of every epoch of the phase, 
     return falls, since >= stop
 
 class Plateau(Callback):
-    "A constant learning rate up to epoch `start`, then down with every plateau of the validation loss, and an early end."
+    """A constant learning rate up to epoch `start`, then down with every plateau of the validation loss, and an early
+    end."""
     order = 75 # after the Recorder has the loss, before a checkpoint is written
-    def __init__(self, start: int = 250, # First epoch of the second phase
-                 factor: float = 0.1, # Of each fall
-                 patience: int = 3, # As `plateau`
-                 stop: int = 10 # Likewise
-                ):
+    def __init__(self,
+        start: int = 250, # First epoch of the second phase
+        factor: float = 0.1, # Of each fall, in (0, 1)
+        patience: int = 3, # As `plateau`
+        stop: int = 10, # Likewise
+    ):
         self.start, self.factor, self.patience, self.stop = start, factor, patience, stop
         self.losses: list[float] = []
     def before_fit(self):
@@ -96,8 +102,9 @@ class Plateau(Callback):
         if self.epoch == len(self.losses): self.losses.append(float(self.recorder.values[-1][1]))
     def after_fit(self): self.opt.set_hyper('lr', self.highest)
     def state_dict(self) -> dict: return dict(losses=self.losses)
-    def load_state_dict(self, state: dict # From `state_dict`
-                       ): self.losses = list(state['losses'])
+    def load_state_dict(self,
+        state: dict, # From `state_dict`
+    ): self.losses = list(state['losses'])
 
 # %% ../nbs/06a_training.ipynb #e1885736
 class _Average(ModelEmaV3):
@@ -107,13 +114,15 @@ class EMA(Callback):
     """Averages weights and batch-norm statistics over the steps; validation and the finished model use the average.
 
     When training is interrupted, the model holds what it held at that moment: the raw weights within an epoch, the
-    average within validation. Raises ValueError together with stochastic depth that scales at test time, whose
-    training weights are not those of the model. Source: TensorFlow's `ExponentialMovingAverage` with `num_updates`, .9999 in the paper's
-    recipe; timm's `ModelEmaV3` does the arithmetic. Raises ValueError for a decay out of range, too."""
+    average within validation. Raises ValueError for a decay out of range, and together with stochastic depth that
+    scales at test time, whose training weights are not those of the model. Source: TensorFlow's
+    `ExponentialMovingAverage` with `num_updates`, .9999 in the paper's recipe; timm's `ModelEmaV3` does the
+    arithmetic."""
     order = 70 # the model is where it will train, and not yet noised
-    def __init__(self, decay: float = 0.9999 # d, in [0, 1)
-                ):
-        if not 0 <= decay < 1: raise ValueError(f"the decay of the average is {decay}: it lies in [0, 1)")
+    def __init__(self,
+        decay: float = 0.9999, # d, in [0, 1)
+    ):
+        if not 0 <= decay < 1: raise ValueError(f"decay must be in [0, 1), got {decay}")
         self.decay = decay
 
     def before_fit(self):
@@ -133,7 +142,8 @@ class EMA(Callback):
         self.average = None
 
     @torch.no_grad()
-    def _swap(self): # in place, so that the optimizer and every hook keep what they hold on to
+    def _swap(self):
+        "In place, so that the optimizer and every hook keep what they hold on to."
         for a, b in zip(self.average.module.state_dict().values(), self.model.state_dict().values()):
             held = a.clone()
             a.copy_(b)
@@ -141,14 +151,16 @@ class EMA(Callback):
         self.swapped = not self.swapped
 
     def state_dict(self) -> dict: return dict(t=self.t, average=self.average.module.state_dict())
-    def load_state_dict(self, state: dict # From `state_dict`
-                       ):
+    def load_state_dict(self,
+        state: dict, # From `state_dict`
+    ):
         self.t = state['t']
         self.average.module.load_state_dict(state['average'])
 
 # %% ../nbs/06a_training.ipynb #2c135b28
 class FrozenStatistics(Callback):
-    "Batch normalization uses the statistics it has, and does not change them. As in fine-tuning of detectors; fastai's `BnFreeze` does it for frozen layers only."
+    """Batch normalization uses the statistics it has, and does not change them. As in fine-tuning of detectors;
+    fastai's `BnFreeze` does it for frozen layers only."""
     order = 90 # the model is in training mode
     def before_batch(self):
         if not self.training: return
@@ -162,13 +174,15 @@ class TeacherTargets(ItemTransform):
     Acts on training batches whose leading `n_labeled` rows have true labels. The teacher predicts in evaluation mode
     and without gradient. Source: the on-the-fly mode of the reference (`run.sh`)."""
     order, split_idx = -10, 0 # before every augmentation
-    def __init__(self, teacher: nn.Module, # Logits (B, K), on the device of the batches
-                 clean_view: Callable, # uint8 (B, C, H, W) -> what the teacher takes: `clean_view` of the data loaders
-                 n_labeled: int, # Leading rows with true labels
-                 temperature: float = 1. # T > 0 of softmax(logits / T)
-                ):
+    def __init__(self,
+        teacher: nn.Module, # Logits (B, K), on the device of the batches
+        clean_view: Callable, # uint8 (B, C, H, W) -> what the teacher takes: `clean_view` of the data loaders
+        n_labeled: int, # Leading rows with true labels
+        temperature: float = 1., # T of softmax(logits / T), > 0
+    ):
         super().__init__()
-        self.teacher, self.clean_view, self.n_labeled, self.temperature = teacher.eval(), clean_view, n_labeled, temperature
+        self.teacher, self.clean_view = teacher.eval(), clean_view
+        self.n_labeled, self.temperature = n_labeled, temperature
 
     @torch.no_grad()
     def encodes(self, b):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from noisy_student import datasets, images
+from noisy_student import datasets, images, svhn as svhn_module
 from noisy_student.datasets import SVHN_STATS, Split, svhn
 
 SIZES = dict(train=60, test=20, extra=40)
@@ -74,7 +74,7 @@ def test_labels_are_hidden(folder):
 
 def test_pool_is_memory_mapped_and_opened_once_made(folder, monkeypatch):
     first = load(folder)
-    monkeypatch.setattr(datasets, "_read_mat", None)  # not needed any more
+    monkeypatch.setattr(svhn_module, "_read_mat", None)  # not needed any more
     again = load(folder)
     assert isinstance(again.unlabeled.images, np.memmap) and not again.unlabeled.images.flags.writeable
     for name in ("labeled", "unlabeled", "valid", "test"):
