@@ -118,7 +118,8 @@ def cut_table(
     labeled = df.iloc[np.setdiff1d(known, held)]
     labeled, pool, valid = (o.reset_index(drop=True) for o in (labeled, pool, df.iloc[held]))
     if test is not None: test = test.reset_index(drop=True)
-    return Table(labeled, pool, valid, test, y_name, list(cat_names or []), list(cont_names or []))
+    names = ([] if o is None else list(o) for o in (cat_names, cont_names))
+    return Table(labeled, pool, valid, test, y_name, *names)
 
 def _a_fifth(y, known, seed): # positions of labeled rows that validate, every class among them
     classes, codes = np.unique(y.iloc[known].astype(str), return_inverse=True)
