@@ -116,7 +116,7 @@ def _teacher_config(run): # all that decides the first teacher
 def _share_teacher(run, full): # copy the finished first round of `full` if `run` would train the same
     new, old = run.dir.round(0), full.dir.round(0)
     if new.exists() or not (old/'metrics.json').exists() or _teacher_config(run) != _teacher_config(full): return
-    run._open()
+    run.open_dir()
     tmp = new.with_name('.round_0.tmp') # no round to anyone
     shutil.rmtree(tmp, ignore_errors=True)
     shutil.copytree(old, tmp, ignore=shutil.ignore_patterns('checkpoint'))

@@ -264,7 +264,7 @@ def test_a_file_in_place_of_a_folder(pictures, tmp_path):
     for name in ("round_0", "cache"):
         path = tmp_path/name
         ns = noisy_student(pictures, path, rounds=0)
-        path.mkdir(); ns._write_run(ns.config); (path/name).write_text("in the way")
+        path.mkdir(); ns.write_run(ns.config); (path/name).write_text("in the way")
         with pytest.raises(OSError, match=f"cannot write .*{name}"): ns.fit()
         (path/name).unlink()
         assert len(noisy_student(pictures, path, rounds=0).fit()) == 1

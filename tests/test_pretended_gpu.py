@@ -275,7 +275,7 @@ def test_what_float16_cannot_hold_is_labeled_in_float32(tmp_path):
 def run(path, device="cuda", **kwargs):
     settings = dict(rounds=1, epochs=1, bs=12, threshold=0., noise=Noise(2, 10, .2, .8), progress=lambda *_: None, force=True)
     ns = NoisyStudent(DATA, ["resnet9_4"], path, device=device, **{**settings, **kwargs})
-    ns._write_report = lambda: None  # takes the most of the time, and nothing of a GPU
+    ns.write_report = lambda: None  # takes the most of the time, and nothing of a GPU
     return ns
 
 

@@ -193,10 +193,10 @@ def test_shares_by_chance_and_tiny_counts():
 
 
 def test_a_page_that_fails_does_not_fail_the_run(tmp_path, monkeypatch):
-    from noisy_student import rounds
+    from noisy_student import results, task
     def broken(*a): raise RuntimeError("no ink")
-    monkeypatch.setattr(rounds, "write_report", broken)
-    monkeypatch.setattr(rounds, "round_warnings", broken)
+    monkeypatch.setattr(results, "write_report", broken)
+    monkeypatch.setattr(task, "round_warnings", broken)
     run = NoisyStudent(miniature(), "resnet9_4", tmp_path / "r", **{**SETTINGS, "rounds": 0, "epochs": 1, "teacher_epochs": 1})
     said = quiet_fit(run)
     assert len(run.summary) == 1 and not (run.path / "report.html").exists()

@@ -121,13 +121,13 @@ def test_held_out_rows_fit_nothing(tmp_path):
     other.loc[:19, "c"] = "new"
     b = student(tmp_path/"b", other, test=test.assign(a=1e6, c="newer"))
     pd.testing.assert_frame_equal(a.dls.train_ds.items, b.dls.train_ds.items)
-    pd.testing.assert_frame_equal(a._pool.items, b._pool.items)
+    pd.testing.assert_frame_equal(a.task.loaders.pool.items, b.task.loaders.pool.items)
     # means are those of all rows that train, the pool included, and the target has no part in it
     train = df.iloc[20:]
     scaled = (train.a[:30] - train.a.mean()) / (train.a.std(ddof=0) + 1e-7)
     np.testing.assert_allclose(a.dls.train_ds.items.a, scaled, rtol=1e-6)
     flipped = student(tmp_path/"c", df.assign(y=df.y.map(dict(no="yes", yes="no"))))
-    pd.testing.assert_frame_equal(a._pool.items.drop(columns="y"), flipped._pool.items.drop(columns="y"))
+    pd.testing.assert_frame_equal(a.task.loaders.pool.items.drop(columns="y"), flipped.task.loaders.pool.items.drop(columns="y"))
 
 
 def test_run_resumes_and_repeats(tmp_path):
@@ -157,7 +157,7 @@ def test_soft_labels_reach_the_student(tmp_path):
     run = student(tmp_path/"a")
     run.fit()
     selection = read_selection(tmp_path/"a"/"round_1"/"selected.parquet")
-    learn = run._learner(1, selection, TabularNoise.none())
+    learn = run.task.start(1, selection, TabularNoise.none())
     cats, conts, y = learn.dls.train.one_batch()
     assert y.shape == (24, 2) and len(cats) == len(conts) == 24 and cats.dtype == torch.int64
     assert set(y[:8].flatten().tolist()) == {0., 1.} and not set(y[8:].flatten().tolist()) <= {0., 1.}
@@ -220,7 +220,7 @@ def test_fastais_fill_missing_works_or_is_named(tmp_path):
 def test_frames_of_many_kinds(tmp_path):
     df = table(120, 50)
     two = student(tmp_path/"two", df[:50], unlabeled=df[50:].drop(columns="y"))  # the same pool as a second frame
-    a, b = (o._pool.items.drop(columns="y") for o in (student(tmp_path/"one", df), two))
+    a, b = (o.task.loaders.pool.items.drop(columns="y") for o in (student(tmp_path/"one", df), two))
     pd.testing.assert_frame_equal(a, b, check_dtype=False)
     numbers = df.assign(y=df.y.map(dict(no=3, yes=7)), d=np.arange(120) % 2 == 0)  # numbers as classes, no names given
     run = student(tmp_path/"numbers", numbers, cat_names=None, cont_names=None, valid_idx=None)
