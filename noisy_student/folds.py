@@ -27,7 +27,8 @@ from .learners import Learners
 from .opened import Opened, fingerprint
 from .progress import Within
 from .rounds import NoisyStudent, _run_folder
-from .report import label_warnings, read_run
+from .findings import label_warnings
+from .record import read_run
 from .rundir import read_metrics
 from .splits import Split, Splits
 from .tables import open_data

@@ -42,7 +42,10 @@ from .predictions import predict_table
 from .progress import StageProgress, default_progress
 from .pseudo_labels import PseudoLabels, Selection, read_selection
 from .recipes import Recipe
-from .report import chance_warnings, plot_run, read_run, round_warnings, write_report
+from .charts import plot_run
+from .findings import chance_warnings, round_warnings
+from .record import read_run
+from .report import write_report
 from .rundir import RunDir, check_config, config_of, read_metrics, weights_file
 from .rundir import read_summary # noqa: F401, public here too
 from .suspects import flipped_labels, rank_suspects, show_suspects
