@@ -19,7 +19,7 @@ from .datasets import Splits
 from .distributed import first_rank_first, rank, write_once
 from .files import did_you_mean, into_place, replacing
 from .progress import Within, default_progress
-from .recipes import Recipe, _describe, get_recipe
+from .recipes import Recipe, describe, get_recipe
 from .rounds import NoisyStudent
 
 # %% ../nbs/10a_ablation.ipynb #e6690e88
@@ -125,7 +125,7 @@ def _trained_images(run): # by the epochs that are in the histories
     return sum(_images_of(run.recipe, n, k, len(pd.read_csv(run.dir.round(k)/'history.csv'))) for k in range(run.recipe.rounds + 1))
 
 def _in_words(r, full): # the settings that differ
-    a, b = _describe(full), _describe(r)
+    a, b = describe(full), describe(r)
     return '; '.join(f'{k}: {v}' for k, v in b.items() if v != a[k] and k != 'source')
 
 def _chosen(only, full): # name -> changes, name -> why not
