@@ -1,4 +1,4 @@
-"""Which ingredient did it? The full recipe, the same with one thing changed at a time, and supervised training, over several seeds.
+"""Which ingredient did it? The full recipe, one thing changed at a time, supervised training; over several seeds
 
 Docs: https://noisy-student.github.io/noisy_student/ablation.html.md"""
 
@@ -21,64 +21,78 @@ from .datasets import Splits
 from .distributed import first_rank_first, rank, write_once
 from .files import did_you_mean, into_place, replacing
 from .progress import Within, default_progress
-from .recipes import Recipe, _describe, get_recipe
+from .recipes import Recipe, describe, get_recipe
 from .rounds import NoisyStudent
 
 # %% ../nbs/10a_ablation.ipynb #e6690e88
 def variants(full: Recipe # With its architectures
-            ) -> tuple[dict[str, dict], dict[str, str]]: # Name to changed fields of `Recipe`; name to why it is left out
-    "What can be changed around a recipe, one thing at a time, and the supervised baselines: the last network, labeled images only."
-    n, archs, one = full.noise, full.archs, "the recipe has "
-    fly = "labels on the fly are "
-    plain = replace(n, randaugment_n=0, dropout=0., survival=1.)
+            ) -> tuple[dict[str, dict], dict[str, str]]: # Name -> changes; name -> why it is left out
+    """What can be changed around a recipe, one thing at a time, and the supervised baselines: the last network, labeled
+    images only."""
+    n, archs, fly, has = full.noise, full.archs, full.on_the_fly, "the recipe has "
+    plain, always = replace(n, randaugment_n=0, dropout=0., survival=1.), "labels on the fly are "
     grid: dict[str, tuple] = { # name: changes, and what makes them no change
-        'no-randaugment': (dict(noise=replace(n, randaugment_n=0)), not n.randaugment_n and one + 'no RandAugment'),
-        'no-stochastic-depth': (dict(noise=replace(n, survival=1.)), n.survival == 1 and one + 'no stochastic depth'),
-        'no-dropout': (dict(noise=replace(n, dropout=0.)), not n.dropout and one + 'no dropout'),
-        'no-noise': (dict(noise=plain), n == plain and one + 'no noise'),
-        'hard-labels': (dict(soft=False), full.on_the_fly and fly + 'always soft' or not full.soft and one + 'hard labels already'),
-        'no-filter': (dict(threshold=0., strict=False), full.on_the_fly and fly + 'never filtered' or not full.threshold and one + 'no filter'),
-        'no-balance': (dict(per_class=None, binned=False), full.per_class is None and one + 'no balancing'),
-        'equal-student': (dict(archs=archs[:1]), len(set(archs)) == 1 and one + 'equal networks already'),
-        'one-round': (dict(rounds=1, archs=(archs[0], archs[-1])), full.rounds == 1 and one + 'one round already'),
-        'noised-teacher': (dict(noised_teacher=True), full.noised_teacher and one + 'a noised teacher already' or n == plain and one + 'no noise'),
-        'ratio-1': (dict(ratio=1), full.ratio is None and one + 'no ratio: it shuffles both piles' or full.ratio == 1 and one + 'ratio 1 already'),
-        'supervised': (dict(rounds=0, archs=archs[-1:], teacher_noise=n), n == plain and one + 'no noise: see supervised-no-noise'),
+        'no-randaugment': (dict(noise=replace(n, randaugment_n=0)), not n.randaugment_n and has + 'no RandAugment'),
+        'no-stochastic-depth': (dict(noise=replace(n, survival=1.)), n.survival == 1 and has + 'no stochastic depth'),
+        'no-dropout': (dict(noise=replace(n, dropout=0.)), not n.dropout and has + 'no dropout'),
+        'no-noise': (dict(noise=plain), n == plain and has + 'no noise'),
+        'hard-labels': (dict(soft=False),
+                        fly and always + 'always soft' or not full.soft and has + 'hard labels already'),
+        'no-filter': (dict(threshold=0., strict=False),
+                      fly and always + 'never filtered' or not full.threshold and has + 'no filter'),
+        'no-balance': (dict(per_class=None, binned=False), full.per_class is None and has + 'no balancing'),
+        'equal-student': (dict(archs=archs[:1]), len(set(archs)) == 1 and has + 'equal networks already'),
+        'one-round': (dict(rounds=1, archs=(archs[0], archs[-1])), full.rounds == 1 and has + 'one round already'),
+        'noised-teacher': (dict(noised_teacher=True), full.noised_teacher and has + 'a noised teacher already'
+                           or n == plain and has + 'no noise'),
+        'ratio-1': (dict(ratio=1), full.ratio is None and has + 'no ratio: it shuffles both piles'
+                    or full.ratio == 1 and has + 'ratio 1 already'),
+        'supervised': (dict(rounds=0, archs=archs[-1:], teacher_noise=n),
+                       n == plain and has + 'no noise: see supervised-no-noise'),
         'supervised-no-noise': (dict(rounds=0, archs=archs[-1:], teacher_noise=plain), False)}
     return {k: change for k, (change, why) in grid.items() if not why}, {k: why for k, (_, why) in grid.items() if why}
 
 # %% ../nbs/10a_ablation.ipynb #11217051
-def _steps(r, n_labeled): return r.steps or -(-n_labeled // r.bs) # per epoch
-
-def _images_of(r, n_labeled, k, epochs): # that round k of a recipe trains on in so many epochs
-    return epochs * _steps(r, n_labeled) * r.bs * (1 + (r.ratio or 0) if k else 1)
+def _images_of(r, n_labeled, k, epochs):
+    "That round k of a recipe trains on in so many epochs."
+    steps = r.steps or -(-n_labeled // r.bs)
+    return epochs * steps * r.bs * (1 + (r.ratio or 0) if k else 1)
 
 def n_images(r: Recipe, # Settings
              n_labeled: int # Labeled images
             ) -> int:
     "How many images, counted as often as they are in a batch, all trainings of a run see."
-    return sum(_images_of(r, n_labeled, k, r.epochs if k else r.teacher_epochs or r.epochs) for k in range(r.rounds + 1))
+    epochs = [r.teacher_epochs or r.epochs] + r.rounds * [r.epochs]
+    return sum(_images_of(r, n_labeled, k, o) for k, o in enumerate(epochs))
 
 def same_images(full: Recipe, # The recipe that says how many
                 change: Mapping, # Fields of `Recipe` that differ
                 n_labeled: int # Labeled images
                ) -> Recipe: # Trains on as many images as `full`, up to the last epoch
-    "The changed recipe, its epochs such that the number of images stays. Raises ValueError for a change of the epochs, or if the teacher alone takes too many."
-    if 'epochs' in change: raise ValueError("epochs cannot be varied: they follow from the number of images, which is the same for all variants")
-    new = get_recipe(full, **{'teacher_epochs': full.teacher_epochs or full.epochs, 'teacher_noise': full.teacher_noise or full.noise, **change})
+    """The changed recipe, its epochs such that the number of images stays. Raises ValueError for a change of the epochs,
+    or if the teacher alone takes too many."""
+    if 'epochs' in change:
+        raise ValueError("epochs cannot be varied: they follow from the number of images, which is the same for all "
+                         "variants")
+    teacher = dict(teacher_epochs=full.teacher_epochs or full.epochs, teacher_noise=full.teacher_noise or full.noise)
+    new = get_recipe(full, **{**teacher, **change})
     if new.ratio is None and new.steps is None:
-        raise ValueError("ratio=None without steps: an epoch is as long as the filter leaves it, so that variants cannot train on the same number of images: give steps")
+        raise ValueError("ratio=None without steps: an epoch is as long as the filter leaves it, so that variants "
+                         "cannot train on the same number of images: give steps")
     total = n_images(full, n_labeled)
     if not new.rounds: return replace(new, teacher_epochs=max(1, round(total / _images_of(new, n_labeled, 0, 1))))
     left = total - _images_of(new, n_labeled, 0, new.teacher_epochs)
     epochs = round(left / new.rounds / _images_of(new, n_labeled, 1, 1))
-    if epochs < 1: raise ValueError(f"{dict(change)} leaves the students no images: the teacher alone takes {total - left:,} of {total:,}")
+    if epochs < 1:
+        raise ValueError(f"{dict(change)} leaves the students no images: the teacher alone takes {total - left:,} of "
+                         f"{total:,}")
     return replace(new, epochs=epochs)
 
 # %% ../nbs/10a_ablation.ipynb #d02ff13f
-def ablation_table(runs: pd.DataFrame, # A row per run: variant, changes, seed, valid_accuracy, test_accuracy (may be empty), images, seconds
-                   skipped: Mapping[str, str] = {} # Variant to why there is no run
-                  ) -> pd.DataFrame: # A row per variant: means, standard deviations over the seeds, paired difference to 'full'
+def ablation_table(
+    runs: pd.DataFrame, # A row per run: variant, changes, seed, valid_accuracy, test_accuracy or NaN, images, seconds
+    skipped: Mapping[str, str] = {}, # Variant -> why there is no run
+) -> pd.DataFrame: # A row per variant: means, standard deviations over the seeds, paired difference to 'full'
     "What came out, in the order of the runs, `full` first. Accuracies and their differences in 0..1."
     on = 'test_accuracy' if runs.test_accuracy.notna().all() else 'valid_accuracy'
     base, rows = runs[runs.variant == 'full'].set_index('seed')[on], []
@@ -86,7 +100,8 @@ def ablation_table(runs: pd.DataFrame, # A row per run: variant, changes, seed, 
         row, own = dict(variant=name, changes=g.changes.iloc[0], seeds=len(g)), g.set_index('seed')[on]
         for o in ('valid_accuracy', 'test_accuracy'): row |= {o: g[o].mean(), f'{o}_std': g[o].std()}
         d = own - base.reindex(own.index)
-        rows.append(row | dict(difference=d.mean(), difference_std=d.std(), images=round(g.images.mean()), seconds=g.seconds.mean()))
+        rows.append(row | dict(difference=d.mean(), difference_std=d.std(), images=round(g.images.mean()),
+                               seconds=g.seconds.mean()))
         if name == 'full': rows[-1] |= dict(difference=None, difference_std=None)
     rows += [dict(variant=k, changes=f'skipped: {why}', seeds=0) for k, why in skipped.items()]
     return pd.DataFrame(rows)
@@ -99,21 +114,26 @@ def plot_ablation(runs: pd.DataFrame, # As `ablation_table` takes them
     fig, ax = plt.subplots(figsize=(5.5, .9 + .27 * len(t)), layout='constrained')
     y = {o: i for i, o in enumerate(t.variant)}
     ax.axvline(100 * t[on][0], color='tab:gray', ls='--', lw=1)
-    ax.errorbar(100 * t[on], t.index, xerr=100 * t[f'{on}_std'].fillna(0), fmt='o', color='tab:blue', capsize=3, label='mean, standard deviation')
+    ax.errorbar(100 * t[on], t.index, xerr=100 * t[f'{on}_std'].fillna(0), fmt='o', color='tab:blue', capsize=3,
+                label='mean, standard deviation')
     ax.scatter(100 * runs[on], [y[o] for o in runs.variant], s=9, color='tab:orange', zorder=3, label='a seed')
-    ax.set(yticks=t.index, yticklabels=t.variant, xlabel=f"{'test' if on == 'test_accuracy' else 'validation'} accuracy of the last network (%)")
-    ax.set_ylim(len(t) - .5, -.5); ax.grid(axis='x', alpha=.3); fig.legend(fontsize=7, loc='outside lower right', ncols=2)
+    split = 'test' if on == 'test_accuracy' else 'validation'
+    ax.set(yticks=t.index, yticklabels=t.variant, xlabel=f"{split} accuracy of the last network (%)")
+    ax.set_ylim(len(t) - .5, -.5); ax.grid(axis='x', alpha=.3)
+    fig.legend(fontsize=7, loc='outside lower right', ncols=2)
     return fig
 
 # %% ../nbs/10a_ablation.ipynb #18cbc041
-_STUDENTS = ('rounds', 'epochs', 'ratio', 'noise', 'init', 'on_the_fly', 'soft', 'temperature', 'threshold', 'strict', 'per_class', 'binned',
-             'relabel', 'unlabeled_weight', 'noised_teacher') # settings that the first teacher's training does not see
+_STUDENTS = ('rounds', 'epochs', 'ratio', 'noise', 'init', 'on_the_fly', 'soft', 'temperature', 'threshold', 'strict',
+             'per_class', 'binned', 'relabel', 'unlabeled_weight', 'noised_teacher') # A teacher does not see them
 
-def _teacher_config(run): # all that decides the first teacher
+def _teacher_config(run):
+    "All that decides the first teacher."
     c = run.config
     return {**c, 'archs': c['archs'][0], 'recipe': {k: v for k, v in c['recipe'].items() if k not in _STUDENTS}}
 
-def _share_teacher(run, full): # copy the finished first round of `full` if `run` would train the same
+def _share_teacher(run, full):
+    "Copy the finished first round of `full` if `run` would train the same."
     new, old = run.dir.round(0), full.dir.round(0)
     if new.exists() or not (old/'metrics.json').exists() or _teacher_config(run) != _teacher_config(full): return
     run.open_dir()
@@ -122,17 +142,21 @@ def _share_teacher(run, full): # copy the finished first round of `full` if `run
     shutil.copytree(old, tmp, ignore=shutil.ignore_patterns('checkpoint'))
     into_place(tmp, new)
 
-def _trained_images(run): # by the epochs that are in the histories
-    n = len(run.data.labeled)
-    return sum(_images_of(run.recipe, n, k, len(pd.read_csv(run.dir.round(k)/'history.csv'))) for k in range(run.recipe.rounds + 1))
+def _trained_images(run):
+    "By the epochs that are in the histories."
+    epochs = [len(pd.read_csv(run.dir.round(k)/'history.csv')) for k in range(run.recipe.rounds + 1)]
+    return sum(_images_of(run.recipe, len(run.data.labeled), k, o) for k, o in enumerate(epochs))
 
-def _in_words(r, full): # the settings that differ
-    a, b = _describe(full), _describe(r)
+def _in_words(r, full):
+    "The settings that differ."
+    a, b = describe(full), describe(r)
     return '; '.join(f'{k}: {v}' for k, v in b.items() if v != a[k] and k != 'source')
 
-def _chosen(only, full): # name -> changes, name -> why not
+def _chosen(only, full):
+    "Name -> changes, name -> why not."
     if isinstance(only, Mapping):
-        if 'full' in only: raise ValueError("'full' is the recipe itself, which every variant is compared with: choose another name")
+        if 'full' in only:
+            raise ValueError("'full' is the recipe itself, which every variant is compared with: choose another name")
         return dict(only), {}
     grid, skipped = variants(full)
     if only is None: return grid, skipped
@@ -142,23 +166,38 @@ def _chosen(only, full): # name -> changes, name -> why not
             raise ValueError(f"unknown variant {k!r}: there are {', '.join(grid)}{did_you_mean(k, grid)}")
     return {k: v for k, v in grid.items() if k in only}, {}
 
+# %% ../nbs/10a_ablation.ipynb #da000002
+def _write(out, runs, skipped):
+    "The table so far."
+    table = ablation_table(runs, skipped)
+    if rank(): return table # of several processes one writes
+    for name, o in (('runs', runs), ('ablation', table)): write_once(out/f'{name}.csv', o.to_csv(index=False))
+    fig = plot_ablation(runs)
+    with replacing(out/'ablation.png') as new: fig.savefig(new, dpi=150, format='png')
+    plt.close(fig)
+    return table
+
 def ablate(
     data: Splits | Callable[[int], Splits], # The images, or a function of the seed, when each seed is to label others
-    out: str | Path, # Folder for all runs and the table; an existing one is gone on with
+    out: str | Path, # Folder for all runs and the table; existing runs are resumed
     recipe: str | Recipe = 'default', # The full recipe: a name in `RECIPES`, or a recipe
-    only: Sequence[str] | Mapping[str, Mapping] | None = None, # Names of `variants`, or a grid of your own, name -> changed fields; None: all
+    only: Sequence[str] | Mapping[str, Mapping] | None = None, # Of `variants`, or a grid: name -> changes; None: all
     seeds: Sequence[int] = (0, 1, 2), # A run each
     device: str | None = None, # As `NoisyStudent` takes it
     progress: Callable[[str, int, int], None] | None = None, # Likewise
-    **settings # Fields of `Recipe` to change in the full recipe and thus in all variants, such as archs=['resnet18', 'resnet34']
+    **settings # Fields of `Recipe` to change in the full recipe and thus in all variants, such as archs
 ) -> pd.DataFrame: # `ablation_table`
-    """Train the full recipe and its variants, each with all seeds on the same number of images, or what is still to do of that.
+    """Train the full recipe and its variants, each with all seeds on the same number of images, or what is still to do
+    of that.
 
     Raises ValueError for variants that are unknown or cannot be tried, and what `NoisyStudent` raises."""
     full, out, seeds = get_recipe(recipe, **settings), Path(out), list(seeds)
-    if not full.archs: raise ValueError("the recipe names no architectures: give archs, teacher first, such as archs=['resnet18', 'resnet34']")
+    if not full.archs:
+        raise ValueError("the recipe names no architectures: give archs, teacher first, such as archs=['resnet18', "
+                         "'resnet34']")
     if not full.rounds: raise ValueError("rounds=0 trains no student: there is nothing to leave out")
-    if not seeds or len(set(seeds)) < len(seeds): raise ValueError(f"seeds={seeds}: give at least one seed, each of them once")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={seeds}: give at least one seed, each of them once")
     changes, skipped = _chosen(only, full)
     rows, table, progress = [], None, progress or default_progress()
     for seed in seeds:
@@ -166,21 +205,14 @@ def ablate(
         decoded: dict[int, dict] = {}
         recipes = {k: same_images(full, c, len(d.labeled)) for k, c in {'full': {}, **changes}.items()}
         for name, r in recipes.items():
-            run = NoisyStudent(d, None, out/name/f'seed_{seed}', seed=seed, recipe=r, device=device, progress=Within(progress, f'{name}, seed {seed}: '))
+            run = NoisyStudent(d, None, out/name/f'seed_{seed}', seed=seed, recipe=r, device=device,
+                               progress=Within(progress, f'{name}, seed {seed}: '))
             run.opened.decoded = decoded.setdefault(run.size, {}) # images are decoded once for all runs of a seed
             first = first or run
             with first_rank_first(): _share_teacher(run, first)
             last = run.fit().iloc[-1]
-            rows.append(dict(variant=name, changes=_in_words(r, recipes['full']), seed=seed, valid_accuracy=last.valid_accuracy, test_accuracy=last.test_accuracy,
+            rows.append(dict(variant=name, changes=_in_words(r, recipes['full']), seed=seed,
+                             valid_accuracy=last.valid_accuracy, test_accuracy=last.test_accuracy,
                              images=_trained_images(run), seconds=run.summary.seconds.sum()))
             table = _write(out, pd.DataFrame(rows).astype(dict(test_accuracy=float)), skipped)
-    return table
-
-def _write(out, runs, skipped): # the table so far
-    table = ablation_table(runs, skipped)
-    if rank(): return table # of several processes one writes
-    for name, o in (('runs', runs), ('ablation', table)): write_once(out/f'{name}.csv', o.to_csv(index=False))
-    fig = plot_ablation(runs)
-    with replacing(out/'ablation.png') as new: fig.savefig(new, dpi=150, format='png')
-    plt.close(fig)
     return table

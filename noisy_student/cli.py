@@ -100,7 +100,7 @@ def _print_run(out, rows, as_json): # the rounds of a run, and which one to use
     scored = [r for r in rows if r.get('score') is not None] # older runs have none
     if scored and (top := max(scored, key=lambda r: (r['score'], r['round'])))['round'] != best:
         print(f"round {top['round']} is better there, but by less than one standard error: the later round, which has learned from more, is used")
-    from noisy_student.report import chance_warnings
+    from noisy_student.findings import chance_warnings
     for o in chance_warnings(rows[-1], about): print(o)
 
 

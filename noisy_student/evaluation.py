@@ -37,12 +37,13 @@ def as_network(
 ) -> Network: # Shares its weights with `net`
     "Anything that classifies images, as a function of pixels. Raises ValueError if it is not known how it normalizes."
     if isinstance(net, (str, Path)): net = load_model(net, device)
-    if isinstance(net, Learner): net = Network.of(net) if stats is None else Network(net.model, size=getattr(net.dls, 'size', None), mean=stats[0], std=stats[1])
+    if isinstance(net, Learner) and stats is None: net = Network.of(net)
     if not isinstance(net, Network):
         if stats is None:
-            raise ValueError(f"a bare {type(net).__name__} needs stats=(mean, std) of its pixels in 0..1, or ([0.], [1.]) "
-                             "for none")
-        net = Network(net, mean=stats[0], std=stats[1])
+            raise ValueError(f"a bare {type(net).__name__} needs stats=(mean, std) of its pixels in 0..1, or ([0.], "
+                             "[1.]) for none")
+        model, size = (net.model, getattr(net.dls, 'size', None)) if isinstance(net, Learner) else (net, None)
+        net = Network(model, size=size, mean=stats[0], std=stats[1])
     if subset is None: return net
     net = copy.copy(net); net.subset = list(subset)
     return net
@@ -183,6 +184,48 @@ def _attack(net, images, labels, eps, steps, step, rng, bs): # without `rng` fro
     return out
 
 # %% ../nbs/10_evaluation.ipynb #5355a8d5
+def _key(net, images, labels, asked):
+    "What a measurement depends on."
+    h = hashlib.sha256(f"{model_hash(net)}{net.metadata}{net.subset}{json.dumps(asked)}{images.shape}".encode())
+    for i in range(0, len(images), 1024): h.update(np.ascontiguousarray(images[i:i + 1024]))
+    return h.hexdigest()[:16] + '-' + hashlib.sha256(np.ascontiguousarray(labels)).hexdigest()[:8]
+
+def _read(file):
+    "A measurement that is there already, or None."
+    try: return unsealed(file) if file else None
+    except (FileNotFoundError, ValueError): return None # a damaged one is made again
+
+def _networks(run, device):
+    "In order, by round or name, and the directory of the run."
+    if isinstance(run, Mapping):
+        if not run: raise ValueError("there is no network to evaluate")
+        return {k: as_network(v, device=device) for k, v in run.items()}, None
+    base = Path(getattr(run, 'path', run))
+    rounds = sorted(int(o.parent.name.removeprefix('round_')) for o in base.glob('round_*/metrics.json'))
+    if not rounds: raise ValueError(f"{base} holds no finished round: give the directory of a run, or networks by name")
+    return {k: as_network(base/f'round_{k}', device=device) for k in rounds}, base
+
+def _images(split, size, base):
+    "uint8 (N, S, S, C), and labels."
+    if isinstance(split.images, np.ndarray) and size in (None, split.images.shape[1]): return split.images, split.labels
+    if size is None:
+        raise ValueError("image files, but it is not known how large the network wants them: give arrays, or networks "
+                         "that know their size")
+    d = load_images(split.images, size, None if base is None else base/'cache')
+    if d.bad: raise ValueError(f"{d.bad[0].item}: {d.bad[0].reason}; mend or remove it")
+    return d.images, split.labels
+
+def _accuracy(prefix, scores, labels):
+    hits = correct_in_top(scores, labels)
+    low, high = wilson(hits.sum(), len(hits))
+    return {f'{prefix}accuracy': hits.mean(), f'{prefix}low': low, f'{prefix}high': high}
+
+def _or_nan(measure, *args):
+    "Where the baseline makes no error, a relative figure is not defined."
+    try: return measure(*args)
+    except ValueError: return float('nan')
+
+# %% ../nbs/10_evaluation.ipynb #df000002
 def evaluate_run(
     run: NoisyStudent | str | Path | Mapping, # A run, its directory, or networks by name, baseline first
     split: Split, # Labeled images, such as `data.test`
@@ -212,7 +255,8 @@ def evaluate_run(
             warnings.warn(f"images of {few.shape[2]}x{few.shape[1]} px: corruptions are made for 32 px or more, so "
                           "their columns stay empty")
     if folder is None and base is not None: folder = base/'cache'/'corrupted'
-    rows, first, asked = {}, None, [list(corruptions), list(severities), list(perturbations), eps, seed, sample.tolist()]
+    asked = [list(corruptions), list(severities), list(perturbations), eps, seed, sample.tolist()]
+    rows, first = {}, None
     for k, net in nets.items():
         tell = lambda stage: None if progress is None else lambda done, total: progress(f'{k}: {stage}', done, total)
         file = None if base is None else base/'cache'/'robustness'/f'{_key(net, images, labels, asked)}.json'
@@ -221,10 +265,13 @@ def evaluate_run(
             logits = net.scores(images)
             row = _accuracy('', logits, labels) | dict(n=len(labels), ece=ece(softmax(logits), labels))
             errors = rates = None
-            if corruptions: errors = corruption_error(net, few, few_labels, corruptions, severities, folder, seed, tell('corruptions (sets of images)'))
+            if corruptions:
+                errors = corruption_error(net, few, few_labels, corruptions, severities, folder, seed,
+                                          tell('corruptions (sets of images)'))
             if perturbations: rates = flip_rates(net, few, perturbations, seed, progress=tell('perturbations'))
             if eps is not None: row |= _accuracy('fgsm_', net.scores(fgsm(net, few, few_labels, eps)), few_labels)
-            measured = dict(row=row, errors=errors is not None and errors.to_dict('split'), rates=rates is not None and rates.to_dict())
+            measured = dict(row=row, errors=errors is not None and errors.to_dict('split'),
+                            rates=rates is not None and rates.to_dict())
             if file: write_once(file, sealed(measured))
         first, rows[k] = first or measured, measured['row']
         if corruptions:
@@ -237,39 +284,3 @@ def evaluate_run(
                'fgsm_accuracy', 'fgsm_low', 'fgsm_high']
     table = pd.DataFrame.from_dict(rows, orient='index').reindex(columns=columns)
     return table.rename_axis('name' if base is None else 'round')
-
-def _key(net, images, labels, asked): # what a measurement depends on
-    h = hashlib.sha256(f"{model_hash(net)}{net.metadata}{net.subset}{json.dumps(asked)}{images.shape}".encode())
-    for i in range(0, len(images), 1024): h.update(np.ascontiguousarray(images[i:i + 1024]))
-    return h.hexdigest()[:16] + '-' + hashlib.sha256(np.ascontiguousarray(labels)).hexdigest()[:8]
-
-def _read(file): # a measurement that is there already, or None
-    try: return unsealed(file) if file else None
-    except (FileNotFoundError, ValueError): return None # a damaged one is made again
-
-def _networks(run, device): # in order by round or name, and the directory of the run
-    if isinstance(run, Mapping):
-        if not run: raise ValueError("there is no network to evaluate")
-        return {k: as_network(v, device=device) for k, v in run.items()}, None
-    base = Path(getattr(run, 'path', run))
-    rounds = sorted(int(o.parent.name.removeprefix('round_')) for o in base.glob('round_*/metrics.json'))
-    if not rounds: raise ValueError(f"{base} holds no finished round: give the directory of a run, or networks by name")
-    return {k: as_network(base/f'round_{k}', device=device) for k in rounds}, base
-
-def _images(split, size, base): # uint8 (N, S, S, C), labels
-    if isinstance(split.images, np.ndarray) and size in (None, split.images.shape[1]): return split.images, split.labels
-    if size is None:
-        raise ValueError("image files, but it is not known how large the network wants them: give arrays, or networks "
-                         "that know their size")
-    d = load_images(split.images, size, None if base is None else base/'cache')
-    if d.bad: raise ValueError(f"{d.bad[0].item}: {d.bad[0].reason}; mend or remove it")
-    return d.images, split.labels
-
-def _accuracy(prefix, scores, labels):
-    hits = correct_in_top(scores, labels)
-    low, high = wilson(hits.sum(), len(hits))
-    return {f'{prefix}accuracy': hits.mean(), f'{prefix}low': low, f'{prefix}high': high}
-
-def _or_nan(measure, *args): # where the baseline makes no error, a relative figure is not defined
-    try: return measure(*args)
-    except ValueError: return float('nan')

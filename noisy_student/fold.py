@@ -21,7 +21,8 @@ from .imagetask import ImageTask
 from .learners import Learners
 from .opened import Opened
 from .progress import Within
-from .report import label_warnings, read_run
+from .findings import label_warnings
+from .record import read_run
 from .rundir import RunDir
 from .splits import Splits
 from .timing import Timing

@@ -15,7 +15,9 @@ import pandas as pd
 from fastai.learner import Learner
 from matplotlib.figure import Figure
 
-from .report import plot_run, read_run, write_report
+from .charts import plot_run
+from .record import read_run
+from .report import write_report
 from .splits import Splits
 
 

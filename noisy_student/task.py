@@ -20,7 +20,8 @@ from fastai.learner import Learner
 from .checkpoints import seeded
 from .distributed import write_once
 from .models import n_parameters
-from .report import chance_warnings, read_run, round_warnings
+from .findings import chance_warnings, round_warnings
+from .record import read_run
 from .rundir import RunDir, of_round
 
 

@@ -128,16 +128,16 @@ def _in_report(data, name, kind, section=lambda run: None):
 
 
 def check_leaks(data):
-    from noisy_student.report import _leaks_section  # the whole page would take half a second
-    return _in_report(data, "leaks.json", "leaks", _leaks_section)
+    from noisy_student.runtables import leaks_table  # the whole page would take half a second
+    return _in_report(data, "leaks.json", "leaks", leaks_table)
 
 
 def check_history(data): return _in_report(data, "round_0/history.csv", "history")
 
 
 def check_robustness(data):
-    from noisy_student.report import _robustness_section
-    return _in_report(data, "robustness.csv", "robustness", _robustness_section)
+    from noisy_student.runtables import robustness_table
+    return _in_report(data, "robustness.csv", "robustness", robustness_table)
 
 
 WORDS = """run label select relabel train evaluate predict export recipes --help --version digits cifa10 nowhere {folder} {pictures} {work} {work}/s.parquet
