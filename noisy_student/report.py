@@ -29,7 +29,10 @@ from .datasets import ImageFileError, Splits, load_image, square
 from .distributed import write_once
 from .files import altered, unsealed
 from .metrics import wilson
-from .pseudo_labels import _batches, _duckdb, _parquet, _too_low, selected_by, share_cuts
+from .filters import threshold_warnings
+from .label_table import batches
+from .pseudo_labels import selected_by, share_cuts
+from .queries import connect, parquet_sql
 from .rundir import RunDir, best_round
 from .suspects import flipped_labels
 
@@ -152,7 +155,7 @@ def _count_labels(folder, K, truth): # RoundLabels of a round's folder
     passing = _passing(chosen, everything, how := selected_by(chosen))
     seen, passed, hits = np.zeros(K, int), np.zeros(K, int), np.zeros((3, BINS), int)
     right_of, known_of, right_passed, known_passed = np.zeros(K, int), np.zeros(K, int), 0, 0
-    for c in (c for f in files for c in _batches(f, 1 << 16, ['item', 'label', 'confidence'])):
+    for c in (c for f in files for c in batches(f, 1 << 16, ['item', 'label', 'confidence'])):
         label, confidence = c['label'].to_numpy(), c['confidence'].to_numpy()
         items = _items(c['item'])
         over, true = passing(items, label, confidence), truth(items)
@@ -163,7 +166,7 @@ def _count_labels(folder, K, truth): # RoundLabels of a round's folder
         right_of += np.bincount(label[kind == 0], minlength=K); known_of += np.bincount(label[kind < 2], minlength=K)
         right_passed += int((over & (kind == 0)).sum()); known_passed += int((over & (kind < 2)).sum())
     kept, rows = np.zeros(K, int), np.zeros(K, int)
-    for c in _batches(chosen, 1 << 16, ['label', 'copies']):
+    for c in batches(chosen, 1 << 16, ['label', 'copies']):
         label = c['label'].to_numpy()
         kept += np.bincount(label, minlength=K); rows += np.bincount(label, c['copies'].to_numpy(), K).astype(int)
     return RoundLabels(chosen, everything if everything.exists() else None, seen, passed, kept, rows, *hits, right_of, known_of, right_passed, known_passed,
@@ -234,7 +237,7 @@ def run_warnings(run: RunRecord # From `read_run`
     "What looks wrong with a run: leaks, a network at chance level, students below their teachers, classes that collapse, a threshold that does nothing."
     last = chance_warnings(run.metrics[-1], run.about) if run.metrics else []
     given = {o.threshold: 0 for o in run.labels.values() if o.threshold is not None and o.share is None}
-    low = [s for t in given for s in _too_low(t, len(run.classes))]
+    low = [s for t in given for s in threshold_warnings(t, len(run.classes))]
     return leak_warnings(run.leaks) + last + low + [o for m in run.metrics for o in round_warnings(run, m['round'])]
 
 def round_warnings(run: RunRecord, # From `read_run`
@@ -274,7 +277,7 @@ def _collapsed(run, k): # classes with far more or fewer pseudo labels than labe
 
 def _idle_threshold(run, k): # a filter that keeps almost nothing or everything
     o, t = run.labels[k], run.labels[k].threshold
-    if o.everything is None or o.share is not None or not t or _too_low(t, len(run.classes)): return [] # the last is said once, of the run
+    if o.everything is None or o.share is not None or not t or threshold_warnings(t, len(run.classes)): return [] # the last is said once, of the run
     share, n = o.passed.sum() / max(o.seen.sum(), 1), o.seen.sum()
     if share < .05: return [f"Round {k}: the threshold {t:g} keeps {o.passed.sum():,} of {n:,} pseudo labels ({100 * share:.1f} %): a lower one would leave more to learn from."]
     if share > .995: return [f"Round {k}: the threshold {t:g} keeps {'all' if o.passed.sum() == n else f'{o.passed.sum():,} of'} {n:,} pseudo labels: as a filter it does nothing."]
@@ -441,11 +444,11 @@ def extremes(selected: str | Path, # Parquet file with item, label, confidence
              classes: int = MAX_CLASSES # Classes from the first
             ) -> pd.DataFrame: # item, label, confidence, top (1, 2, ... from the most confident), bottom (from the least)
     "The most and the least confident items of every class, no item twice."
-    with _duckdb() as con:
+    with connect() as con:
         return con.execute(f"""SELECT * FROM (SELECT item, label, confidence,
             row_number() OVER (PARTITION BY label ORDER BY confidence DESC, item) AS top,
             row_number() OVER (PARTITION BY label ORDER BY confidence, item DESC) AS bottom
-            FROM {_parquet([selected])} WHERE label < {int(classes)}) WHERE top <= {int(n)} OR bottom <= {int(n)} ORDER BY label, top""").df()
+            FROM {parquet_sql([selected])} WHERE label < {int(classes)}) WHERE top <= {int(n)} OR bottom <= {int(n)} ORDER BY label, top""").df()
 
 def _data_uri(image): # of a uint8 array (S, S, C) or an RGB image
     im, file = Image.fromarray(image.squeeze()) if isinstance(image, np.ndarray) else image, io.BytesIO()

@@ -37,7 +37,8 @@ from .distributed import world, write_once
 from .fitting import fit_resumably
 from .losses import HardTargets, SoftLabelCrossEntropy
 from .models import load_weights, n_parameters, save_weights
-from .pseudo_labels import _digest, predict_pseudo_labels, read_selection, select_pseudo_labels
+from .pool import digest
+from .pseudo_labels import predict_pseudo_labels, read_selection, select_pseudo_labels
 from .progress import StageProgress, default_progress
 from .rounds import NoisyStudent
 from .rundir import RunDir
@@ -300,7 +301,7 @@ class TabularNoisyStudent(NoisyStudent):
         parts = {n: o for n in ('labeled', 'unlabeled', 'valid', 'test') if (o := getattr(d, n)) is not None}
         config = dict(layers=self.layers, seed=self.seed, recipe=self.recipe.to_json(), y_name=d.y_name,
                       classes=d.classes, cat_names=d.cat_names, cont_names=d.cont_names, procs=self.procs,
-                      data={n: f"{len(o):,} rows ({_digest(o)})" for n, o in parts.items()})
+                      data={n: f"{len(o):,} rows ({digest(o)})" for n, o in parts.items()})
         return json.loads(json.dumps(config))
 
     def learner(self, k: int | None = None # Round; None: the best
