@@ -107,6 +107,7 @@ class Network(nn.Module):
             raise ValueError("size must be known to be saved, got None: give the side of its images in pixels")
         return save_weights(unwrapped(self.model), file, self.metadata)
 
+# %% ../nbs/04d_network.ipynb #b1000014
 def as_pixels(images: np.ndarray, # uint8 or float (N, H, W, C), 0..255
               device: str | torch.device = 'cpu' # Where they go
              ) -> torch.Tensor: # float32 (N, C, H, W)
