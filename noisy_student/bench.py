@@ -1,4 +1,4 @@
-"""What this machine reaches, and where the time goes: reading, augmenting, noise, the network, writing.
+"""Measure this machine's throughput, part by part: reading, augmenting, noise, the network, writing.
 
 Docs: https://noisy-student.github.io/noisy_student/bench.html.md"""
 
@@ -17,22 +17,23 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import torch
-import fastai.callback.progress # Learner.no_bar
+import fastai.callback.progress # noqa: F401, Learner.no_bar
 from fastai.callback.core import Callback, CancelFitException
 from PIL import Image
 from torch import nn
 
 from .dataloaders import PadCropFlip, mixed_dataloaders
 from .datasets import square
+from .label_table import make_table
 from .learner import Noise, noisy_student_learner
 from .losses import temperature_softmax
-from .pseudo_labels import _table
 from .randaugment import BatchRandAugment
 from .precision import has_fast_bf16, in_bf16
 from .training import optimizer
 
 # %% ../nbs/12a_bench.ipynb #e09c01d9
-def _middle(f, device, seconds): # the median duration of f(), until the device is done with it
+# the median duration of f(), until the device is done with it
+def _middle(f, device, seconds):
     def clock():
         if device.type == 'cuda': torch.cuda.synchronize(device)
         return time.perf_counter()
@@ -44,7 +45,8 @@ def _middle(f, device, seconds): # the median duration of f(), until the device 
         else: times.append(clock() - start)
     return float(np.median(times))
 
-class _StepClock(Callback): # durations of training steps; ends the fit when it has enough of them
+# durations of training steps; ends the fit when it has enough of them
+class _StepClock(Callback):
     order = 200
     def __init__(self, device, seconds): self.device, self.seconds, self.times = device, seconds, []
     def _now(self):
@@ -58,6 +60,40 @@ class _StepClock(Callback): # durations of training steps; ends the fit when it 
     @property
     def middle(self): return float(np.median(self.times[1:]))
 
+# %% ../nbs/12a_bench.ipynb #e09c01da
+# a learner, and the made-up images that it learns from
+def _student(arch, size, bs, device, noise):
+    rng, few = np.random.default_rng(0), -(-size // 8)
+    images = rng.integers(0, 256, (4 * bs, few, few, 3), dtype=np.uint8)
+    images = np.ascontiguousarray(images.repeat(8, 1).repeat(8, 2)[:, :size, :size])
+    labels, classes = rng.integers(0, 10, len(images)), [str(i) for i in range(10)]
+    dls = mixed_dataloaders((images, labels), (images[:bs], labels[:bs]), classes, bs=bs,
+                            steps=2000, # more than fit into a part
+                            augment=[PadCropFlip(max(1, size // 8))], stats=([.5] * 3, [.25] * 3), device=device)
+    learn = noisy_student_learner(dls, arch, noise, opt_func=optimizer('adamw', device))
+    learn.model.to(device, memory_format=torch.channels_last)
+    try:
+        with torch.no_grad(): learn.model.eval()(dls.clean_view(images[:2]))
+    except (RuntimeError, AssertionError, ValueError) as e:
+        raise ValueError(f"{arch} cannot take images of {size} px ({str(e).splitlines()[0]}): choose another "
+                         "size") from None
+    return learn, images
+
+def _jpeg(image): # of a usual size
+    file = io.BytesIO()
+    Image.fromarray(image).resize((160, 120)).save(file, 'JPEG')
+    return file
+
+def _labels(n, k): # a table of pseudo labels
+    meta = dict(classes=[str(i) for i in range(k)], temperature=1.)
+    return make_table(np.arange(n), np.full((n, k), 1 / k, np.float32), meta)
+
+# rows of the table, from the seconds that an image takes in each part
+def _rows(stage, **parts):
+    total = sum(parts.values())
+    return [dict(stage=stage, part=k.replace('_', ' '), images_per_s=round(1 / t) if t else None, share=t / total)
+            for k, t in dict(parts, all=total).items()]
+
 def bench(
     arch: str | nn.Module = 'resnet18', # Network to train and to label with, as in `create_model`
     size: int = 64, # Side of the images in pixels
@@ -67,49 +103,38 @@ def bench(
     noise: Noise = Noise(), # Of the student
     progress: Callable[[int, int], None] | None = None, # Called with (done, total) parts
 ) -> pd.DataFrame: # stage, part, images_per_s (images per second), share (of its stage, 0..1)
-    "What this machine reaches, and where the time goes. The last row of a stage is all of it. Raises ValueError if the network cannot take such images."
-    device, rng, each = torch.device(device), np.random.default_rng(0), seconds / 7
-    images = np.repeat(np.repeat(rng.integers(0, 256, (4 * bs, -(-size // 8), -(-size // 8), 3), dtype=np.uint8), 8, 1), 8, 2)[:, :size, :size]
-    images, labels = np.ascontiguousarray(images), rng.integers(0, 10, len(images))
-    dls = mixed_dataloaders((images, labels), (images[:bs], labels[:bs]), [str(i) for i in range(10)], bs=bs, steps=2000, # more than fit into a part
-                            augment=[PadCropFlip(max(1, size // 8))], stats=([.5] * 3, [.25] * 3), device=device)
-    learn = noisy_student_learner(dls, arch, noise, opt_func=optimizer('adamw', device))
-    learn.model.to(device, memory_format=torch.channels_last)
-    try:
-        with torch.no_grad(): learn.model.eval()(dls.clean_view(images[:2]))
-    except (RuntimeError, AssertionError, ValueError) as e:
-        raise ValueError(f"{arch} cannot take images of {size} px ({str(e).splitlines()[0]}): choose another size") from None
-    noised = [o for o in learn.dls.train.after_batch.fs if isinstance(o, BatchRandAugment)]
-    fast = in_bf16(learn.model, device) if has_fast_bf16(device) else nullcontext()
-    done = []
-    def tick(value):
-        done.append(value)
-        if progress: progress(len(done), 7)
-        return value
-    file = io.BytesIO()
-    Image.fromarray(images[0]).resize((160, 120)).save(file, 'JPEG')
-    decode = tick(_middle(lambda: square(Image.open(file).convert('RGB'), size), device, each))
-    def read(): return [o.to(device, non_blocking=True) for o in dls.train.dataset.batch(rng.permutation(len(images))[:bs])]
-    batch = read()
-    reading = tick(_middle(read, device, each) / bs)
-    view = tick(_middle(lambda: dls.train.after_batch(tuple(batch)), device, each) / bs)
+    """Measure this machine's throughput, and where the time goes. The last row of a stage is all of it. Raises
+    ValueError if the network cannot take such images."""
+    device, each, done = torch.device(device), seconds / 7, 0
+    learn, images = _student(arch, size, bs, device, noise)
+    dls, model, file = learn.dls, learn.model, _jpeg(images[0])
+    def tick():
+        nonlocal done
+        done += 1
+        if progress: progress(done, 7)
+    def timed(f, n=bs): # seconds that one of n images takes
+        spent = _middle(f, device, each) / n
+        tick()
+        return spent
+    decode = timed(lambda: square(Image.open(file).convert('RGB'), size), min(8, os.cpu_count() or 1)) # in threads
+    shuffled = np.random.default_rng(0).permutation(len(images))[:bs]
+    def read(): return [o.to(device, non_blocking=True) for o in dls.train.dataset.batch(shuffled)]
+    reading, batch = timed(read), read()
+    view = timed(lambda: dls.train.after_batch(tuple(batch)))
     x = dls.valid.dataset.batch(np.arange(bs))[0].to(device).float().div_(255)
-    noising = tick(_middle(lambda: noised[0](x, split_idx=0), device, each) / bs) if noised else tick(0.)
+    noised = [o for o in dls.train.after_batch.fs if isinstance(o, BatchRandAugment)]
+    noising = timed(lambda: noised[0](x, split_idx=0)) if noised else tick() or 0.
+    fast = in_bf16(model, device) if has_fast_bf16(device) else nullcontext()
     with fast, learn.no_bar(), learn.no_logging():
         learn.fit(1, 1e-3, cbs=(clock := _StepClock(device, each)))
-        step = tick(clock.middle / bs)
-        learn.model.eval()
+        tick()
+        model.eval()
         with torch.inference_mode():
             clean = dls.clean_view(batch[0])
-            predict = tick(_middle(lambda: temperature_softmax(learn.model(clean).float()), device, each) / bs)
+            predict = timed(lambda: temperature_softmax(model(clean).float()))
     with tempfile.TemporaryDirectory() as tmp:
-        n, K = 2048, 1000
-        table = _table(np.arange(n), np.full((n, K), 1 / K, np.float32), dict(classes=[str(i) for i in range(K)], temperature=1.))
-        write = tick(_middle(lambda: pq.write_table(table, Path(tmp)/'part.parquet'), device, each) / n)
-    decode /= min(8, (os.cpu_count() or 1)) # threads share the work
-    def rows(stage, **parts):
-        total = sum(parts.values())
-        return [dict(stage=stage, part=k.replace('_', ' '), images_per_s=round(1 / t) if t else None, share=t / total)
-                for k, t in dict(parts, all=total).items()]
-    return pd.DataFrame(rows('once', decode=decode) [:1] + rows('training', read=reading, view=view, RandAugment=noising, forward_and_backward=step)
-                        + rows('labeling', read=reading, predict=predict, write=write))
+        write = timed(lambda t=_labels(2048, 1000): pq.write_table(t, Path(tmp)/'part.parquet'), 2048)
+    step = clock.middle / bs
+    return pd.DataFrame(_rows('once', decode=decode)[:1]
+                        + _rows('training', read=reading, view=view, RandAugment=noising, forward_and_backward=step)
+                        + _rows('labeling', read=reading, predict=predict, write=write))

@@ -324,7 +324,8 @@ def label(
     Can be interrupted: the same command goes on where it stopped.
     """
     import pyarrow.parquet as pq
-    from noisy_student.pseudo_labels import _is_streamed, predict_pseudo_labels
+    from noisy_student.pool import is_streamed
+    from noisy_student.pseudo_labels import predict_pseudo_labels
     t, items = _trained(model, device), _label_pool(pool, labels, seed, recipe)
     if ray and (num_shards > 1 or device):
         raise ValueError("--ray deals out the work by itself, one GPU per replica: leave out --shard, --num-shards and "
@@ -335,7 +336,7 @@ def label(
             label_on_ray(t.model, items, out, None, 1, temperature, bs, t.size, t.mean, t.std, t.classes,
                          progress=lambda done, total: progress('labeling (pieces)', done, total))
         else:
-            unit = 'megabytes' if _is_streamed(items) else 'images'
+            unit = 'megabytes' if is_streamed(items) else 'images'
             predict_pseudo_labels(t.model, items, out, shard, num_shards, temperature, bs, t.size, t.mean, t.std,
                                   t.classes, progress=lambda done, total: progress(f'labeling ({unit})', done, total))
     n = sum(pq.read_metadata(f).num_rows for f in Path(out).glob(f'part-{shard:05d}-of-{num_shards:05d}-*.parquet'))

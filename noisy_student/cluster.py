@@ -17,16 +17,22 @@ import torch
 from torch import nn
 
 from .files import locked, read_sums, stoppable
+from .label_table import PseudoLabelError, make_folder
+from .pool import as_items, is_streamed
 from .precision import half_of
-from .pseudo_labels import PseudoLabelError, _finish_shard, _is_streamed, _label_part, _labeling, _parts, _share, _Teacher
+from .shards import check_settings, finish_shard, label_part, labeling_metadata, parts_of_shard
+from .shards import shard_range
+from .teacher import Teacher
 
 # %% ../nbs/12_cluster.ipynb #d131f738
-class _Replica: # an actor: a teacher that labels whole pieces of a pool
+# an actor: a teacher that labels whole pieces of a pool
+class _Replica:
     def __init__(self, teacher, items, out, meta, args, bs, device, half=None, known={}):
-        self.t = _Teacher(teacher, items[:1], meta['classes'], *args, device, half)
+        self.t = Teacher(teacher, items[:1], meta['classes'], *args, device, half)
         self.items, self.out, self.meta, self.bs, self.known = items, out, meta, bs, known
 
-    def __call__(self, batch): # of one piece; mistakes of the user come back as text, which Ray would bury in its own
+    # of one piece; mistakes of the user come back as text, which Ray would bury in its own
+    def __call__(self, batch):
         done = []
         for i in map(int, batch['piece']):
             try: done.append(json.dumps(dict(piece=i, parts=self.label(i))))
@@ -34,11 +40,13 @@ class _Replica: # an actor: a teacher that labels whole pieces of a pool
         return dict(done=done)
 
     def label(self, i): # -> [file name, images, what could not be read] of every part of piece i
-        parts, size = [], self.meta['part_size']
+        parts = []
         with self.t.evaluating():
-            for p in _parts(self.items, 0, 1, size, self.out, i):
-                known = {p.file.name: o} if (o := self.known.get(p.file.name)) else {} # parts that Ray made are added in the end
-                parts.append([p.file.name, p.stop - p.start, _label_part(self.t, p, self.meta, None, self.bs, known=known)[0]['skipped']])
+            for p in parts_of_shard(self.items, 0, 1, self.meta['part_size'], self.out, i):
+                # parts that Ray made are added in the end
+                known = {p.file.name: o} if (o := self.known.get(p.file.name)) else {}
+                meta, _ = label_part(self.t, p, self.meta, None, self.bs, known=known)
+                parts.append([p.file.name, p.stop - p.start, meta['skipped']])
         return parts
 
 # %% ../nbs/12_cluster.ipynb #5a0770a7
@@ -57,38 +65,54 @@ def label_on_ray(
     part_size: int = 8192, # Rows per file
     progress: Callable[[int, int], None] | None = None, # Called with (done, total) pieces: archives, or parts
 ) -> Path: # `out`
-    """`predict_pseudo_labels` on the Ray cluster that `ray.init` or RAY_ADDRESS names, else on a local one of all cores. Raises
-    ImportError without Ray, `PseudoLabelError` and OSError as `predict_pseudo_labels` does."""
+    """`predict_pseudo_labels` on the Ray cluster that `ray.init` or RAY_ADDRESS names, else on a local one of all
+    cores. Raises ImportError without Ray, `PseudoLabelError` and OSError as `predict_pseudo_labels` does."""
     try: import ray
     except ImportError:
-        raise ImportError("labeling on a cluster needs Ray: pip install '.[ray]' in the clone of noisy_student") from None
-    if not isinstance(items, list): raise PseudoLabelError("a cluster labels files: items must be a list of names, not an array")
-    if not isinstance(teacher, nn.Module): raise PseudoLabelError("the teacher must be an nn.Module that can be sent to workers: give learn.model with its size, mean and std")
+        raise ImportError("labeling on a cluster needs Ray: pip install '.[ray]' in the clone of "
+                          "noisy_student") from None
+    if not isinstance(items, list):
+        raise PseudoLabelError("a cluster labels files: items must be a list of names, not an array")
+    if not isinstance(teacher, nn.Module):
+        raise PseudoLabelError("the teacher must be an nn.Module that can be sent to workers: give learn.model with "
+                               "its size, mean and std")
     if replicas is not None and replicas < 1: raise PseudoLabelError(f"replicas={replicas} must be at least 1")
     if not ray.is_initialized(): ray.init(log_to_driver=False, include_dashboard=False)
     gpus, cores = (int(ray.cluster_resources().get(o, 0)) for o in ('GPU', 'CPU'))
     half = None
     if gpus and all(p.dtype == torch.float32 for p in teacher.parameters()): # as on one machine with such a GPU
         half = ray.get(ray.remote(num_gpus=1)(half_of).remote(torch.device('cuda')))
-    t, items, folder, meta = _labeling(teacher, items, Path(out).absolute(), 1, temperature, bs, size, mean, std, classes, None, 'cpu', part_size, half)
-    meta.pop('precision') # whatever the GPUs are fast at
+    folder = Path(out).absolute()
+    t, items, meta = _begin(teacher, items, folder, temperature, bs, size, mean, std, classes, part_size)
     replicas = replicas or gpus or max(1, int(cores // cpus))
-    name, n = _share(1, 0, 1)[0], len(items) if _is_streamed(items) else -(-len(items) // part_size)
+    name, n = shard_range(1, 0, 1)[0], len(items) if is_streamed(items) else -(-len(items) // part_size)
     with locked(folder/f'.lock-{name}'), stoppable():
         known = read_sums(folder/f'_sha256-{name}.txt')
-        args = items, folder, meta, (size, mean, std), bs or (2048 if gpus else 64), 'cuda' if gpus else 'cpu', half, known
-        results = _stream(ray, n, (ray.put(t.model), *map(ray.put, args)), min(replicas, n), cpus, 1 if gpus else 0, progress)
+        bs = bs or (2048 if gpus else 64)
+        args = items, folder, meta, (size, mean, std), bs, 'cuda' if gpus else 'cpu', half, known
+        refs = ray.put(t.model), *map(ray.put, args)
+        results = _stream(ray, n, refs, min(replicas, n), cpus, min(gpus, 1), progress)
         flat = [p for i in range(n) for p in results[i]]
         rows = {part: pq.read_metadata(folder/part).num_rows for part, *_ in flat}
-        _finish_shard(folder, name, sum(o[1] for o in flat), rows, [b for o in flat for b in o[2]])
+        finish_shard(folder, name, sum(o[1] for o in flat), rows, [b for o in flat for b in o[2]])
     return folder
 
-class _RemoteReplica(_Replica): # big arguments by reference: Ray stores each once per machine
+# before any replica is started: what is wrong is said here; the precision is whatever the GPUs are fast at
+def _begin(teacher, items, folder, temperature, bs, size, mean, std, classes, part_size):
+    items = as_items(items)
+    check_settings(items, 1, part_size, bs, temperature)
+    make_folder(folder)
+    t = Teacher(teacher, items, classes, size, mean, std, 'cpu', None)
+    return t, items, labeling_metadata(t, items, folder, 1, part_size, temperature)
+
+# big arguments by reference: Ray stores each once per machine
+class _RemoteReplica(_Replica):
     def __init__(self, *refs):
         import ray
         super().__init__(*ray.get(list(refs)))
 
-def _stream(ray, n, refs, replicas, cpus, gpus, progress): # piece -> its parts; as they come
+# piece -> its parts; as they come
+def _stream(ray, n, refs, replicas, cpus, gpus, progress):
     context = ray.data.DataContext.get_current()
     bars, context.enable_progress_bars = context.enable_progress_bars, False
     try:

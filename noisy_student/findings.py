@@ -14,7 +14,7 @@ import numpy as np
 
 from .checks import against_chance
 from .metrics import difference_interval, wilson
-from .pseudo_labels import _too_low
+from .filters import threshold_warnings
 from .record import RunRecord, item_name, short, things_in
 from .rundir import best_round
 
@@ -104,7 +104,7 @@ def _collapsed(run, k):
 def _idle_threshold(run, k):
     "A filter that keeps almost nothing or everything. One that is too low for any label is named once, of the run."
     o, t = run.labels[k], run.labels[k].threshold
-    if o.everything is None or o.share is not None or not t or _too_low(t, len(run.classes)): return []
+    if o.everything is None or o.share is not None or not t or threshold_warnings(t, len(run.classes)): return []
     n, passed = o.seen.sum(), o.passed.sum()
     share = passed / max(n, 1)
     if share < .05:
@@ -134,5 +134,5 @@ def run_warnings(run: RunRecord
     collapse, a threshold that does nothing."""
     last = chance_warnings(run.metrics[-1], run.about) if run.metrics else []
     given = dict.fromkeys(o.threshold for o in run.labels.values() if o.threshold is not None and o.share is None)
-    low = [s for t in given for s in _too_low(t, len(run.classes))]
+    low = [s for t in given for s in threshold_warnings(t, len(run.classes))]
     return leak_warnings(run.leaks) + last + low + [o for m in run.metrics for o in round_warnings(run, m['round'])]

@@ -25,13 +25,13 @@ from .heads import Heads
 from .learners import Learners
 from .models import load_weights
 from .progress import StageProgress
-from .pseudo_labels import (PseudoLabelError, PseudoLabels, predict_pseudo_labels, read_selection, relabel_pseudo_labels,
-                                         select_pseudo_labels)
+from .pseudo_labels import PseudoLabelError, PseudoLabels, predict_pseudo_labels, read_selection
+from .pseudo_labels import relabel_pseudo_labels, select_pseudo_labels
 from .stochastic_depth import TrainingNoise
 
-
 # %% ../nbs/08n_labeling.ipynb #ae000005
-class _NoisedTeacher(nn.Module): # a network that answers as in training, but for batch normalization; equal images, equal draws
+# a network that answers as in training, but for batch normalization; equal images, equal draws
+class _NoisedTeacher(nn.Module):
     def __init__(self, learn, noise, seed): # `learn` is for this purpose only: its network stays noised
         super().__init__()
         self.model, self.augment, self.seed = learn.model, noise.transforms(), seed
@@ -48,8 +48,10 @@ class _NoisedTeacher(nn.Module): # a network that answers as in training, but fo
             for tfm in self.augment: pixels = tfm.augment(pixels)
             return self.model((pixels - mean) / std)
 
-    def state_dict(self, *args, **kwargs): return self.model.state_dict(*args, **kwargs) # the hash in the table is of the weights
+    # the hash in the table is of the weights
+    def state_dict(self, *args, **kwargs): return self.model.state_dict(*args, **kwargs)
 
+# %% ../nbs/08n_labeling.ipynb #ae000008
 class Labeling:
     "Labels the pool of a run and selects from the labels."
     def __init__(self, learners: Learners, # Of the run
@@ -73,7 +75,7 @@ class Labeling:
              ) -> PseudoLabels:
         "What the student of round k learns from, by the network before it; read if it is there."
         a = self.learners
-        out, before, images = a.dir.round(k)/'selected.parquet', a.dir.round(k - 1)/'selected.parquet', a.data.unlabeled.images
+        out, before = (a.dir.round(i)/'selected.parquet' for i in (k, k - 1))
         tell, there = StageProgress(self.tell, f'round {k}: labeling (images)'), out.exists()
         barrier() # all have looked before the first process writes
         if there:
@@ -81,7 +83,8 @@ class Labeling:
             except PseudoLabelError as e: warnings.warn(f"{e}; it is made again now")
         if a.recipe.relabel == 'all' or not before.exists(): return self.label_pool(k - 1, a.dir.round(k), tell)
         if not rank():
-            relabel_pseudo_labels(self.teacher(k - 1), before, out, images if isinstance(images, np.ndarray) else None, bs=256, progress=tell)
+            images = a.data.unlabeled.images if isinstance(a.data.unlabeled.images, np.ndarray) else None
+            relabel_pseudo_labels(self.teacher(k - 1), before, out, images, bs=256, progress=tell)
         barrier()
         return read_selection(out)
 
@@ -93,17 +96,18 @@ class Labeling:
         a, opened = self.learners, self.learners.opened
         r, images, names = a.recipe, a.data.unlabeled.images, None
         if not isinstance(images, np.ndarray): images, names = opened.images('unlabeled').images, list(opened.items())
-        if not rank() and set(folder.glob('pseudo_labels/part-*')) - set(folder.glob(f'pseudo_labels/part-*-of-{world():05d}-*')):
-            shutil.rmtree(folder/'pseudo_labels') # begun by another number of processes, and not selected from
+        out = folder/'pseudo_labels'
+        if not rank() and set(out.glob('part-*')) - set(out.glob(f'part-*-of-{world():05d}-*')):
+            shutil.rmtree(out) # begun by another number of processes, and not selected from
         barrier()
         bs = 256 if a.device.type == 'cpu' else None # on a GPU as many as fit
-        predict_pseudo_labels(self.teacher(k), images, folder/'pseudo_labels', rank(), world(), names=names, temperature=r.temperature, bs=bs,
-                              progress=tell, bf16=None if r.bf16 else False, leave_out=opened.left_out())
+        predict_pseudo_labels(self.teacher(k), images, out, rank(), world(), names=names, temperature=r.temperature,
+                              bs=bs, progress=tell, bf16=None if r.bf16 else False, leave_out=opened.left_out())
         barrier()
         if not rank():
             share = r.share_in(max(k + 1, 1))
             which = dict(share=share, share_of=r.share_of) if share else dict(threshold=r.threshold)
-            select_pseudo_labels(folder/'pseudo_labels', folder/'selected.parquet', per_class=r.per_class, strict=r.strict,
+            select_pseudo_labels(out, folder/'selected.parquet', per_class=r.per_class, strict=r.strict,
                                  binned=r.binned, seed=a.seed, **which)
         barrier()
         return read_selection(folder/'selected.parquet')

@@ -1,4 +1,4 @@
-"""Images that are in two piles at once: a test image in the pool is found, even after it was saved as another JPEG.
+"""Images that are in two splits at once: a test image in the pool is found, even after it was saved as another JPEG.
 
 Docs: https://noisy-student.github.io/noisy_student/leaks.html.md"""
 
@@ -20,10 +20,10 @@ N_BITS = 64 # of the hash
 
 def dct_low(images: np.ndarray # uint8 (N, S, S, C), C = 1 or 3
            ) -> np.ndarray: # float32 (N, 64): the lowest frequencies of the luma, without the mean, lowest first
-    """Coefficients of the orthonormal two-dimensional DCT-II. Those that an image of fewer than 9 pixels does not have are 0.
-
-    Raises ValueError if the images are not square."""
-    if images.ndim != 4 or images.shape[1] != images.shape[2]: raise ValueError(f"images must be square, uint8 (N, S, S, C), not {images.shape}")
+    """Coefficients of the orthonormal two-dimensional DCT-II, 0 for those that an image of fewer than 9 pixels does not
+    have. Raises ValueError if the images are not square."""
+    if images.ndim != 4 or images.shape[1] != images.shape[2]:
+        raise ValueError(f"images must be square, uint8 (N, S, S, C), got {images.shape}")
     S = images.shape[1]
     F = min(S, 11) # the 64 lowest lie in a quarter circle of radius 10
     pairs = sorted(((u, v) for u in range(F) for v in range(F) if u + v), key=lambda o: (o[0]**2 + o[1]**2, o))[:N_BITS]
@@ -46,13 +46,15 @@ MAX_BITS, MAX_DIFFERENCE, MIN_CONTRAST = 8, .12, 3. # different bits, share of t
 
 def find_leaks(
     images: np.ndarray, # uint8 (N, S, S, C): those that train
-    others: np.ndarray, # uint8 (M, S, S, C): those that examine
+    others: np.ndarray, # uint8 (M, S, S, C): those that are held out
     progress: Callable[[int, int], None] | None = None, # Called with (done, total) images
 ) -> pd.DataFrame: # position (in images), other (position in others), kind, difference; by position
-    """The images that are among the others, each with the one it is most like: `kind` is 'identical' (the same pixels) or
-    're-encoded' (looks the same), `difference` the share of the contrast, 0 where identical. Raises ValueError for
+    """The images that are among the others, each with the one it is most like: `kind` is 'identical' (the same pixels)
+    or 're-encoded' (looks the same), `difference` the share of the contrast, 0 where identical. Raises ValueError for
     images of different sizes."""
-    if images.shape[1:3] != others.shape[1:3]: raise ValueError(f"images of {images.shape[1:3]} and {others.shape[1:3]} pixels: bring them to one size first")
+    if images.shape[1:3] != others.shape[1:3]:
+        raise ValueError(f"images must be of one size, got {images.shape[1:3]} and {others.shape[1:3]} pixels: bring "
+                         "them to one size first")
     same, low = _same_pixels(images, others), dct_low(others)
     norm, found, todo = _contrast(low, others.shape[1]), [], 512
     signs = _signs(low)
@@ -67,16 +69,19 @@ def find_leaks(
 
 def _signs(low): return np.where(low > 0, 1, -1).astype(np.float32)
 
-def _contrast(low, size): # float32 (N,), infinite where there is next to none, so that nothing is alike
+# float32 (N,), infinite where there is next to none, so that nothing is alike
+def _contrast(low, size):
     norm = np.linalg.norm(low, axis=1)
     return np.where(norm >= MIN_CONTRAST * size, norm, np.inf).astype(np.float32)
 
-def _alike(a, a_norm, b, b_norm, b_signs, start): # float (n, 3): the nearest of `b` for those of `a` that look the same
+# float (n, 3): the nearest of `b` for those of `a` that look the same
+def _alike(a, a_norm, b, b_norm, b_signs, start):
     near = np.flatnonzero(_signs(a) @ b_signs.T >= N_BITS - 2 * MAX_BITS)
     best = np.full((len(a), 2), [-1, np.inf])
-    for k in range(0, len(near), 50_000): # simple pictures have many neighbors
+    for k in range(0, len(near), 50_000): # simple images have many neighbors
         i, j = np.divmod(near[k:k + 50_000], len(b))
-        with np.errstate(invalid='ignore'): d = np.linalg.norm(a[i] - b[j], axis=1) / np.minimum(a_norm[i], b_norm[j])
+        with np.errstate(invalid='ignore'):
+            d = np.linalg.norm(a[i] - b[j], axis=1) / np.minimum(a_norm[i], b_norm[j])
         d[~(np.isfinite(a_norm[i]) & np.isfinite(b_norm[j]))] = np.inf
         order = np.argsort(-d, kind='stable') # the last one written is the nearest
         i, j, d = i[order], j[order], d[order]

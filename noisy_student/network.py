@@ -22,7 +22,6 @@ from torch import nn
 
 from .models import create_model, load_tensors, load_weights, save_weights, unwrapped
 
-
 # %% ../nbs/04d_network.ipynb #b1000006
 @contextmanager
 def evaluating(*modules: nn.Module, # Their parts may be in different modes
@@ -30,7 +29,8 @@ def evaluating(*modules: nn.Module, # Their parts may be in different modes
               ) -> Iterator[None]:
     "Evaluation mode inside; afterwards, also after an error, each module has its own mode again and is where it was."
     modes = [(m, m.training) for o in modules for m in o.modules()]
-    homes = [(o, p.device) for o in modules if device is not None and (p := next(o.parameters(), None)) is not None and p.device != torch.device(device)]
+    target, first = device and torch.device(device), [(o, next(o.parameters(), None)) for o in modules]
+    homes = [(o, p.device) for o, p in first if p is not None and target not in (None, p.device)]
     try:
         for o in modules: o.eval()
         for o, _ in homes: o.to(device)
@@ -38,7 +38,6 @@ def evaluating(*modules: nn.Module, # Their parts may be in different modes
     finally:
         for m, training in modes: m.training = training
         for o, home in homes: o.to(home)
-
 
 # %% ../nbs/04d_network.ipynb #b1000009
 class Network(nn.Module):
@@ -68,7 +67,8 @@ class Network(nn.Module):
           ) -> 'Network': # Shares the weights
         "The network of a learner. Raises TypeError for data loaders that are not fastai's."
         mean, std = normalization(learn.dls) or ([0.], [1.])
-        return cls(learn.model, arch, getattr(learn.dls, 'vocab', None) or (), getattr(learn.dls, 'size', None), mean, std)
+        dls = learn.dls
+        return cls(learn.model, arch, getattr(dls, 'vocab', None) or (), getattr(dls, 'size', None), mean, std)
 
     @property
     def device(self) -> torch.device: return next(self.model.parameters(), torch.zeros(())).device
@@ -79,7 +79,8 @@ class Network(nn.Module):
     @property
     def metadata(self) -> dict[str, str]:
         "What is written beside its weights, and in exported files."
-        return dict(arch=self.arch, classes=json.dumps(self.classes), size=str(self.size), mean=json.dumps(self.mean), std=json.dumps(self.std))
+        lists = dict(classes=self.classes, mean=self.mean, std=self.std)
+        return dict(arch=self.arch, size=str(self.size), **{k: json.dumps(v) for k, v in lists.items()})
 
     def forward(self, x: torch.Tensor # float (B, C, H, W), 0..255
                ) -> torch.Tensor: # float32 (B, K)
@@ -96,17 +97,19 @@ class Network(nn.Module):
 
     def predict(self, images: np.ndarray # uint8 (B, size, size, C)
                ) -> torch.Tensor: # float32 (B, K), rows sum to 1
-        "Class probabilities of one batch, on the device of the network, in evaluation mode; each module is as it was afterwards."
+        "Class probabilities of one batch, on its device, in evaluation mode; each module is as it was afterwards."
         with evaluating(self), torch.inference_mode(): return self(as_pixels(images, self.device)).softmax(1)
 
     def save(self, file: str | Path # Target, `.safetensors`
             ) -> Path: # What `load_network` reads
-        """Write the weights under the architecture's own names, with everything else in the header. Raises OSError, naming the
-        file; ValueError where only a subset of the classes is chosen from, or the size is not known, which the file has to say."""
+        """Write the weights under the architecture's own names, with everything else in the header. Raises OSError,
+        naming the file; ValueError where only a subset of the classes is chosen from, or the size is not known."""
         if self.subset is not None: raise ValueError("subset must be None to be saved: a file holds all classes")
-        if self.size is None: raise ValueError("size must be known to be saved, got None: give the side of its images in pixels")
+        if self.size is None:
+            raise ValueError("size must be known to be saved, got None: give the side of its images in pixels")
         return save_weights(unwrapped(self.model), file, self.metadata)
 
+# %% ../nbs/04d_network.ipynb #b1000014
 def as_pixels(images: np.ndarray, # uint8 or float (N, H, W, C), 0..255
               device: str | torch.device = 'cpu' # Where they go
              ) -> torch.Tensor: # float32 (N, C, H, W)
@@ -120,7 +123,6 @@ def normalization(dls: DataLoaders # fastai's
         raise TypeError(f"learn.dls must hold fastai data loaders, which know how to normalize, not {type(dls.valid)}")
     norm = next((o for o in dls.valid.after_batch.fs if isinstance(o, Normalize)), None)
     return norm and (norm.mean.flatten().tolist(), norm.std.flatten().tolist())
-
 
 # %% ../nbs/04d_network.ipynb #b1000012
 class Ensemble(nn.Module):
@@ -140,7 +142,7 @@ def _networks_in(tensors): # of an ensemble, 0 of a single network; counted, not
 
 def load_network(file: str | Path, # A file that `Network.save` wrote
                  device: str | torch.device = 'cpu', # Where to put it
-                 arch: Callable[..., nn.Module] | None = None # The function that made the network, if one did; None: by the name in the file
+                 arch: Callable[..., nn.Module] | None = None # What made the network; None: by the name in the file
                 ) -> Network: # In evaluation mode
     "Read a network. Raises FileNotFoundError or ValueError, naming the file, if there is none."
     tensors, meta = load_tensors(Path(file))
@@ -150,7 +152,8 @@ def load_network(file: str | Path, # A file that `Network.save` wrote
     n = _networks_in(tensors)
     make = lambda: create_model(meta['arch'] if arch is None else arch, len(classes), len(mean))
     try: model = Ensemble([make() for _ in range(n)]) if n else make()
-    except ValueError as e: raise ValueError(f"{file}: {e}; where a function made the network, give it: load_model(..., arch=...)") from None
+    except ValueError as e:
+        raise ValueError(f"{file}: {e}; where a function made the network, give it: "
+                         "load_model(..., arch=...)") from None
     load_weights(model, Path(file))
     return Network(model, meta['arch'], classes, int(meta['size']), mean, std).to(device).eval()
-

@@ -19,7 +19,7 @@ import pandas as pd
 from PIL import Image
 
 from .datasets import ImageFileError, Split, load_image, square
-from .pseudo_labels import _duckdb, _parquet
+from .queries import connect, parquet_sql
 from .record import RunRecord, Truth, item_name, short
 from .runtables import MAX_CLASSES, Cell, Table, percent
 from .suspects import flipped_labels
@@ -74,11 +74,11 @@ def extremes(selected: str | Path, # Parquet file with item, label, confidence
              classes: int = MAX_CLASSES # Classes from the first
             ) -> pd.DataFrame: # item, label, confidence, top (1, 2, ... from the most confident), bottom (likewise)
     "The most and the least confident items of every class, no item twice."
-    with _duckdb() as con:
+    with connect() as con:
         return con.execute(f"""SELECT * FROM (SELECT item, label, confidence,
             row_number() OVER (PARTITION BY label ORDER BY confidence DESC, item) AS top,
             row_number() OVER (PARTITION BY label ORDER BY confidence, item DESC) AS bottom
-            FROM {_parquet([selected])} WHERE label < {int(classes)})
+            FROM {parquet_sql([selected])} WHERE label < {int(classes)})
             WHERE top <= {int(n)} OR bottom <= {int(n)} ORDER BY label, top""").df()
 
 @dataclass

@@ -18,12 +18,12 @@ import pandas as pd
 import torch
 
 from .archives import is_archive
+from .background import ahead
 from .datasets import as_frame, check_files, image_files, is_table, pick_column, read_table
 from .datasets import Split, list_images, load_images
 from .files import write_text
 from .network import Network, evaluating
 from .precision import half_of
-from .pseudo_labels import _ahead
 
 # %% ../nbs/05a_predictions.ipynb #f8565925
 def _named(items, folder, image, suffix): # files or uint8 (N, H, W, C), and a Series of the names that the result has
@@ -85,7 +85,7 @@ def _parts(networks, images, bs): # (positions of images that could be read, the
         first, *others = read.values()
         good = np.array(sorted(set(first.good).intersection(*(o.good for o in others))), dtype=np.int64)
         return start + good, {k: o.images[np.isin(o.good, good)] for k, o in read.items()}, first.bad
-    yield from _ahead(read, range(0, len(images), part))
+    yield from ahead(read, range(0, len(images), part))
 
 def _mean_probabilities(networks, images, bs, progress): # float32 (N, K), NaN for what is in the list of BadImage
     probs = np.full((len(images), len(networks[0].classes)), np.nan, np.float32)
@@ -173,7 +173,7 @@ def _in_order(table, ids): # the rows of `table` for `ids`, which hold file name
 def write_submission(
     table: pd.DataFrame, # Of `predict_table`
     file: str | Path, # Target, .csv
-    columns: Sequence[str] | Mapping[str, str] | None = None, # Headers, of image and label or of image and classes; or {header: column}
+    columns: Sequence[str] | Mapping[str, str] | None = None, # Headers: image, then label or classes; {header: column}
     stem: bool = False, # Image names without suffix
     like: str | Path | pd.DataFrame | None = None, # A sample submission: its headers, its ids, its order of rows
     fill: str | None = None, # Class of images that could not be read; None leaves their cells empty, with a warning

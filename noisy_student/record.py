@@ -16,7 +16,8 @@ import pandas as pd
 
 from .datasets import Splits
 from .files import altered, unsealed
-from .pseudo_labels import _batches, selected_by, share_cuts
+from .label_table import batches
+from .pseudo_labels import selected_by, share_cuts
 from .rundir import RunDir
 
 # %% ../nbs/10b_record.ipynb #b1000006
@@ -92,7 +93,7 @@ def _count_labels(folder, K, truth):
     def per_class(label, weights=None): return np.bincount(label, weights, K).astype(int)
     seen, passed, kept, rows, right_of, known_of = np.zeros((6, K), int)
     hits, right_passed, known_passed = np.zeros((3, BINS), int), 0, 0
-    for c in (c for f in files for c in _batches(f, 1 << 16, ['item', 'label', 'confidence'])):
+    for c in (c for f in files for c in batches(f, 1 << 16, ['item', 'label', 'confidence'])):
         items, label, confidence = (np.asarray(c[o]) for o in ('item', 'label', 'confidence'))
         over, true = passing(items, label, confidence), truth(items)
         known, right = true >= 0, true == label
@@ -101,7 +102,7 @@ def _count_labels(folder, K, truth):
         right_passed += int((over & right).sum()); known_passed += int((over & known).sum())
         where = np.minimum((confidence * BINS).astype(int), BINS - 1)
         for n, these in zip(hits, (right, known & ~right, ~known)): n += np.bincount(where[these], minlength=BINS)
-    for c in _batches(chosen, 1 << 16, ['label', 'copies']):
+    for c in batches(chosen, 1 << 16, ['label', 'copies']):
         kept += per_class(c['label']); rows += per_class(c['label'], c['copies'])
     share, share_of = how.get('share'), how.get('share_of', 'pool')
     return RoundLabels(chosen, everything if everything.exists() else None, seen, passed, kept, rows, *hits, right_of,

@@ -17,7 +17,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .datasets import load_image, square
-from .pseudo_labels import PseudoLabelError, _check_sources, _duckdb, _meta, _parquet, _quoted, _sql
+from .label_table import PseudoLabelError
+from .queries import connect, parquet_sql, run_query
+from .sources import find_labels
 
 # %% ../nbs/08a_suspects.ipynb #70c9bef9
 def _checked(labels, probs): # int64 (N,), float64 (N, K) with rows that sum to 1
@@ -26,8 +28,8 @@ def _checked(labels, probs): # int64 (N,), float64 (N, K) with rows that sum to 
         raise ValueError(f"labels of shape {labels.shape} and probabilities of shape {probs.shape} do not fit: "
                          "give labels (N,) and probabilities (N, K), one row per image and at least one image")
     if labels.dtype.kind not in 'iu' or not 0 <= labels.min() <= labels.max() < probs.shape[1]:
-        raise ValueError(f"labels must be whole numbers in 0..{probs.shape[1] - 1}, one per column of the probabilities, "
-                         f"but are {labels.dtype} from {labels.min()} to {labels.max()}")
+        raise ValueError(f"labels must be whole numbers in 0..{probs.shape[1] - 1}, one per column of probabilities, "
+                         f"got {labels.dtype} from {labels.min()} to {labels.max()}")
     total = probs.sum(1, keepdims=True)
     if not np.isfinite(probs).all() or (probs < 0).any() or np.abs(total - 1).max() > .01: # float16 rounds
         raise ValueError("every row must hold probabilities that sum to 1: pass logits through a softmax first, "
@@ -66,8 +68,8 @@ def show_suspects(
     classes: list[str], # K class names
     n: int = 16, # Pictures at most, from the top of the table
 ) -> Figure: # A grid of pictures titled "label → predicted", flagged ones in red
-    """The first `n` suspects as pictures. Raises ValueError if there is nothing to show, `ImageFileError` for a file that is
-    no picture."""
+    """The first `n` suspects as pictures. Raises ValueError if there is nothing to show, `ImageFileError` for a file
+    that is not an image."""
     if n < 1 or not len(table): raise ValueError(f"nothing to show: {len(table)} suspects, n={n}")
     suspects = list(table.head(n).itertuples())
     cols = min(8, len(suspects))
@@ -78,31 +80,29 @@ def show_suspects(
         image = images[o.position]
         image = image.squeeze() if isinstance(image, np.ndarray) else np.asarray(square(load_image(image, 128), 128))
         ax.imshow(image, cmap='gray' if image.ndim == 2 else None)
-        ax.set_title(f"{classes[o.label]} → {classes[o.predicted]}", fontsize=8, color='tab:red' if o.issue else 'black')
+        ax.set_title(f"{classes[o.label]} → {classes[o.predicted]}", fontsize=8,
+                     color='tab:red' if o.issue else 'black')
     return fig
 
 # %% ../nbs/08a_suspects.ipynb #4095d99a
-def _pools(files): return {_meta(f).get('pool') for f in files} # digests; {None}: made elsewhere
-
 def flipped_labels(
     before: str | Path | list, # Folder(s) of predict_pseudo_labels: the earlier round
     after: str | Path | list, # Likewise: a later round, of the same pool
 ) -> pd.DataFrame: # item, label_before, label_after (class names), confidence_before, confidence_after
     """The items whose pseudo label differs between two labelings, highest confidence afterwards first, ties by item.
     Items that only one of them has, because the file could not be read, are left out. Raises `PseudoLabelError` if the
-    tables are of different pools or classes, or one is missing, damaged or incomplete."""
-    (a, old, _), (b, new, _) = _check_sources(before), _check_sources(after)
-    if _pools(a) != _pools(b):
+    tables are of different pools or classes, or one is missing, damaged or incomplete; ImportError without DuckDB."""
+    (a, old, pools), (b, new, others) = find_labels(before), find_labels(after)
+    if pools != others:
         raise PseudoLabelError(f"{a[0].parent} and {b[0].parent} label different pools of images: "
                                "give two rounds over one pool")
     if old.get('classes') != new.get('classes'):
         raise PseudoLabelError(f"{a[0].parent} has the classes {old.get('classes')}, but {b[0].parent} has "
                                f"{new.get('classes')}: they must be the same")
-    with tempfile.TemporaryDirectory(prefix='flipped-') as spill, _duckdb() as con:
-        con.execute(f"SET temp_directory = {_quoted(spill)}")
-        table = _sql(con, f"""SELECT item, a.label AS label_before, b.label AS label_after,
+    with tempfile.TemporaryDirectory(prefix='flipped-') as spill, connect(spill) as con:
+        table = run_query(con, f"""SELECT item, a.label AS label_before, b.label AS label_after,
             a.confidence AS confidence_before, b.confidence AS confidence_after
-            FROM {_parquet(a)} a JOIN {_parquet(b)} b USING (item)
+            FROM {parquet_sql(a)} a JOIN {parquet_sql(b)} b USING (item)
             WHERE a.label <> b.label ORDER BY confidence_after DESC, item""", [*a, *b]).df()
     if classes := old.get('classes'):
         for col in ('label_before', 'label_after'): table[col] = [classes[i] for i in table[col]]

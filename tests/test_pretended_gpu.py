@@ -20,15 +20,17 @@ from noisy_student.dataloaders import PadCropFlip, ResizedCropFlip, mixed_datalo
 from noisy_student.datasets import Split, Splits
 from noisy_student.evaluation import evaluate_run
 from noisy_student.fitting import fit_resumably, splitter
+from noisy_student.label_table import read_metadata
 from noisy_student.learner import Noise, noisy_student_learner
 from noisy_student.models import create_model
 from noisy_student.precision import Half, in_bf16
-from noisy_student.pseudo_labels import PseudoLabelError, _meta, _Teacher, predict_pseudo_labels, read_selection, select_pseudo_labels
+from noisy_student.pseudo_labels import PseudoLabelError, predict_pseudo_labels, read_selection, select_pseudo_labels
 from noisy_student.randaugment import BatchRandAugment
 from noisy_student.recipes import get_recipe
 from noisy_student.resolution import accuracy_by_size, fix_resolution
 from noisy_student.rounds import NoisyStudent, load_model
 from noisy_student.tabular import TabularNoisyStudent, TabularRecipe
+from noisy_student.teacher import Teacher
 from noisy_student.training import EMA, TeacherTargets, optimizer
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore"), pytest.mark.once]
@@ -187,7 +189,7 @@ def test_labeling_waits_once_per_part(gpu, tmp_path):
 
 def test_labeled_batch_never_waits(watched):
     for teacher, kwargs in teachers():
-        t = _Teacher(teacher, IMAGES, CLASSES, **{k: v for k, v in kwargs.items() if k != "classes"})
+        t = Teacher(teacher, IMAGES, CLASSES, **{k: v for k, v in kwargs.items() if k != "classes"})
         views = [t.view(IMAGES[i:i + 16])[0] for i in (0, 16, 32)]
         assert all(o.dtype == torch.uint8 and o.is_pinned() for o in views)
         with t.evaluating():
@@ -197,9 +199,9 @@ def test_labeled_batch_never_waits(watched):
 
 
 def test_forward_passes_stay_small_enough_for_kernels_that_count_in_32_bits(gpu, monkeypatch):
-    monkeypatch.setattr("noisy_student.pseudo_labels._PIXELS", 20 * 16 * 16)
+    monkeypatch.setattr("noisy_student.teacher._PIXELS", 20 * 16 * 16)
     teacher, kwargs = next(teachers())
-    t, sizes = _Teacher(teacher, IMAGES, CLASSES, 16), []
+    t, sizes = Teacher(teacher, IMAGES, CLASSES, 16), []
     with t.evaluating():
         whole = t.logits(t.view(IMAGES[:16])[0])
         teacher.register_forward_pre_hook(lambda _, x: sizes.append(len(x[0])))
@@ -232,7 +234,7 @@ def test_labeling_takes_the_half_precision_that_a_gpu_is_fast_at(tmp_path, bf16)
         half = labels("half", device="cuda")
         off = labels("off", device="cuda", bf16=False)
     assert np.array_equal(off, exact) and 0 < np.abs(half - exact).max() < .03
-    assert _meta(next((tmp_path/"half").glob("*.parquet")))["precision"] == ("bfloat16" if bf16 else "float16")
+    assert read_metadata(next((tmp_path/"half").glob("*.parquet")))["precision"] == ("bfloat16" if bf16 else "float16")
 
 
 def test_another_kind_of_device_goes_on_with_a_labeling(tmp_path):
@@ -242,7 +244,7 @@ def test_another_kind_of_device_goes_on_with_a_labeling(tmp_path):
     with PretendedGPU(), pytest.raises(KeyboardInterrupt): predict_pseudo_labels(teacher, IMAGES, tmp_path/"a", device="cuda", bs=12, progress=stop, **kwargs)
     with PretendedGPU(bf16=False): predict_pseudo_labels(teacher, IMAGES[:], tmp_path/"a", device="cuda", **kwargs)
     predict_pseudo_labels(teacher, IMAGES, tmp_path/"a", **kwargs)
-    found = [_meta(o)["precision"] for o in sorted((tmp_path/"a").glob("*.parquet"))]
+    found = [read_metadata(o)["precision"] for o in sorted((tmp_path/"a").glob("*.parquet"))]
     assert len(found) == 4 and set(found) == {"bfloat16", "float16"}
     with pytest.raises(PseudoLabelError, match="precision"): predict_pseudo_labels(teacher, IMAGES, tmp_path/"a", bf16=False, **kwargs)
 

@@ -685,16 +685,15 @@ def test_out_of_memory_with_one_image(tmp_path):
 
 def test_writing_beside_computing(tmp_path, monkeypatch):
     "A part is written while the next one is computed; when writing fails, that is the error, and no later part appears"
-    from noisy_student import pseudo_labels
     torch.manual_seed(0)
     model, wrote, threads = Crowded(1000), [], set()
-    write = pseudo_labels.pq.write_table
+    write = pq.write_table
     def watched(table, file, *args, **kw):
         threads.add(threading.current_thread() is threading.main_thread())
         if len(wrote) == 2: raise OSError(28, 'No space left on device')
         wrote.append(file)
         return write(table, file, *args, **kw)
-    monkeypatch.setattr(pseudo_labels.pq, 'write_table', watched)
+    monkeypatch.setattr(pq, 'write_table', watched)
     with pytest.raises(OSError, match='No space left'): predict_pseudo_labels(model, _pool(60), tmp_path/'t', part_size=10)
     assert threads == {False} and len(list((tmp_path/'t').glob('*.parquet'))) == 2
     monkeypatch.undo()
@@ -727,3 +726,18 @@ def test_labels_left_out_are_known_when_labeling_goes_on(tmp_path):
         assert items == [i if names is None else names[i] for i in range(20) if i not in gone]
         for other in (None, {4: "also a test image", 11: "also a test image"}):
             with pytest.raises(PseudoLabelError, match="what differs: left_out"): predict_pseudo_labels(net, images, out, **call, leave_out=other)
+
+
+def test_duckdb_is_needed_for_nothing_but_selecting(tmp_path, monkeypatch):
+    "Labeling, relabeling and reading go without it; no module loads it by being imported."
+    import ast, noisy_student
+    for f in Path(noisy_student.__file__).parent.glob("*.py"):
+        top = [o for node in ast.parse(f.read_text()).body for o in ([node] if isinstance(node, (ast.Import, ast.ImportFrom)) else [])]
+        assert "duckdb" not in [o.name.split(".")[0] for node in top for o in node.names] + [getattr(o, "module", None) for o in top], f
+    x = random_images(20)
+    sel = select_pseudo_labels(predict_pseudo_labels(conv_net(), x, tmp_path/"a"), tmp_path/"s.parquet", 0., 5)
+    monkeypatch.setitem(sys.modules, "duckdb", None)  # as where it is not installed
+    out = predict_pseudo_labels(conv_net(), x, tmp_path/"b")
+    assert relabel_pseudo_labels(conv_net(1), sel, tmp_path/"r.parquet", x).summary["rows"].sum() == sel.summary["rows"].sum()
+    assert len(read_selection(tmp_path/"r.parquet")) == len(sel)
+    with pytest.raises(ImportError, match="pip install duckdb"): select_pseudo_labels(out, tmp_path/"t.parquet", 0.)
