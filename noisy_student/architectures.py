@@ -72,8 +72,9 @@ def small_image(
     "The variant whose stages 2 and 3 keep the size of their input. Raises ValueError for another network."
     firsts: list[Any] = [next(iter(o.children()), None) for o in list(getattr(model, 'blocks', []))[1:3]]
     convs = [o.conv_dw for o in firsts if getattr(getattr(o, 'conv_dw', None), 'stride', None) == (2, 2)]
-    if len(convs) != 2: raise ValueError(f"{arch!r}: only EfficientNets have a small-image variant, such as "
-                                         "tf_efficientnet_b0_small_image")
+    if len(convs) != 2:
+        raise ValueError(f"{arch!r}: only EfficientNets have a small-image variant, such as "
+                         "tf_efficientnet_b0_small_image")
     for conv in convs: conv.stride = (1, 1) # timm's padding follows the stride
     for o in model.feature_info: o['reduction'] //= min(4, 2 ** (o['stage'] - 1))
     model.pretrained_cfg = {**model.pretrained_cfg, 'architecture': arch} # timm cannot make it from its own name

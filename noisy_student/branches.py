@@ -24,9 +24,9 @@ def survival_probs(
 
     Raises `ValueError` for values out of range.
     """
-    if n_blocks < 1: raise ValueError(f'n_blocks is {n_blocks}: a network needs at least one residual block.')
-    if not 0 < last <= 1: raise ValueError(f'last is {last}: a survival probability lies in (0, 1].')
-    if rule not in ('huang', 'reference'): raise ValueError(f"rule is {rule!r}: use 'huang' or 'reference'.")
+    if n_blocks < 1: raise ValueError(f'n_blocks must be at least 1, got {n_blocks}')
+    if not 0 < last <= 1: raise ValueError(f'last must be a survival probability in (0, 1], got {last}')
+    if rule not in ('huang', 'reference'): raise ValueError(f"rule must be 'huang' or 'reference', got {rule!r}")
     index = np.arange(n_blocks) + (rule == 'huang')
     return 1 - index / n_blocks * (1 - last)
 

@@ -45,7 +45,7 @@ class ClassifierDropout(TrainingNoise):
         self,
         p: float = 0.5, # Probability of dropping a feature, in [0, 1)
     ):
-        if not 0 <= p < 1: raise ValueError(f'dropout is {p}: a probability of dropping a feature lies in [0, 1).')
+        if not 0 <= p < 1: raise ValueError(f'dropout must be in [0, 1), got {p}')
         self.p = p
 
     def heads(

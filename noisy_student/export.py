@@ -84,7 +84,8 @@ def push_to_hub(
     if not timm.is_model(cfg.get('architecture') or ''):
         raise ValueError(f"timm cannot load a {cfg.get('architecture') or type(net).__name__} from the hub: "
                          "use export_safetensors or export_onnx")
-    if net.num_classes != len(classes): raise ValueError(f"{len(classes)} classes for {net.num_classes} outputs")
+    if net.num_classes != len(classes):
+        raise ValueError(f"classes must be {net.num_classes} names, one per output, got {len(classes)} classes")
     net.pretrained_cfg = {**cfg, 'input_size': (len(mean), size, size), 'mean': tuple(mean), 'std': tuple(std),
                           'num_classes': len(classes), 'crop_pct': 1., 'test_input_size': None}
     return timm.models.push_to_hf_hub(net, repo_id, model_config=dict(label_names=list(classes)),

@@ -53,7 +53,8 @@ def augment(
     reference: bool = False, # Wrap large arguments as google-research/noisystudent does
 ) -> Tensor: # As `x`
     "`x` after the operations in `draws`. Raises ValueError unless there is a draw for each of its images."
-    if draws.op.shape[1] != len(x): raise ValueError(f"draws for {draws.op.shape[1]} images, but there are {len(x)}")
+    if draws.op.shape[1] != len(x):
+        raise ValueError(f"draws must be for {len(x)} images, got draws for {draws.op.shape[1]} images")
     return (len(x) and _fused(x.device, x.dtype) or grouped.augment)(x, draws, reference)
 
 
@@ -100,7 +101,7 @@ def apply_op(
         v, at = np.broadcast_to(np.asarray(v, np.float64), b), np.broadcast_to(np.asarray(at, int), (b, 2))
     except ValueError as e:
         raise ValueError(f"value and center must be one for all, or one for each of the {b} images") from e
-    if not np.isfinite(v).all(): raise ValueError(f"the value of {name} must be finite, got {value}")
+    if not np.isfinite(v).all(): raise ValueError(f"value must be finite, got {value} for {name}")
     if isinstance(img, Image.Image):
         return apply_pil(img, name, float(v[0]), at[0].tolist(), reference) # type: ignore[return-value]
     draws = Draws(np.full((1, b), OPS.index(name)), v[None], at[None])

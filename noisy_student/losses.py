@@ -43,14 +43,14 @@ def _rows(losses, sizes, n, unlabeled_weight):
     return torch.cat([r * part * (len(losses) / _total(part, sizes, rows)) for part, rows, r in parts])
 
 def _check(label_smoothing, labeled, unlabeled_weight, reduction, weight):
-    if not 0 <= label_smoothing < 1: raise ValueError(f'label_smoothing is {label_smoothing}: it lies in [0, 1).')
-    if labeled is not None and labeled < 0: raise ValueError(f'labeled is {labeled}: it is a number of rows.')
+    if not 0 <= label_smoothing < 1: raise ValueError(f'label_smoothing must be in [0, 1), got {label_smoothing}')
+    if labeled is not None and labeled < 0: raise ValueError(f'labeled must be a number of rows, got {labeled}')
     if unlabeled_weight is not None and labeled is None:
-        raise ValueError('unlabeled_weight needs labeled, the number of labeled rows in a batch.')
+        raise ValueError('labeled must be given for unlabeled_weight, got None: the number of labeled rows in a batch')
     if unlabeled_weight is not None and unlabeled_weight < 0:
-        raise ValueError(f'unlabeled_weight is {unlabeled_weight}: it is at least 0.')
+        raise ValueError(f'unlabeled_weight must be at least 0, got {unlabeled_weight}')
     if reduction not in ('mean', 'sum', 'none'):
-        raise ValueError(f"reduction is {reduction!r}: use 'mean', 'sum' or 'none'.")
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
     if weight is not None and not (weight.ndim == 1 and bool((weight >= 0).all()) and bool(weight.any())):
         raise ValueError(f'weight must be a tensor (K,) of numbers from 0 on, not all 0, got {weight}: use '
                          'class_weights(labels, n_classes).')
@@ -88,8 +88,8 @@ class SoftLabelCrossEntropy(nn.Module):
         soft = targ.is_floating_point()
         if pred.ndim != 2 or targ.shape != (pred.shape if soft else pred.shape[:1]):
             kind = 'float' if soft else 'int'
-            raise ValueError(f'Predictions of shape {tuple(pred.shape)} and {kind} targets of shape '
-                             f'{tuple(targ.shape)} do not fit: use (B, K) with int (B,) or float (B, K) targets.')
+            raise ValueError(f'targets must fit predictions (B, K) as int (B,) or float (B, K), got {kind} '
+                             f'{tuple(targ.shape)} for {tuple(pred.shape)}')
         weight = self._weight_for(pred)
         if not soft:
             losses = F.cross_entropy(pred, targ.long(), weight, reduction='none', label_smoothing=self.label_smoothing)
@@ -155,7 +155,7 @@ def class_weights(
 
 # %% ../nbs/03_losses.ipynb #ad6129a0
 def _check_temperature(temperature):
-    if not temperature > 0: raise ValueError(f'temperature is {temperature}: it has to be greater than 0.')
+    if not temperature > 0: raise ValueError(f'temperature must be greater than 0, got {temperature}')
 
 def temperature_softmax(
     logits: Tensor, # float, shape (..., K)

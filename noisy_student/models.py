@@ -133,7 +133,8 @@ def create_model(
     function that makes no network of `n_out` outputs."""
     if isinstance(arch, nn.Module):
         if not isinstance(pretrained, bool):
-            raise ValueError("pretrained is a file and arch a module: call load_pretrained(module, file) instead")
+            raise ValueError("pretrained must be True or False for a module, got a file: call "
+                             "load_pretrained(module, file) instead")
         return arch
     if not (isinstance(arch, str) or callable(arch)):
         raise ValueError(f"arch must be a name, a module or a function that makes one, got {type(arch).__name__}")

@@ -78,7 +78,7 @@ def check_ops(
 ):
     "Raises ValueError, naming the choice, unless all `names` are operations."
     unknown = [o for o in names if o not in OP_TABLE]
-    if unknown: raise ValueError(f"unknown RandAugment operation {unknown[0]!r}; choose from {', '.join(OPS)}")
+    if unknown: raise ValueError(f"operations must be among {', '.join(OPS)}, got {unknown[0]!r}")
 
 # %% ../nbs/01b_ops.ipynb #644e092b
 def posterize_bits(

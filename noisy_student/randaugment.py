@@ -43,12 +43,12 @@ class _Policy(DisplayedTransform):
         cutout: float | None = None, # Px of Cutout's half side at m=10; None: by the image's size
         seed: int | None = None, # Of an own random stream; None: torch's global generator
     ):
-        if n < 1: raise ValueError(f"n must be at least 1, got {n}; for no augmentation leave the transform out")
+        if n < 1: raise ValueError(f"n must be at least 1, got {n}: for no augmentation leave the transform out")
         if not 0 <= m < math.inf: raise ValueError(f"m must be 0 or more, got {m}")
         if schedule not in _SCHEDULES:
-            raise ValueError(f"unknown schedule {schedule!r}; choose from {', '.join(_SCHEDULES)}")
+            raise ValueError(f"schedule must be one of {', '.join(_SCHEDULES)}, got {schedule!r}")
         ops = tuple(ops)
-        if not ops: raise ValueError("ops is empty; give at least one name of OPS")
+        if not ops: raise ValueError("ops must have at least one name of OPS, got none")
         check_ops(ops)
         store_attr('n,m,ops,schedule,reference,translate,cutout,seed')
         super().__init__()

@@ -58,8 +58,8 @@ class StochasticDepth(TrainingNoise):
         skip: bool = True, # Do not compute dropped branches; False: their batch norms see all images
     ):
         survival_probs(1, last, rule) # raises for values out of range
-        if per not in ('sample', 'batch'): raise ValueError(f"per is {per!r}: use 'sample' or 'batch'.")
-        if scale not in ('train', 'test'): raise ValueError(f"scale is {scale!r}: use 'train' or 'test'.")
+        if per not in ('sample', 'batch'): raise ValueError(f"per must be 'sample' or 'batch', got {per!r}")
+        if scale not in ('train', 'test'): raise ValueError(f"scale must be 'train' or 'test', got {scale!r}")
         self.last, self.rule, self.per, self.scale, self.skip = last, rule, per, scale, skip
 
     def plan(

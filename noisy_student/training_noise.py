@@ -46,7 +46,7 @@ class TrainingNoise(Callback):
     order, run_valid = 100, False # late: whatever else prepares or wraps the model has done so
     _undo = None
 
-    def attach(self, undo: ExitStack): raise NotImplementedError(f'{type(self).__name__} has to implement attach(undo)')
+    def attach(self, undo: ExitStack): raise NotImplementedError(f'{type(self).__name__} must implement attach(undo)')
 
     def detach(self):
         "Take all changes back; does nothing if there are none."
