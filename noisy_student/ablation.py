@@ -69,8 +69,8 @@ def same_images(full: Recipe, # The recipe that says how many
                 change: Mapping, # Fields of `Recipe` that differ
                 n_labeled: int # Labeled images
                ) -> Recipe: # Trains on as many images as `full`, up to the last epoch
-    """The changed recipe, its epochs such that the number of images stays. Raises ValueError for a change of the epochs,
-    or if the teacher alone takes too many."""
+    """The changed recipe, its epochs such that the number of images stays. Raises ValueError for a change of epochs, or
+    if the teacher alone takes too many."""
     if 'epochs' in change:
         raise ValueError("epochs cannot be varied: they follow from the number of images, which is the same for all "
                          "variants")

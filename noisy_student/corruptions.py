@@ -32,7 +32,7 @@ def _library(): # imagecorruptions as a private module: its functions, and `np`,
     import builtins
     from importlib.util import find_spec
     try:
-        import cv2, scipy.ndimage, skimage.color, skimage.filters, skimage.util
+        import cv2, scipy.ndimage, skimage.color, skimage.filters, skimage.util # noqa: F401
         where = find_spec('imagecorruptions')
         if where is None: raise ImportError("No module named 'imagecorruptions'")
     except ImportError as e:
