@@ -20,14 +20,12 @@ from .columns import as_frame, check_files, image_files, pick_column
 from .files import file_sha256
 from .folders import from_folder, labeled_folder
 from .frames import from_df
-from .images import BadImage, Decoded, ImageFileError, MAX_PIXELS, load_image, load_images, new_array, square
+from .images import BadImage, Decoded, ImageFileError, MAX_PIXELS, load_image, load_images, square
 from .listing import list_files, list_images
 from .pools import find_pool, join_pools, without_labeled
 from .splits import Split, Splits, hold_out, labeled_subset, stratified
 from .svhn import SVHN_STATS, svhn
 from .tables import from_csv, is_table, open_data, read_table
-
-_new_array = new_array
 
 # %% ../nbs/00e_datasets.ipynb #92949264
 _all_ = ['Split', 'Splits', 'stratified', 'MAX_PIXELS', 'ImageFileError', 'BadImage', 'load_image', 'Decoded', 'square',
