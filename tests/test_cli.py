@@ -328,9 +328,9 @@ def test_damaged_models(teacher, mistake, tmp_path):
 
 @pytest.mark.skipif(os.name != 'posix', reason='signals and pipes of POSIX')
 def test_ctrl_c_and_broken_pipe(monkeypatch, capsys):
-    import noisy_student.cli as cli
+    from noisy_student import commands_train
     def interrupted(*_, **__): raise KeyboardInterrupt
-    monkeypatch.setattr(cli, 'load_data', interrupted)
+    monkeypatch.setattr(commands_train, 'load_data', interrupted)
     assert main(['run', 'digits']) == 130
     assert capsys.readouterr().err == 'stopped; the same command goes on from here\n'
     code = "import sys; from noisy_student.cli import main; sys.exit(main())"
