@@ -20,7 +20,7 @@ from .commands_train import run, train
 from .commands_use import export, predict
 from .files import stoppable
 from .output import error_text, plain_warnings, show_progress, to_stderr
-from .sources import DATA, load_data
+from .inputs import DATA, load_data
 from .threads import wait_passively
 
 _all_ = ['run', 'label', 'select', 'relabel', 'train', 'ablate', 'evaluate', 'predict', 'suspects', 'report', 'export',

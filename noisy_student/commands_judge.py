@@ -15,7 +15,7 @@ import typer
 from .files import unsealed
 from .options import DeviceOpt, JsonOpt, option
 from .output import print_run, print_table, records, show_progress, to_stderr
-from .sources import data_of_run, load_data
+from .inputs import data_of_run, load_data
 from .trained import about_run, open_network, require_model, require_run
 
 # %% ../nbs/12h_commands_judge.ipynb #12h00006

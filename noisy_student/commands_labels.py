@@ -16,7 +16,7 @@ from .noise import Noise
 from .options import (BatchOpt, DeviceOpt, JsonOpt, LabelsOpt, ModelArg, RecipeOpt, SeedOpt, option)
 from .output import print_table, records, show_progress
 from .recipes import Recipe
-from .sources import closed_archives, data_of_run, load_pool, selected_items
+from .inputs import closed_archives, data_of_run, load_pool, selected_items
 from .trained import open_network, require_model, require_run
 
 # %% ../nbs/12g_commands_labels.ipynb #12g00006

@@ -15,7 +15,7 @@ import typer
 from .options import (DataArg, DeviceOpt, EpochsOpt, JsonOpt, LabelsOpt, RecipeOpt, SizeOpt, given, option)
 from .output import print_table, records, show_progress
 from .recipes import RECIPES, get_recipe, recipe_table
-from .sources import DATA, DEFAULT_ARCHS, FOLDER, load_data
+from .inputs import DATA, DEFAULT_ARCHS, FOLDER, load_data
 
 # %% ../nbs/12j_commands_recipes.ipynb #12j00006
 def recipes(

@@ -19,7 +19,7 @@ from .options import (AutoBatchOpt, BsOpt, DataArg, DeviceOpt, EpochsOpt, FoldsO
     given, noise_named, option, settings_of, weights_named)
 from .output import print_run, records, show_progress, to_stderr
 from .recipes import get_recipe
-from .sources import DATA, DEFAULT_ARCHS, FOLDER, load_data, selected_items, source_of
+from .inputs import DATA, DEFAULT_ARCHS, FOLDER, load_data, selected_items, source_of
 
 # %% ../nbs/12f_commands_train.ipynb #12f00006
 def run_settings(

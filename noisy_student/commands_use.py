@@ -15,7 +15,7 @@ import typer
 from .files import did_you_mean, folders_beside, unsealed
 from .options import DeviceOpt, ImageColumnOpt, ImagesOpt, JsonOpt, ModelArg, SuffixOpt, given, option
 from .output import show_progress, to_stderr
-from .sources import flag_of
+from .inputs import flag_of
 from .trained import open_network, require_model
 
 # %% ../nbs/12i_commands_use.ipynb #12i00006

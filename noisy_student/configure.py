@@ -141,7 +141,7 @@ class Configured(NamedTuple):
 
 def configure(
     data: Splits, # The images
-    archs: Any = None, # Architectures, teacher first, as `create_model` takes them; None: the recipe's, or one that fits
+    archs: Any = None, # Architectures, teacher first, as `create_model` takes them; None: the recipe's, or what fits
     recipe: str | Recipe = 'auto', # A name in `RECIPES`, a recipe, or 'auto'
     noise: Noise | None = None, # Of the students; None: the recipe's
     device: torch.device = torch.device('cpu'), # Where it trains

@@ -125,6 +125,7 @@ def teacher(one_thread, folder, tmp_path_factory): # directory of a run that is 
 ])
 def test_wrong_usage_is_one_line(line, saying, mistake, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    picture((200, 60, 60)).save('photo.png')
     mistake(saying, *line.split())
 
 
@@ -320,6 +321,7 @@ def test_stages_on_digits(call, mistake, tmp_path):
 def test_damaged_models(teacher, mistake, tmp_path):
     whole = (teacher/'round_0'/'model.safetensors').read_bytes()
     bad = tmp_path/'model.safetensors'
+    picture((200, 60, 60)).save(tmp_path/'a.png')
     for data in (b'', b'junk' * 100, whole[:len(whole) // 2]):
         bad.write_bytes(data)
         mistake(r"model.safetensors is not a whole safetensors file", 'predict', bad, tmp_path/'a.png', '--device', 'cpu')
