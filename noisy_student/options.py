@@ -7,8 +7,9 @@ Docs: https://noisy-student.github.io/noisy_student/options.html.md"""
 # %% auto #0
 __all__ = ['DataArg', 'ModelArg', 'LabelsOpt', 'SizeOpt', 'PretrainedOpt', 'EpochsOpt', 'RecipeOpt', 'SeedOpt', 'DeviceOpt',
            'AutoBatchOpt', 'BatchOpt', 'JsonOpt', 'ImagesOpt', 'ImageColumnOpt', 'LabelColumnOpt', 'ValidColumnOpt',
-           'GroupColumnOpt', 'SuffixOpt', 'TimeLimitOpt', 'BsOpt', 'LrOpt', 'StepsOpt', 'RatioOpt', 'ShareOpt',
-           'NoiseOpt', 'FoldsOpt', 'ForceOpt', 'SetOpt', 'noise_named', 'parse_value', 'weights_named', 'settings_of']
+           'GroupColumnOpt', 'SuffixOpt', 'RoundsOpt', 'ThresholdOpt', 'TimeLimitOpt', 'BsOpt', 'LrOpt', 'StepsOpt',
+           'RatioOpt', 'ShareOpt', 'NoiseOpt', 'FoldsOpt', 'ForceOpt', 'SetOpt', 'help_of', 'option', 'noise_named',
+           'parse_value', 'weights_named', 'settings_of', 'given']
 
 # %% ../nbs/12c_options.ipynb #736b19a9
 import os, re
@@ -18,104 +19,121 @@ from typing import Annotated, Any, Optional, get_args
 
 import typer
 
+from .auto import seconds
+from .docstrings import comments
 from .files import did_you_mean
 from .noise import Noise
 from .recipes import Recipe, setting_hint
 
+# %% ../nbs/12c_options.ipynb #0c0a0001
+def help_of(
+    where: str, # module.function.parameter, or module.class.field, of this package
+    default: str | None = None, # What the command does without the option; None: what the comment says
+) -> str: # One or two sentences
+    "What the comment beside a parameter says, for `--help`."
+    module, name, parameter = where.split('.')
+    said = comments(f'noisy_student.{module}', name)[parameter]
+    text, *without = re.split(r'; (?:None|default):? ', said, maxsplit=1)
+    if default is None and without: default = without[0]
+    def plain(o): return re.sub(r"'([\w.:]+)'", r'\1', re.sub(r', see `\w+`|`', '', o)) # without marks of code
+    return f"{plain(text)}{'' if text.endswith('.') else '.'}{f' Default: {plain(default)}.' if default else ''}"
+
+def option(
+    where: str, # As `help_of` takes it
+    metavar: str | None = None, # What stands for the value in the help
+    *flags: str, # Names such as --bs; none: that of the parameter
+    default: str | None = None, # As `help_of` takes it
+    show_default: bool | str = False, # Whether the value in the signature is shown, or what is shown instead
+    **limits # Such as min and max
+) -> Any:
+    "An option of the command line that is explained where the function is."
+    return typer.Option(*flags, metavar=metavar, help=help_of(where, default), show_default=show_default, **limits)
+
 # %% ../nbs/12c_options.ipynb #ad130810
-def _is_device(value: Optional[str]) -> Optional[str]: # checked before torch is there
+def _is_device(value: Optional[str]) -> Optional[str]: # before torch is there
     if value is None or re.fullmatch(r'cpu|mps|cuda(:\d+)?', value): return value
     raise typer.BadParameter(f"{value!r} is none of cpu, cuda, cuda:0, cuda:1, ..., mps")
 
 def _is_length(value: Optional[str]) -> Optional[str]: # of time
-    if value is None: return None
-    from noisy_student.auto import seconds
-    try: seconds(value)
-    except ValueError: raise typer.BadParameter(f"{value!r} is no length of time: give 2h, 90m, 1h30m or seconds") from None
-    return value
+    try: return value if value is None or seconds(value) else None
+    except ValueError:
+        raise typer.BadParameter(f"{value!r} is no length of time: give 2h, 90m, 1h30m or seconds") from None
 
-def _text(help, metavar): # an optional option of text
+def _text(help, metavar): # an option that has no counterpart in Python, or other words for it
     return typer.Option(metavar=metavar, show_default=False, help=help)
 
-DataArg = Annotated[str, typer.Argument(metavar='DATA',
-                                        help="digits, cifar10, imagenette, svhn, a folder with train/CLASS/ and "
-                                             "optionally unlabeled/, valid/CLASS/, test/CLASS/, or a .csv file with "
-                                             "columns image and label.")]
-ModelArg = Annotated[str, typer.Argument(metavar='MODEL',
-                                         help="A run directory (its best round), a round_K folder in it, a "
-                                              "model.safetensors; or for ImageNet's classes a timm name with its "
-                                              "published weights, or package:NAME of an installed package of weights.")]
-LabelsOpt = Annotated[Optional[int], typer.Option(metavar='N', min=1, show_default=False,
-                                                  help="Labels to keep; the other training images join the pool. "
-                                                       "Default: digits 100, cifar10 4000, imagenette 1000; all for "
-                                                       "svhn, a folder, and cifar10 with a published recipe.")]
-SizeOpt = Annotated[Optional[int], typer.Option(metavar='PX', min=1, show_default=False,
-                                                help="Side of the images in pixels. Default: the recipe's, else the "
-                                                     "data's; from scratch at most 128, with pretrained weights at most 224.")]
-PretrainedOpt = Annotated[Optional[str], _text("Start from these weights: a .safetensors or .pth file, package:NAME of an installed "
-                                               "package, hub, which downloads published ones, or none. Default: the recipe's.", 'WEIGHTS')]
-EpochsOpt = Annotated[Optional[int], typer.Option(metavar='N', min=1, show_default=False,
-                                                  help="Epochs per network: passes over the labeled images, "
-                                                       "or as many batches as the recipe says. Default: the "
-                                                       "recipe's.")]
-RecipeOpt = Annotated[Optional[str], _text("Settings to start from, see noisy-student recipes. Default: the one made for DATA.", 'NAME')]
-SeedOpt = Annotated[int, typer.Option(metavar='N', min=0,
-                                      help="Decides which images are labeled, initial weights, order, noise.")]
-DeviceOpt = Annotated[Optional[str], typer.Option(metavar='NAME', callback=_is_device, show_default=False,
-                                                  help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")]
-AutoBatchOpt = Annotated[bool, typer.Option('--auto-batch',
-                                            help="If memory runs out, compute batches in halves, whose gradients are "
-                                                 "added, instead of giving up.")]
-BatchOpt = Annotated[Optional[int], typer.Option(metavar='N', min=1, show_default=False,
-                                                 help="Images per forward pass. Default: 64; of label on a GPU as many "
-                                                      "as fit.")]
+_RECIPES = "the recipe's"
+
+DataArg = Annotated[str, typer.Argument(metavar='DATA', help=(
+    "digits, cifar10, imagenette, svhn, a folder with train/CLASS/ and optionally unlabeled/, valid/CLASS/, "
+    "test/CLASS/, or a .csv file with columns image and label."))]
+ModelArg = Annotated[str, typer.Argument(metavar='MODEL', help=(
+    f"{help_of('rounds.load_model.path')[:-1]}; or for ImageNet's classes a timm name with its published weights, or "
+    "package:NAME of an installed package of weights."))]
+LabelsOpt = Annotated[Optional[int], option('folders.from_folder.n_labeled', 'N', min=1, default=(
+    "digits 100, cifar10 4000, imagenette 1000; all for svhn, a folder, and cifar10 with a published recipe"))]
+SizeOpt = Annotated[Optional[int], option('recipes.Recipe.size', 'PX', min=1, default=(
+    f"{_RECIPES}, else the data's; from scratch at most 128, with pretrained weights at most 224"))]
+PretrainedOpt = Annotated[Optional[str], _text(
+    "Start from these weights: a .safetensors or .pth file, package:NAME of an installed package, hub, which downloads "
+    f"published ones, or none. Default: {_RECIPES}.", 'WEIGHTS')]
+EpochsOpt = Annotated[Optional[int], typer.Option(metavar='N', min=1, show_default=False, help=(
+    "Epochs per network: passes over the labeled images, or as many batches as the recipe says. "
+    f"Default: {_RECIPES}."))]
+RecipeOpt = Annotated[Optional[str], _text(
+    "Settings to start from, see noisy-student recipes. Default: the one made for DATA.", 'NAME')]
+SeedOpt = Annotated[int, typer.Option(metavar='N', min=0, help=(
+    "Decides which images are labeled, initial weights, order, noise."))]
+DeviceOpt = Annotated[Optional[str], option('rounds.NoisyStudent.device', 'NAME', callback=_is_device)]
+AutoBatchOpt = Annotated[bool, option('rounds.NoisyStudent.auto_batch', None, '--auto-batch')]
+BatchOpt = Annotated[Optional[int], option('pseudo_labels.predict_pseudo_labels.bs', 'N', min=1, default=(
+    "64; of label on a GPU as many as fit"))]
 JsonOpt = Annotated[bool, typer.Option('--json', help="Results as JSON.")]
 
+ImagesOpt = Annotated[Optional[str], option('tables.open_data.images', 'DIR', default="the folder of the .csv file")]
+ImageColumnOpt = Annotated[Optional[str], _text("Column of file names. Default: image.", 'NAME')]
+LabelColumnOpt = Annotated[Optional[str], option('tables.from_df.label', 'NAME', default='label')]
+ValidColumnOpt = Annotated[Optional[str], option('tables.from_df.valid', 'NAME')]
+GroupColumnOpt = Annotated[Optional[str], option('tables.from_df.group', 'NAME')]
+SuffixOpt = Annotated[Optional[str], option('tables.from_df.suffix', 'TEXT')]
 
-ImagesOpt = Annotated[Optional[str], _text("Folder where the file names of a .csv file begin. Default: that of the file.", 'DIR')]
-ImageColumnOpt = Annotated[Optional[str], _text("Column of a .csv file with file names. Default: image.", 'NAME')]
-LabelColumnOpt = Annotated[Optional[str], _text("Column with labels, empty for unlabeled images. Default: label.", 'NAME')]
-ValidColumnOpt = Annotated[Optional[str], _text("Column that is true for validation images. Default: a part is held out.", 'NAME')]
-GroupColumnOpt = Annotated[Optional[str], _text("Column of what must not be torn apart, such as a patient.", 'NAME')]
-SuffixOpt = Annotated[Optional[str], _text("Put behind every file name of a .csv file, such as .jpg.", 'TEXT')]
-TimeLimitOpt = Annotated[Optional[str], typer.Option(metavar='TIME', callback=_is_length, show_default=False,
-                                                     help="Length of all rounds together: 2h, 90m, 1h30m or seconds.")]
-BsOpt = Annotated[Optional[int], typer.Option('--bs', metavar='N', min=1, show_default=False, help="Labeled images per batch.")]
-LrOpt = Annotated[Optional[float], typer.Option('--lr', metavar='X', show_default=False,
-                                                help="Learning rate, the highest of the schedule.")]
-StepsOpt = Annotated[Optional[int], typer.Option(metavar='N', min=1, show_default=False, help="Batches per epoch.")]
-RatioOpt = Annotated[Optional[int], typer.Option(metavar='N', min=1, show_default=False,
-                                                 help="Pseudo-labeled images per labeled image in a batch.")]
-ShareOpt = Annotated[Optional[float], typer.Option(metavar='X', show_default=False,
-                                                   help="Most confident share of the pool that a student learns from, above "
-                                                        "0 to 1, instead of a threshold.")]
-NoiseOpt = Annotated[Optional[str], _text("Noise of the students: none, mild, paper, or a magnitude of RandAugment, 0 to 30.", 'NOISE')]
-FoldsOpt = Annotated[Optional[int], typer.Option(metavar='N', min=2, show_default=False,
-                                                 help="Train as many teachers, each without one part of the labels.")]
-ForceOpt = Annotated[bool, typer.Option('--force', help="Go on though a network is no better than chance.")]
-SetOpt = Annotated[Optional[list[str]], typer.Option('--set', metavar='NAME=VALUE', show_default=False,
-                                                     help="Any other setting of a recipe, such as ema=0.99 or "
-                                                          "noise.dropout=0.3; may be repeated.")]
+RoundsOpt = Annotated[Optional[int], option('recipes.Recipe.rounds', 'N', min=0, default=_RECIPES)]
+ThresholdOpt = Annotated[Optional[float], option('recipes.Recipe.threshold', 'X', min=0, max=1, default=_RECIPES)]
+TimeLimitOpt = Annotated[Optional[str], option('rounds.NoisyStudent.time_limit', 'TIME', callback=_is_length)]
+BsOpt = Annotated[Optional[int], option('recipes.Recipe.bs', 'N', '--bs', min=1, default=_RECIPES)]
+LrOpt = Annotated[Optional[float], option('recipes.Recipe.lr', 'X', '--lr', default=_RECIPES)]
+StepsOpt = Annotated[Optional[int], option('recipes.Recipe.steps', 'N', min=1, default=_RECIPES)]
+RatioOpt = Annotated[Optional[int], option('recipes.Recipe.ratio', 'N', min=1, default=_RECIPES)]
+ShareOpt = Annotated[Optional[float], option('pseudo_labels.select_pseudo_labels.share', 'X')]
+NoiseOpt = Annotated[Optional[str], _text(
+    "Noise of the students: none, mild, paper, or a magnitude of RandAugment, 0 to 30.", 'NOISE')]
+FoldsOpt = Annotated[Optional[int], option('rounds.NoisyStudent.folds', 'N', min=2)]
+ForceOpt = Annotated[bool, option('rounds.NoisyStudent.force', None, '--force')]
+SetOpt = Annotated[Optional[list[str]], typer.Option('--set', metavar='NAME=VALUE', show_default=False, help=(
+    "Any other setting of a recipe, such as ema=0.99 or noise.dropout=0.3; may be repeated."))]
 
 # %% ../nbs/12c_options.ipynb #8edb434e
-def noise_named(text: str, # none, mild, paper, or a magnitude
-                base: Noise # Whose other numbers a magnitude keeps
-               ) -> Noise:
+def noise_named(
+    text: str, # none, mild, paper, or a magnitude
+    base: Noise, # Whose other numbers a magnitude keeps
+) -> Noise:
     "The noise of `--noise`. Raises ValueError for what is none."
     named = dict(none=Noise.none(), mild=Noise(2, 10, .2, .9), paper=Noise())
     if text in named: return named[text]
     try: m = float(text)
     except ValueError: m = -1.
     if 0 <= m <= 30: return replace(base, randaugment_m=m, randaugment_n=base.randaugment_n or 2)
-    raise ValueError(f"--noise must be {', '.join(named)} or a magnitude from 0 to 30, got {text!r}{did_you_mean(text, named)}")
+    raise ValueError(f"--noise must be {', '.join(named)} or a magnitude from 0 to 30, got {text!r}"
+                     f"{did_you_mean(text, named)}")
 
 _WORDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text', type(None): 'none',
           tuple: 'values with commas between', Noise: 'none, mild, paper or a magnitude'}
 
-def parse_value(name: str, # Of the setting, for messages
-                text: str, # What was given
-                kinds: tuple # Types that it may have
-               ) -> Any:
+def parse_value(
+    name: str, # Of the setting, for messages
+    text: str, # What was given
+    kinds: tuple, # Types that it may have
+) -> Any:
     "A value of the first type that can be read in `text`. Raises ValueError if there is none."
     word = text.strip().lower()
     if type(None) in kinds and word == 'none': return None
@@ -129,12 +147,14 @@ def parse_value(name: str, # Of the setting, for messages
     if str in kinds: return text
     raise ValueError(f"--set {name} must be {' or '.join(_WORDS[o] for o in kinds)}, got {text!r}")
 
-def weights_named(name: str | None # hub, none, package:NAME or a file
-                 ) -> bool | str | None: # As a recipe has it: an address that means the same from every folder
+def weights_named(
+    name: str | None, # hub, none, package:NAME or a file
+) -> bool | str | None: # As a recipe has it: an address that means the same from every folder
     "The weights of `--pretrained`. Raises FileNotFoundError for a file that is not there."
     if name is None or name.startswith('package:'): return name
     if name in ('hub', 'none'): return name == 'hub'
-    if not Path(name).is_file(): raise FileNotFoundError(f"no weight file {name}: --pretrained is hub, none, package:NAME or a file")
+    if not Path(name).is_file():
+        raise FileNotFoundError(f"no weight file {name}: --pretrained is hub, none, package:NAME or a file")
     return os.path.abspath(name)
 
 # settings that are options of their own, as they say what a run is made of
@@ -142,10 +162,11 @@ _ELSEWHERE = dict(archs='--arch', unlabeled='--unlabeled', source='the documenta
 
 def _kinds(cls): return {f.name: get_args(f.type) or (f.type,) for f in fields(cls)} # name -> its types
 
-def settings_of(pairs: list[str], # NAME=VALUE
-                base: Noise = Noise() # What noise.NAME=VALUE changes
-               ) -> dict: # Fields of `Recipe`
-    "The settings of `--set`. Raises ValueError, with near misses, for an unknown name, and for a value that does not fit."
+def settings_of(
+    pairs: list[str], # NAME=VALUE
+    base: Noise = Noise(), # What noise.NAME=VALUE changes
+) -> dict: # Fields of `Recipe`
+    "The settings of `--set`. Raises ValueError for an unknown name, with near ones, and for a value that does not fit."
     known, parts = _kinds(Recipe), _kinds(Noise)
     names = [*(o for o in known if o not in _ELSEWHERE), *(f'noise.{o}' for o in parts)]
     found: dict[str, Any] = {}
@@ -162,3 +183,10 @@ def settings_of(pairs: list[str], # NAME=VALUE
         elif name == 'pretrained': found[name] = weights_named(text)
         else: found[name] = parse_value(name, text, known[name])
     return found
+
+# %% ../nbs/12c_options.ipynb #0c0a0005
+def given(
+    **options # Of a command
+) -> dict:
+    "Those that are not None."
+    return {k: v for k, v in options.items() if v is not None}

@@ -17,13 +17,15 @@ from fastcore.imports import IN_NOTEBOOK
 
 
 # %% ../nbs/00h_progress.ipynb #p0000006
-def in_words(figures: dict[str, float | str | None] # Name to figure; accuracies in 0..1
-            ) -> str: # ', train loss 1.204, valid accuracy 71.2 %'
+def in_words(
+    figures: dict[str, float | str | None], # Name to figure; accuracies in 0..1
+) -> str: # ', train loss 1.204, valid accuracy 71.2 %'
     "The figures of an epoch, for the end of a line."
-    def one(k, v): return f"{k.replace('_', ' ')} " + (str(v) if isinstance(v, str) else f"{100 * v:.1f} %" if k.endswith('accuracy') else f"{v:,.3f}")
-    return ''.join(f", {one(k, v)}" for k, v in figures.items() if v is not None)
+    def word(k, v): return v if isinstance(v, str) else f"{100 * v:.1f} %" if k.endswith('accuracy') else f"{v:,.3f}"
+    return ''.join(f", {k.replace('_', ' ')} {word(k, v)}" for k, v in figures.items() if v is not None)
 
-def _print(text, end='\n'): # on stderr; a closed one, or a full disk behind it, must not end a training
+def _print(text, end='\n'):
+    "On stderr; a closed one, or a full disk behind it, must not end a training."
     try: print(text, end=end, file=sys.stderr, flush=True)
     except (OSError, ValueError): pass
 
@@ -32,20 +34,28 @@ class Log:
     every = 30. # Seconds between two lines of a stage that takes long
     def __init__(self): self.begun: dict[str, float] = {}; self.told: dict[str, float] = {}
 
-    def __call__(self, stage: str, # What is done, with its unit
-                 done: int, # How much of it
-                 total: int # All of it
-                ) -> None:
+    def __call__(
+        self,
+        stage: str, # What is done, with its unit
+        done: int, # How much of it
+        total: int, # All of it
+    ) -> None:
         now = time.perf_counter()
         spent = now - self.begun.setdefault(stage, now)
-        if done == total: self.write(f"{stage}: {total:,} in {spent:.0f} s"); del self.begun[stage]
-        elif now - max(self.told.get(stage, 0.), self.begun[stage]) >= self.every: self.told[stage] = now; self.write(f"{stage}: {done:,} of {total:,}")
+        if done == total:
+            del self.begun[stage]
+            self.write(f"{stage}: {total:,} in {spent:.0f} s")
+        elif now - max(self.told.get(stage, 0.), self.begun[stage]) >= self.every:
+            self.told[stage] = now
+            self.write(f"{stage}: {done:,} of {total:,}")
 
-    def epoch(self, stage: str, # Which training
-              done: int, # Epochs
-              total: int, # Epochs
-              figures: dict[str, float | str | None] # As `in_words` takes them
-             ) -> None:
+    def epoch(
+        self,
+        stage: str, # Which training
+        done: int, # Epochs
+        total: int, # Epochs
+        figures: dict[str, float | str | None], # As `in_words` takes them
+    ) -> None:
         self.write(f"{stage.removesuffix(' (batches)')}: epoch {done:,} of {total:,}{in_words(figures)}")
 
     def write(self, line): _print(line)
@@ -56,10 +66,12 @@ class OneLine:
     "One line that changes. Raises nothing: where it cannot be shown, nothing is."
     def __init__(self): self.seen: dict[str, tuple[float, int, float]] = {}
 
-    def __call__(self, stage: str, # What is done, with its unit
-                 done: int, # How much of it
-                 total: int # All of it
-                ) -> None:
+    def __call__(
+        self,
+        stage: str, # What is done, with its unit
+        done: int, # How much of it
+        total: int, # All of it
+    ) -> None:
         now = time.perf_counter()
         begun, first, last = self.seen.get(stage, (now, done, 0.))
         if done < total and now - last < .5: return
@@ -67,11 +79,13 @@ class OneLine:
         left = f", {(now - begun) / (done - first) * (total - done):.0f} s left" if done > first else ''
         self.show('' if done == total else f"{stage}: {done:,} of {total:,}{left}")
 
-    def epoch(self, stage: str, # Which training
-              done: int, # Epochs
-              total: int, # Epochs
-              figures: dict[str, float | str | None] # As `in_words` takes them
-             ) -> None:
+    def epoch(
+        self,
+        stage: str, # Which training
+        done: int, # Epochs
+        total: int, # Epochs
+        figures: dict[str, float | str | None], # As `in_words` takes them
+    ) -> None:
         self.show('')
         _print(f"{stage.removesuffix(' (batches)')}: epoch {done:,} of {total:,}{in_words(figures)}")
 
@@ -88,13 +102,16 @@ class InNotebook(OneLine):
         if self.line: self.line.update(_html(escape(text)))
         elif text: self.line = _display(_html(escape(text)))
 
-    def epoch(self, stage: str, # Which training
-              done: int, # Epochs
-              total: int, # Epochs
-              figures: dict[str, float | str | None] # As `in_words` takes them
-             ) -> None:
+    def epoch(
+        self,
+        stage: str, # Which training
+        done: int, # Epochs
+        total: int, # Epochs
+        figures: dict[str, float | str | None], # As `in_words` takes them
+    ) -> None:
         rows, handle = self.tables.get(stage, ([], None)) if done > 1 else ([], None) # made anew, it is another table
-        rows.append({'epoch': f'{done} of {total}'} | {k.replace('_', ' '): '' if v is None else v if isinstance(v, str) else f'{v:.4f}' for k, v in figures.items()})
+        def cell(v): return '' if v is None else v if isinstance(v, str) else f'{v:.4f}'
+        rows.append({'epoch': f'{done} of {total}'} | {k.replace('_', ' '): cell(v) for k, v in figures.items()})
         table = _html(_table(stage.removesuffix(' (batches)'), rows))
         if handle: handle.update(table)
         else: handle = _display(table)
@@ -110,7 +127,8 @@ def _display(shown): # a handle, or None where nothing is shown
 
 def _table(title, rows): # HTML
     def row(tag, cells): return '<tr>' + ''.join(f'<{tag}>{escape(o)}</{tag}>' for o in cells) + '</tr>'
-    return f'<table><caption>{escape(title)}</caption>{row("th", rows[0])}{"".join(row("td", o.values()) for o in rows)}</table>'
+    body = ''.join(row('td', o.values()) for o in rows)
+    return f'<table><caption>{escape(title)}</caption>{row("th", rows[0])}{body}</table>'
 
 def default_progress() -> Callable[[str, int, int], None]:
     "What fits who looks."
@@ -120,34 +138,46 @@ def default_progress() -> Callable[[str, int, int], None]:
 # %% ../nbs/00h_progress.ipynb #p0000012
 class StageProgress:
     "Progress (done, total) of one stage."
-    def __init__(self, tell: Callable[[str, int, int], None], # Told (stage, done, total)
-                 name: str # The stage, with its unit
-                ): self.tell, self.name = tell, name
+    def __init__(
+        self,
+        tell: Callable[[str, int, int], None], # Told (stage, done, total)
+        name: str, # The stage, with its unit
+    ): self.tell, self.name = tell, name
 
-    def __call__(self, done: int, # How much of it
-                 total: int # All of it
-                ) -> None: self.tell(self.name, done, total)
+    def __call__(
+        self,
+        done: int, # How much of it
+        total: int, # All of it
+    ) -> None: self.tell(self.name, done, total)
 
-    def epoch(self, done: int, # Epochs
-              total: int, # Epochs
-              figures: dict[str, float | str | None] # As `in_words` takes them
-             ) -> None:
+    def epoch(
+        self,
+        done: int, # Epochs
+        total: int, # Epochs
+        figures: dict[str, float | str | None], # As `in_words` takes them
+    ) -> None:
         if listens := getattr(self.tell, 'epoch', None): listens(self.name, done, total, figures)
 
 class Within:
     "The same function with something before each stage, such as the number of the fold."
-    def __init__(self, tell: Callable[[str, int, int], None], # Told (stage, done, total)
-                 before: str # Put before the stage
-                ): self.tell, self.before = tell, before
+    def __init__(
+        self,
+        tell: Callable[[str, int, int], None], # Told (stage, done, total)
+        before: str, # Put before the stage
+    ): self.tell, self.before = tell, before
 
-    def __call__(self, stage: str, # What is done, with its unit
-                 done: int, # How much of it
-                 total: int # All of it
-                ) -> None: self.tell(self.before + stage, done, total)
+    def __call__(
+        self,
+        stage: str, # What is done, with its unit
+        done: int, # How much of it
+        total: int, # All of it
+    ) -> None: self.tell(self.before + stage, done, total)
 
-    def epoch(self, stage: str, # Which training
-              done: int, # Epochs
-              total: int, # Epochs
-              figures: dict[str, float | str | None] # As `in_words` takes them
-             ) -> None: StageProgress(self.tell, self.before + stage).epoch(done, total, figures)
+    def epoch(
+        self,
+        stage: str, # Which training
+        done: int, # Epochs
+        total: int, # Epochs
+        figures: dict[str, float | str | None], # As `in_words` takes them
+    ) -> None: StageProgress(self.tell, self.before + stage).epoch(done, total, figures)
 

@@ -148,16 +148,16 @@ WORDS = """run label select relabel train evaluate predict export recipes --help
 
 def check_line(words):
     "A command line: exit code 0 or 2, nothing but one line of error. Training itself is not what is tried here."
-    from noisy_student import cli
-    s, real = samples(), cli._fit
-    cli._fit = lambda *a, **k: None
+    from noisy_student import cli, commands_train
+    s, real = samples(), commands_train._fit
+    commands_train._fit = lambda *a, **k: None
     argv = [o.replace("{folder}", str(s["folder"])).replace("{pictures}", str(s["pictures"])).replace("{work}", str(s["work"])) for o in words]
     out, err = io.StringIO(), io.StringIO()
     cwd = os.getcwd()
     os.chdir(s["work"])
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): code = cli.main(argv)
-    finally: cli._fit = real; os.chdir(cwd)
+    finally: commands_train._fit = real; os.chdir(cwd)
     lines = [o for o in err.getvalue().splitlines() if o.startswith("noisy-student")]
     assert code in (0, 2) and "Traceback" not in err.getvalue(), (argv, code, err.getvalue())
     assert code == 0 or len(lines) == 1, (argv, err.getvalue())

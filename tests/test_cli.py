@@ -125,6 +125,7 @@ def teacher(one_thread, folder, tmp_path_factory): # directory of a run that is 
 ])
 def test_wrong_usage_is_one_line(line, saying, mistake, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    picture((200, 60, 60)).save('photo.png')
     mistake(saying, *line.split())
 
 
@@ -320,6 +321,7 @@ def test_stages_on_digits(call, mistake, tmp_path):
 def test_damaged_models(teacher, mistake, tmp_path):
     whole = (teacher/'round_0'/'model.safetensors').read_bytes()
     bad = tmp_path/'model.safetensors'
+    picture((200, 60, 60)).save(tmp_path/'a.png')
     for data in (b'', b'junk' * 100, whole[:len(whole) // 2]):
         bad.write_bytes(data)
         mistake(r"model.safetensors is not a whole safetensors file", 'predict', bad, tmp_path/'a.png', '--device', 'cpu')
@@ -328,9 +330,9 @@ def test_damaged_models(teacher, mistake, tmp_path):
 
 @pytest.mark.skipif(os.name != 'posix', reason='signals and pipes of POSIX')
 def test_ctrl_c_and_broken_pipe(monkeypatch, capsys):
-    import noisy_student.cli as cli
+    from noisy_student import commands_train
     def interrupted(*_, **__): raise KeyboardInterrupt
-    monkeypatch.setattr(cli, 'load_data', interrupted)
+    monkeypatch.setattr(commands_train, 'load_data', interrupted)
     assert main(['run', 'digits']) == 130
     assert capsys.readouterr().err == 'stopped; the same command goes on from here\n'
     code = "import sys; from noisy_student.cli import main; sys.exit(main())"

@@ -1,13 +1,15 @@
 "What help() shows: every parameter of everything public, in the words of the comment beside it."
-import importlib, inspect, pkgutil, re, subprocess, sys, types
+import importlib, inspect, pkgutil, re, sys, types
 
 import pytest
 
 import noisy_student
-from noisy_student.docstrings import document
+from noisy_student.docstrings import comments, document
 
-COMMANDS = ('cli', 'options') # explained by --help
-MODULES = [o.name for o in pkgutil.iter_modules(noisy_student.__path__) if o.name != '_modidx' and o.name not in COMMANDS]
+def is_command(name): return name in ('cli', 'options') or name.startswith('commands_') # explained by --help
+
+
+MODULES = [o.name for o in pkgutil.iter_modules(noisy_student.__path__) if o.name != '_modidx' and not is_command(o.name)]
 
 
 def parameters(o):
@@ -89,7 +91,44 @@ Returns:
     assert sample.three.__doc__ is None
 
 
-def test_the_help_of_commands_stays_what_it_is():
-    out = subprocess.run([sys.executable, '-m', 'noisy_student.cli', 'run', '--help'], capture_output=True, text=True)
+def test_the_help_of_commands_stays_what_it_is(capsys):
     from noisy_student import cli
-    assert 'Args:' not in cli.run.__doc__ and 'Args:' in cli.main.__doc__ and 'Args:' not in out.stdout
+    assert cli.main(['run', '--help']) == 0
+    assert 'Args:' not in cli.run.__doc__ and 'Args:' in cli.main.__doc__ and 'Args:' not in capsys.readouterr().out
+
+
+def test_help_of_options_is_that_of_parameters(capsys):
+    "In the command line and in Python, a setting is explained by the same words."
+    from noisy_student import cli
+    from noisy_student.recipes import Recipe
+    from noisy_student.rounds import NoisyStudent
+    assert cli.main(['run', '--help']) == 0
+    shown = ' '.join(capsys.readouterr().out.split())
+    for o, said in [(Recipe, 'Learning rate, the highest of the schedule'), (NoisyStudent, 'Go on though a network is no better than chance')]:
+        assert said in o.__doc__ and said in shown
+
+
+def test_comments_of_a_module_that_is_not_imported(tmp_path, monkeypatch):
+    (tmp_path/'unread').mkdir()
+    (tmp_path/'unread'/'__init__.py').write_text('')
+    (tmp_path/'unread'/'here.py').write_text("""raise SystemExit
+from .there import (one,
+    two)
+class Three:
+    "Three."
+    def first(self, x): # Not this one
+        return x
+
+    def __init__(self, a, # A number
+        b=2): # Another
+        self.a = a
+""")
+    (tmp_path/'unread'/'there.py').write_text("""def two(
+    c: int = 3, # The third
+): return c
+""")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert comments('unread.here', 'Three') == dict(a='A number', b='Another')
+    assert comments('unread.here', 'two') == dict(c='The third')
+    with pytest.raises(ValueError, match="name must be a function or class of unread.there, got 'one'"): comments('unread.here', 'one')
+    assert 'unread.here' not in sys.modules

@@ -298,7 +298,7 @@ def test_clock_going_backwards(pictures, tmp_path, monkeypatch):
 
 
 def test_command_line_ends_with_143(monkeypatch, capsys):
-    import noisy_student.cli as cli
-    monkeypatch.setattr(cli, "load_data", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    from noisy_student import cli, commands_train
+    monkeypatch.setattr(commands_train, "load_data", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     assert cli.main(["run", "digits"]) == 143
     assert capsys.readouterr().err == "stopped; the same command goes on from here\n"
