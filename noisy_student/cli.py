@@ -21,8 +21,8 @@ from .commands_recipes import ablate, bench, recipes
 from .commands_train import run, train
 from .commands_use import export, predict
 from .files import stoppable
-from .output import error_text, plain_warnings, show_progress, to_stderr
-from .inputs import DATA, load_data
+from .command_output import error_text, plain_warnings, show_progress, to_stderr
+from .command_inputs import DATA, load_data
 from .threads import wait_passively
 
 _all_ = ['run', 'label', 'select', 'relabel', 'train', 'ablate', 'evaluate', 'predict', 'suspects', 'report', 'export',

@@ -15,10 +15,10 @@ from typing import Annotated, Optional
 import typer
 
 from .files import unsealed
-from .options import DeviceOpt, JsonOpt, option
-from .output import print_run, print_table, records, show_progress, to_stderr
-from .inputs import data_of_run, load_data
-from .trained import about_run, open_network, require_model, require_run
+from .command_options import DeviceOpt, JsonOpt, option
+from .command_output import print_run, print_table, records, show_progress, to_stderr
+from .command_inputs import data_of_run, load_data
+from .command_networks import about_run, open_network, require_model, require_run
 
 # %% ../nbs/12h_commands_judge.ipynb #12h00006
 def _accuracy(t, split, name, progress):
@@ -81,7 +81,7 @@ def _robustness(path, rounds, data, splits, limit, device, as_json):
     import torch
     from noisy_student.evaluation import evaluate_run
     from noisy_student.files import write_with_sum
-    from noisy_student.record import read_run
+    from noisy_student.run_record import read_run
     from noisy_student.report import write_report
     from noisy_student.rounds import load_model
     for file in rounds or [path]: _check_classes(file, load_model(file).classes, data, splits)
@@ -144,7 +144,7 @@ def evaluate(
         from noisy_student.rundir import read_summary
         return print_run(path, records(read_summary(path)), as_json)
     if data is None:
-        from noisy_student.record import read_run
+        from noisy_student.run_record import read_run
         if not (splits := data_of_run(read_run(path))):
             raise ValueError(f"--robustness needs images: name the data that {model} is to be evaluated on")
     else:
@@ -170,8 +170,8 @@ def report(
       noisy-student report runs/digits
     """
     require_run(path)
-    from noisy_student.findings import run_warnings
-    from noisy_student.record import read_run
+    from noisy_student.run_warnings import run_warnings
+    from noisy_student.run_record import read_run
     from noisy_student.report import write_report
     run = read_run(path)
     if not run.metrics: raise ValueError(f"no round of {path} is finished: there is nothing to report yet")

@@ -15,11 +15,11 @@ from typing import Annotated, Optional
 import typer
 
 from .noise import Noise
-from .options import (BatchOpt, DeviceOpt, JsonOpt, LabelsOpt, ModelArg, RecipeOpt, SeedOpt, option)
-from .output import print_table, records, show_progress
+from .command_options import (BatchOpt, DeviceOpt, JsonOpt, LabelsOpt, ModelArg, RecipeOpt, SeedOpt, option)
+from .command_output import print_table, records, show_progress
 from .recipes import Recipe
-from .inputs import closed_archives, data_of_run, load_pool, selected_items
-from .trained import open_network, require_model, require_run
+from .command_inputs import closed_archives, data_of_run, load_pool, selected_items
+from .command_networks import open_network, require_model, require_run
 
 # %% ../nbs/12g_commands_labels.ipynb #12g00006
 def label(
@@ -156,7 +156,7 @@ def suspects(
       noisy-student suspects runs/mine --top 50
     """
     require_run(path)
-    from noisy_student.record import read_run
+    from noisy_student.run_record import read_run
     from noisy_student.rounds import NoisyStudent
     run = read_run(path)
     if not run.metrics:

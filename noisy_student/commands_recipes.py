@@ -14,10 +14,10 @@ from typing import Annotated, Optional
 
 import typer
 
-from .options import (DataArg, DeviceOpt, EpochsOpt, JsonOpt, LabelsOpt, RecipeOpt, SizeOpt, given, option)
-from .output import print_table, records, show_progress
+from .command_options import (DataArg, DeviceOpt, EpochsOpt, JsonOpt, LabelsOpt, RecipeOpt, SizeOpt, given, option)
+from .command_output import print_table, records, show_progress
 from .recipes import RECIPES, get_recipe, recipe_table
-from .inputs import DATA, DEFAULT_ARCHS, FOLDER, load_data
+from .command_inputs import DATA, DEFAULT_ARCHS, FOLDER, load_data
 
 # %% ../nbs/12j_commands_recipes.ipynb #12j00006
 def recipes(

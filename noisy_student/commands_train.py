@@ -15,13 +15,13 @@ from typing import Annotated, Optional
 import typer
 
 from .auto import check_settings
-from .options import (AutoBatchOpt, BsOpt, DataArg, DeviceOpt, EpochsOpt, FoldsOpt, ForceOpt, GroupColumnOpt,
+from .command_options import (AutoBatchOpt, BsOpt, DataArg, DeviceOpt, EpochsOpt, FoldsOpt, ForceOpt, GroupColumnOpt,
     ImageColumnOpt, ImagesOpt, JsonOpt, LabelColumnOpt, LabelsOpt, LrOpt, NoiseOpt, PretrainedOpt, RatioOpt, RecipeOpt,
     RoundsOpt, SeedOpt, SetOpt, ShareOpt, SizeOpt, StepsOpt, SuffixOpt, ThresholdOpt, TimeLimitOpt, ValidColumnOpt,
     given, noise_named, option, settings_of, weights_named)
-from .output import print_run, records, show_progress, to_stderr
+from .command_output import print_run, records, show_progress, to_stderr
 from .recipes import get_recipe
-from .inputs import DATA, DEFAULT_ARCHS, FOLDER, load_data, selected_items, source_of
+from .command_inputs import DATA, DEFAULT_ARCHS, FOLDER, load_data, selected_items, source_of
 
 # %% ../nbs/12f_commands_train.ipynb #12f00006
 def run_settings(

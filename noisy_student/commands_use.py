@@ -15,10 +15,10 @@ from typing import Annotated, Optional
 import typer
 
 from .files import did_you_mean, folders_beside, unsealed
-from .options import DeviceOpt, ImageColumnOpt, ImagesOpt, JsonOpt, ModelArg, SuffixOpt, given, option
-from .output import show_progress, to_stderr
-from .inputs import flag_of
-from .trained import open_network, require_model
+from .command_options import DeviceOpt, ImageColumnOpt, ImagesOpt, JsonOpt, ModelArg, SuffixOpt, given, option
+from .command_output import show_progress, to_stderr
+from .command_inputs import flag_of
+from .command_networks import open_network, require_model
 
 # %% ../nbs/12i_commands_use.ipynb #12i00006
 def _named_items(items, table):

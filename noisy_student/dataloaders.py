@@ -20,7 +20,7 @@ from fastai.torch_core import TensorImage
 from .arrays import ArrayDataset, ArrayItem
 from .batches import ArrayDL, MixedDL
 from .images import load_images
-from .views import PadCropFlip, ResizedCropFlip
+from .student_views import PadCropFlip, ResizedCropFlip
 
 # public here too
 _all_ = ['PadCropFlip', 'ResizedCropFlip', 'ArrayItem', 'ArrayDL', 'ArrayDataset', 'MixedDL']

@@ -22,7 +22,7 @@ from .folders import from_folder, labeled_folder
 from .frames import from_df
 from .images import BadImage, Decoded, ImageFileError, MAX_PIXELS, load_image, load_images, square
 from .listing import list_files, list_images
-from .pools import find_pool, join_pools, without_labeled
+from .unlabeled import find_pool, join_pools, without_labeled
 from .splits import Split, Splits, hold_out, labeled_subset, stratified
 from .svhn import SVHN_STATS, svhn
 from .tables import from_csv, is_table, open_data, read_table

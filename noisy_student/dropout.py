@@ -12,7 +12,7 @@ from contextlib import ExitStack
 import torch.nn.functional as F
 from torch import nn
 
-from .parts import scorers
+from .network_parts import scorers
 from .training_noise import TrainingNoise
 
 # %% auto #0

@@ -19,7 +19,7 @@ from torch import nn
 
 from .files import replacing
 from .network import Network, evaluating
-from .parts import unwrapped
+from .network_parts import unwrapped
 from .weights import save_weights
 
 # %% ../nbs/04l_export.ipynb #fd012bdd

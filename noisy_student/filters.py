@@ -21,7 +21,7 @@ import pandas as pd
 
 from .label_table import PseudoLabelError
 from .queries import connect, count_probs, parquet_sql, run_query
-from .sources import find_labels
+from .finished_labels import find_labels
 
 # %% ../nbs/05i_filters.ipynb #1f9e35a3
 class SqlFilter(NamedTuple):

@@ -25,11 +25,11 @@ from .checkpoints import RunState
 from .distributed import MeanGradients, rank, world
 from .models import split_head
 from .precision import Half, fast, half_of
-from .processes import stoppable
+from .locks import stoppable
 from .randaugment import BatchRandAugment
 from .recipes import Recipe
 from .training import EMA, FrozenStatistics, Plateau, TeacherTargets, staircase
-from .views import PadCropFlip, ResizedCropFlip
+from .student_views import PadCropFlip, ResizedCropFlip
 
 # %% ../nbs/08i_fitting.ipynb #d1000006
 def _weights(model):

@@ -15,7 +15,7 @@ import numpy as np
 
 from .files import did_you_mean, folders_beside
 from .listing import describe_folder, folders_in, images_in, list_images
-from .pools import find_pool, without_labeled
+from .unlabeled import find_pool, without_labeled
 from .splits import Split, Splits, hold_out_share, labeled_subset
 
 # %% ../nbs/00c_folders.ipynb #afa05b4b

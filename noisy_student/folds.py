@@ -20,13 +20,13 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from .distributed import world
 from .files import altered, write_text
-from .fold import FoldTask
+from .fold_run import FoldTask
 from .heads import Heads
-from .imagetask import ImageTask
+from .image_task import ImageTask
 from .learners import Learners
 from .models import load_tensors, save_tensors
 from .rundir import read_metrics
-from .setup import Setup
+from .run_setup import Setup
 from .splits import Split, Splits
 from .timing import Timing
 

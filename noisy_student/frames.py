@@ -18,7 +18,7 @@ import pandas as pd
 from .columns import as_frame, bools, check_files, class_codes, group_codes, image_files, pick_column
 from .files import did_you_mean, folders_beside
 from .folders import find_test
-from .pools import pool_files, without_labeled
+from .unlabeled import pool_files, without_labeled
 from .splits import Split, Splits, hold_out_share
 
 # %% ../nbs/00cb_frames.ipynb #aaca8ef1

@@ -19,11 +19,11 @@ from pathlib import Path
 from torch import nn
 
 from .architectures import ResidualPair, ResNet9, own_network, small_image
-from .choice import Choice, default_arch, find_weights, hub_cache_if_unreachable
+from .published_weights import Choice, default_arch, find_weights, hub_cache_if_unreachable
 from .efficientnets import EFFICIENTNETS, EfficientNetSize
 from .files import did_you_mean
-from .names import SOURCES, arch_name, current_name, resolved
-from .parts import fine_tuning_groups, head, last_layers, n_parameters, split_head, start_head, unwrapped
+from .arch_names import SOURCES, arch_name, current_name, resolved
+from .network_parts import fine_tuning_groups, head, last_layers, n_parameters, split_head, start_head, unwrapped
 from .transfer import load_body, load_pretrained, read_checkpoint
 from .weights import load_tensors, load_weights, model_hash, save_tensors, save_weights, tensors_sha256
 

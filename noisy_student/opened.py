@@ -22,7 +22,7 @@ from .files import sealed, unsealed
 from .leaks import find_leaks
 from .progress import StageProgress
 from .pseudo_labels import PseudoLabels
-from .findings import leak_warnings
+from .run_warnings import leak_warnings
 from .rundir import RunDir
 
 

@@ -36,7 +36,7 @@ from .selection import PseudoLabels, Selection, check_pool, open_selection, read
 from .selection import summarize
 from .shards import check_settings, finish_shard, label_part, labeling_metadata, parts_of_shard
 from .shards import save_part, shard_range
-from .sources import find_labels
+from .finished_labels import find_labels
 from .teacher import Teacher, probabilities
 
 # %% ../nbs/05_pseudo_labels.ipynb #38dea275

@@ -17,7 +17,7 @@ if TYPE_CHECKING: import pandas as pd
 from .efficientnets import EFFICIENTNETS
 from .files import did_you_mean
 from .noise import Noise
-from .ranges import check_settings, shares_of
+from .setting_ranges import check_settings, shares_of
 
 # %% ../nbs/08b_recipes.ipynb #3cf08c70
 @dataclass(frozen=True)

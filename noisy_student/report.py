@@ -14,13 +14,13 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from .charts import COLORS, as_svg
+from .report_charts import COLORS, as_svg
 from .datasets import Splits
 from .distributed import write_once
-from .findings import run_warnings, skewed_classes
-from .pictures import class_examples, extremes, is_smooth, label_flips, leak_pictures, suspect_pictures
-from .record import RunRecord, read_run, short
-from .runtables import (MAX_CLASSES, class_table, labels_table, leaks_table, robustness_table, rounds_table,
+from .run_warnings import run_warnings, skewed_classes
+from .report_pictures import class_examples, extremes, is_smooth, label_flips, leak_pictures, suspect_pictures
+from .run_record import RunRecord, read_run, short
+from .report_tables import (MAX_CLASSES, class_table, labels_table, leaks_table, robustness_table, rounds_table,
                                      settings_table, tiles, versions_table)
 
 # %% ../nbs/11_report.ipynb #c6000001

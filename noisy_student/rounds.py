@@ -26,7 +26,7 @@ from .datasets import Splits
 from .distributed import barrier, first_rank_first, rank
 from .files import stoppable
 from .folds import Folds, check_folds, joined
-from .imagetask import ImageTask
+from .image_task import ImageTask
 from .learner import Noise
 from .network import Network, load_network
 from .opened import fingerprint
@@ -34,13 +34,13 @@ from .predictions import predict_table
 from .progress import StageProgress, default_progress
 from .pseudo_labels import Selection
 from .recipes import Recipe
-from .results import Results
+from .run_results import Results
 from .rundir import RunDir, read_metrics, read_summary, run_folder, weights_file # noqa: F401
-from .runfile import check_config, config_of, write_run
-from .setup import Setup, settle
+from .run_file import check_config, config_of, write_run
+from .run_setup import Setup, settle
 from .tables import open_data
 from .threads import keep_memory
-from .unseen import find_suspects
+from .run_suspects import find_suspects
 
 _all_ = ['read_summary'] # Public here too
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from .datasets import load_image, square
 from .label_table import PseudoLabelError
 from .queries import connect, parquet_sql, run_query
-from .sources import find_labels
+from .finished_labels import find_labels
 
 # %% ../nbs/08a_suspects.ipynb #70c9bef9
 def _checked(labels, probs): # int64 (N,), float64 (N, K) with rows that sum to 1

@@ -15,7 +15,7 @@ import numpy as np
 
 from .files import into_place
 from .images import new_array
-from .pools import find_pool
+from .unlabeled import find_pool
 from .splits import Split, Splits, labeled_subset
 
 # %% ../nbs/00da_svhn.ipynb #026d954e

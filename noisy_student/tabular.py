@@ -31,10 +31,10 @@ from .models import load_weights, save_weights
 from .progress import StageProgress, default_progress
 from .pseudo_labels import predict_pseudo_labels, read_selection, select_pseudo_labels
 from .rounds import Loop
-from .rows import FillMedian, Table, TableLoaders, cut_table
+from .table_rows import FillMedian, Table, TableLoaders, cut_table
 from .rundir import RunDir, of_round
-from .swap import SwapNoise, TabularNoise, swap_noise, tabular_noisy_student_learner # noqa: F401
-from .task import Task
+from .swap_noise import SwapNoise, TabularNoise, swap_noise, tabular_noisy_student_learner # noqa: F401
+from .round_task import Task
 
 # Public here too
 _all_ = ['swap_noise', 'SwapNoise', 'TabularNoise', 'tabular_noisy_student_learner', 'FillMedian', 'Table']

@@ -13,7 +13,7 @@ from fastai.callback.core import Callback
 from fastcore.basics import noop
 from torch import nn
 
-from .parts import unwrapped
+from .network_parts import unwrapped
 
 # %% auto #0
 __all__ = ['TrainingNoise']

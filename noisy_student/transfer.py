@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from .files import did_you_mean
-from .parts import in_head
+from .network_parts import in_head
 from .weights import load_tensors
 
 # %% ../nbs/04j_transfer.ipynb #063a97e8

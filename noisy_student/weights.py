@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .files import replacing
-from .parts import unwrapped
+from .network_parts import unwrapped
 
 # %% ../nbs/04h_weights.ipynb #7793d85b
 _CHECKSUM = 'noisy_student_sha256' # in the header; files made elsewhere have none

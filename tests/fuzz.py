@@ -128,7 +128,7 @@ def _in_report(data, name, kind, section=lambda run: None):
 
 
 def check_leaks(data):
-    from noisy_student.runtables import leaks_table  # the whole page would take half a second
+    from noisy_student.report_tables import leaks_table  # the whole page would take half a second
     return _in_report(data, "leaks.json", "leaks", leaks_table)
 
 
@@ -136,7 +136,7 @@ def check_history(data): return _in_report(data, "round_0/history.csv", "history
 
 
 def check_robustness(data):
-    from noisy_student.runtables import robustness_table
+    from noisy_student.report_tables import robustness_table
     return _in_report(data, "robustness.csv", "robustness", robustness_table)
 
 

@@ -447,7 +447,7 @@ def test_pretrained_weights_are_sought_in_the_cache_alone_when_the_hub_cannot_be
     def look(*_, **__): seen.append(constants.HF_HUB_OFFLINE); raise OSError('nothing there')
     seen, before = [], constants.HF_HUB_OFFLINE
     monkeypatch.setattr(socket, 'getaddrinfo', (lambda *_: []) if reachable else no_network)
-    monkeypatch.setattr('noisy_student.choice.getproxies', dict)
+    monkeypatch.setattr('noisy_student.published_weights.getproxies', dict)
     monkeypatch.setattr(timm, 'create_model', look)
     with pytest.raises(ValueError, match='nothing there'): create_model('resnet18', 10, pretrained=True)
     assert seen == [before if reachable else True] and constants.HF_HUB_OFFLINE == before
@@ -458,14 +458,14 @@ def no_network(monkeypatch, seconds=0.):
     import socket
     def getaddrinfo(*_, **__): time.sleep(seconds); raise socket.gaierror(-2, 'Name or service not known')
     monkeypatch.setattr(socket, 'getaddrinfo', getaddrinfo)
-    monkeypatch.setattr('noisy_student.choice.getproxies', dict)
+    monkeypatch.setattr('noisy_student.published_weights.getproxies', dict)
 
 @pytest.fixture
 def caches(tmp_path, monkeypatch):
     "Of the hub's library and of torch, empty; no packages of weights"
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path/'hub'))
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path/'torch'))
-    monkeypatch.setattr('noisy_student.choice._PACKAGES', {})
+    monkeypatch.setattr('noisy_student.published_weights._PACKAGES', {})
     return tmp_path
 
 @pytest.mark.parametrize('seconds', [0., 20.])
@@ -500,10 +500,10 @@ def test_weights_in_a_package(monkeypatch):
 
 def test_weights_where_the_hub_answers(monkeypatch, caches):
     for answers in (True, False):
-        monkeypatch.setattr('noisy_student.choice._answers', lambda url: answers)
+        monkeypatch.setattr('noisy_student.published_weights._answers', lambda url: answers)
         assert find_weights('resnet18') is (answers or None)
         assert find_weights('resnet18', download=False) is None
-    monkeypatch.setattr('noisy_student.choice._answers', lambda url: True)
+    monkeypatch.setattr('noisy_student.published_weights._answers', lambda url: True)
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     assert find_weights('resnet18') is None
     for o in ('resnet9_24', 'no such name', 'tf_efficientnet_l1', 7, None): assert find_weights(o) is None

@@ -378,7 +378,7 @@ def test_a_run_of_an_older_version_is_judged_like_one_of_today(tmp_path):
 def test_a_student_that_is_worse_on_the_same_images_is_not_used(tmp_path, monkeypatch):
     "Though its accuracy is within one standard error: what is warned of is what is done."
     from noisy_student.rounds import NoisyStudent
-    from noisy_student import imagetask
+    from noisy_student import image_task as imagetask
     real, teachers = imagetask.valid_figures, []
 
     def figures(y, logits, choose_by):  # the student answers as its teacher does, but for six images that it now gets wrong
