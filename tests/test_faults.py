@@ -86,10 +86,10 @@ def test_a_signal_within_a_query():
     import duckdb
     from noisy_student.files import Stopped, stoppable
     con = duckdb.connect()
-    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
     with pytest.raises(Stopped), stoppable():
         timer.start()
-        con.execute("SELECT sum(range % 7) FROM range(1000000000000)").fetchall()
+        con.execute("SELECT sum(range % 7) FROM range(20000000000)").fetchall()
 
 
 @no_page
