@@ -1,7 +1,8 @@
 "Settings that hold for every test."
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the tests run side by side, a process per core
+# before torch is imported: the tests run side by side, a process per core
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NOISY_STUDENT_QUICK", "1")  # tutorials in their short form, also where there is a GPU
 
 import pytest

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-SETTINGS = dict(recipe="digits", epochs=2, teacher_epochs=3, steps=4, bs=16, accumulate=2, ema=0.9, size=8, threshold=0.2, rounds=2, lr=1e-2, seed=3)
+SETTINGS = dict(recipe="digits", epochs=2, teacher_epochs=3, steps=4, bs=16, accumulate=2, ema=0.9, size=8,
+                threshold=0.2, rounds=2, lr=1e-2, seed=3)
 
 
 def make_pictures(root: Path) -> Path:
-    "Red and blue pictures with noise, in the layout of `from_folder`, a file that is none, and a validation picture in the pool."
+    """Red and blue pictures with noise, in the layout of `from_folder`, a file that is none, and a validation picture
+    in the pool."""
     rng = np.random.default_rng(0)
     def picture(file, color):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -38,11 +40,13 @@ def noisy_student(pictures, path, every=600., **changes):
     torch.set_num_threads(1)
     RunState.every = every
     warnings.simplefilter("ignore")
-    return NoisyStudent(from_folder(pictures), ["resnet9_4", "resnet9_8"], path, noise=Noise(1, 3, 0.1, 0.9), **{**SETTINGS, **changes})
+    return NoisyStudent(from_folder(pictures), ["resnet9_4", "resnet9_8"], path, noise=Noise(1, 3, 0.1, 0.9),
+                        **{**SETTINGS, **changes})
 
 
 def fit(pictures, path, every=600., log=None):
-    "In a child process: fit, and write warnings and the error to a file. Exit codes: 0, 2 for a one-line error, that of `Stopped`."
+    """In a child process: fit, and write warnings and the error to a file. Exit codes: 0, 2 for a one-line error, that
+    of `Stopped`."""
     from noisy_student.files import Stopped
     run = noisy_student(pictures, path, every)
     try:
@@ -65,8 +69,11 @@ def server():
 
 
 def worked(pid):
-    "Seconds of work of a running process: its own clock, which a busy machine does not slow down. 0 where it cannot be read."
-    try: return sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
+    """Seconds of work of a running process: its own clock, which a busy machine does not slow down. 0 where it cannot
+    be read."""
+    try:
+        return sum(map(int, Path(f"/proc/{pid}/stat").read_text()
+                       .rpartition(")")[2].split()[11:13])) / os.sysconf("SC_CLK_TCK")
     except OSError: return 0.
 
 
@@ -81,7 +88,8 @@ def run(context, *args, signal_after=None, sig=signal.SIGKILL):
         if time.perf_counter() - begun > 300: p.kill(); raise TimeoutError("the run hangs")
         work = worked(p.pid) or work
         spent = work or time.perf_counter() - begun
-        if sent is None and signal_after is not None and spent >= signal_after: sent = time.perf_counter(); os.kill(p.pid, sig)
+        if sent is None and signal_after is not None and spent >= signal_after:
+            sent = time.perf_counter(); os.kill(p.pid, sig)
         p.join(0.01)
     return p.exitcode, time.perf_counter() - (sent or time.perf_counter()), work or time.perf_counter() - begun
 
@@ -90,7 +98,8 @@ def outcome(path):
     "Everything that must be equal: weights bit by bit, histories, the summary without its seconds."
     import pandas as pd
     from noisy_student.models import load_tensors
-    weights = {(f.parent.name, k): v.numpy().tobytes() for f in sorted(path.glob("round_*/model.safetensors")) for k, v in load_tensors(f)[0].items()}
+    weights = {(f.parent.name, k): v.numpy().tobytes() for f in sorted(path.glob("round_*/model.safetensors")) for k,
+               v in load_tensors(f)[0].items()}
     history = {f.parent.name: f.read_text() for f in sorted(path.glob("round_*/history.csv"))}
     return weights, history, pd.read_csv(path/"summary.csv").drop(columns="seconds").to_csv()
 
@@ -110,10 +119,13 @@ def is_readable(path):
 
 
 def add_tables(path):
-    "The files that `noisy-student evaluate --robustness` and `NoisyStudent.suspects` add to a finished run, with figures of no meaning."
+    """The files that `noisy-student evaluate --robustness` and `NoisyStudent.suspects` add to a finished run, with
+    figures of no meaning."""
     from noisy_student.files import write_with_sum
-    write_with_sum(path/"robustness.csv", "round,n,accuracy,low,high,ece\n0,12,0.5,0.4,0.6,0.125\n1,12,0.75,0.5,0.9,0.125\n")
-    write_with_sum(path/"suspects"/"round_2"/"suspects.csv", "kind,item,label,predicted,confidence,quality,issue\nlabeled,a.png,red,blue,0.75,0.25,True\n")
+    write_with_sum(path/"robustness.csv",
+                   "round,n,accuracy,low,high,ece\n0,12,0.5,0.4,0.6,0.125\n1,12,0.75,0.5,0.9,0.125\n")
+    write_with_sum(path/"suspects"/"round_2"/"suspects.csv",
+                   "kind,item,label,predicted,confidence,quality,issue\nlabeled,a.png,red,blue,0.75,0.25,True\n")
 
 
 def read_report(path):
@@ -127,7 +139,8 @@ def kinds(path):
     import re
     found = {}
     for f in sorted(path.rglob("*")):
-        if f.is_file() and f.stat().st_size: found.setdefault(re.sub(r"[0-9a-f]{8,}|\d+", "N", str(f.relative_to(path))), []).append(f)
+        if f.is_file() and f.stat().st_size:
+            found.setdefault(re.sub(r"[0-9a-f]{8,}|\d+", "N", str(f.relative_to(path))), []).append(f)
     return {k: max(v, key=lambda f: f.stat().st_size).relative_to(path) for k, v in found.items()}
 
 

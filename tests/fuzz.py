@@ -18,15 +18,18 @@ def samples() -> dict:
     root = Path(tempfile.mkdtemp())
     rng, found = np.random.default_rng(0), {}
     rgb = Image.fromarray(rng.integers(0, 255, (24, 20, 3), dtype=np.uint8))
-    for name, mode in {"a.jpg": "RGB", "b.png": "RGB", "c.gif": "P", "d.png": "RGBA", "e.jpg": "CMYK", "f.tif": "RGB", "g.webp": "RGB", "h.bmp": "RGB"}.items():
+    for name, mode in {"a.jpg": "RGB", "b.png": "RGB", "c.gif": "P", "d.png": "RGBA", "e.jpg": "CMYK", "f.tif": "RGB",
+                       "g.webp": "RGB", "h.bmp": "RGB"}.items():
         rgb.convert(mode).save(root/name)
         found[f"image {name}"] = (root/name).read_bytes()
     pictures = make_pictures(root/"pictures")
     noisy_student(pictures, run := root/"run", rounds=1, epochs=1, teacher_epochs=1).fit()
     add_tables(run)
-    for name, file in dict(part="round_1/pseudo_labels/part-00000-of-00001-00000.parquet", selection="round_1/selected.parquet", run="run.json",
+    for name, file in dict(part="round_1/pseudo_labels/part-00000-of-00001-00000.parquet",
+                           selection="round_1/selected.parquet", run="run.json",
                            metrics="round_0/metrics.json", weights="round_0/model.safetensors", summary="summary.csv",
-                           manifest="round_1/pseudo_labels/_shard-00000-of-00001.json", sums="round_0/SHA256SUMS", leaks="leaks.json", history="round_0/history.csv", robustness="robustness.csv").items():
+                           manifest="round_1/pseudo_labels/_shard-00000-of-00001.json", sums="round_0/SHA256SUMS",
+                           leaks="leaks.json", history="round_0/history.csv", robustness="robustness.csv").items():
         found[name] = (run/file).read_bytes()
     found["folder"], found["pictures"], found["work"] = run, pictures, root/"work"
     found["work"].mkdir()
@@ -72,7 +75,8 @@ def check_part(data):
     (f := samples()["work"]/"labels"/"part-00000-of-00001-00000.parquet").parent.mkdir(exist_ok=True)
     f.write_bytes(data)
     f.with_name("_shard-00000-of-00001.json").write_bytes(samples()["manifest"])
-    return refused(lambda: select_pseudo_labels(f.parent, f.parent.with_name("s.parquet"), 0.), f.parent, "pseudo label")
+    return refused(lambda: select_pseudo_labels(f.parent, f.parent.with_name("s.parquet"), 0.), f.parent,
+                   "pseudo label")
 
 
 def check_selection(data):
@@ -140,10 +144,12 @@ def check_robustness(data):
     return _in_report(data, "robustness.csv", "robustness", robustness_table)
 
 
-WORDS = """run label select relabel train evaluate predict export recipes --help --version digits cifa10 nowhere {folder} {pictures} {work} {work}/s.parquet
-    --out --arch --rounds --epochs --size --labels --unlabeled --recipe --seed --device --threshold --json --shard --num-shards --temperature --bs --per-class
-    --strict --binned --pool --pseudo --top --auto-batch 0 1 -1 2 1e9 nan inf .5 1.5 mean largest none cpu cuda tpu default svhn keras-cifar10 resnet9_4
-    resnet18 package:x package: hf-hub:x a.onnx a.safetensors '' -- - --- .. / ~ \u0000 \u00e4 \ud83d --epoch =x --seed= @file * %s""".split()
+WORDS = """run label select relabel train evaluate predict export recipes --help --version digits cifa10 nowhere
+    {folder} {pictures} {work} {work}/s.parquet --out --arch --rounds --epochs --size --labels
+    --unlabeled --recipe --seed --device --threshold --json --shard --num-shards --temperature --bs
+    --per-class --strict --binned --pool --pseudo --top --auto-batch 0 1 -1 2 1e9 nan inf .5 1.5 mean
+    largest none cpu cuda tpu default svhn keras-cifar10 resnet9_4 resnet18 package:x package: hf-hub:x
+    a.onnx a.safetensors '' -- - --- .. / ~ \u0000 \u00e4 \ud83d --epoch =x --seed= @file * %s""".split()
 
 
 def check_line(words):
@@ -151,7 +157,8 @@ def check_line(words):
     from noisy_student import cli, commands_train
     s, real = samples(), commands_train._fit
     commands_train._fit = lambda *a, **k: None
-    argv = [o.replace("{folder}", str(s["folder"])).replace("{pictures}", str(s["pictures"])).replace("{work}", str(s["work"])) for o in words]
+    argv = [o.replace("{folder}", str(s["folder"])).replace("{pictures}", str(s["pictures"]))
+            .replace("{work}", str(s["work"])) for o in words]
     out, err = io.StringIO(), io.StringIO()
     cwd = os.getcwd()
     os.chdir(s["work"])
@@ -164,8 +171,8 @@ def check_line(words):
     return "used" if code == 0 else "refused"
 
 
-CHECKS = dict(part=check_part, selection=check_selection, weights=check_weights, run=check_run, metrics=check_metrics, sums=check_sums,
-              leaks=check_leaks, history=check_history, robustness=check_robustness)
+CHECKS = dict(part=check_part, selection=check_selection, weights=check_weights, run=check_run, metrics=check_metrics,
+              sums=check_sums, leaks=check_leaks, history=check_history, robustness=check_robustness)
 
 
 def one(kind: str, rng: np.random.Generator) -> str:

@@ -1,14 +1,16 @@
-"""A GPU that is none: tensors on the CPU that say they are on 'cuda', so that what CUDA code does can be watched without one.
+"""A GPU that is none: tensors on the CPU that say they are on 'cuda', so that what CUDA code does can be watched
+without one.
 
-Inside `PretendedGPU()` tensors that go to 'cuda' stay in the host's memory, but their storage is marked. Marked tensors say
-`device=cuda:0`, everything computed from them is marked, too, and the rules of CUDA hold: an operation on tensors of both
-places raises, `.numpy()` raises, random numbers come from a generator of the device's own. Written down, with the line
-that did it, are all moments at which PyTorch would make the host wait for the device, all copies between the two, and the
-number of kernels that would be launched.
+Inside `PretendedGPU()` tensors that go to 'cuda' stay in the host's memory, but their storage is marked. Marked tensors
+say `device=cuda:0`, everything computed from them is marked, too, and the rules of CUDA hold: an operation on tensors
+of both places raises, `.numpy()` raises, random numbers come from a generator of the device's own. Written down, with
+the line that did it, are all moments at which PyTorch would make the host wait for the device, all copies between the
+two, and the number of kernels that would be launched.
 
-It is no GPU. It has one memory, no streams and no speed, computes with the CPU's kernels, and autocasts by the CPU's list
-of operations. What a CUDA kernel itself does - waits inside of it, operations that it lacks, other rounding - is not seen.
-`torch.cuda` is replaced by the few functions below; whatever else of it is called, fails as it does without a GPU.
+It is no GPU. It has one memory, no streams and no speed, computes with the CPU's kernels, and autocasts by the CPU's
+list of operations. What a CUDA kernel itself does - waits inside of it, operations that it lacks, other rounding - is
+not seen. `torch.cuda` is replaced by the few functions below; whatever else of it is called, fails as it does without a
+GPU.
 """
 import contextlib, sys, threading
 from collections import Counter
@@ -27,7 +29,9 @@ LIBRARIES = ("noisy_student", "benchmarks", "fastai", "timm", "fasttransform", "
 
 class Event(NamedTuple):
     "Something that the device, or the way to it, was asked for."
-    kind: str  # 'wait': the host waits; 'to device', 'to host': a copy that the host does not wait for; 'pageable': likewise, of memory that is not pinned
+    # 'wait': the host waits; 'to device', 'to host': a copy that the host does not wait for; 'pageable': likewise, of
+    # memory that is not pinned
+    kind: str
     what: str  # operation, and bytes if it is a copy
     where: str  # file:line of the innermost caller of interest
 
@@ -58,11 +62,12 @@ def _where():
 
 
 # what waits for the device by itself: its result, or the shape of it, is needed on the host
-WAITS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.bincount,
-         aten.equal, aten.is_nonzero, aten.repeat_interleave, aten.argwhere}
+WAITS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2, aten.unique_dim,
+         aten.unique_consecutive, aten.bincount, aten.equal, aten.is_nonzero, aten.repeat_interleave, aten.argwhere}
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index}
 COPIES = {aten.copy_, aten._to_copy, aten.copy}
-SCALARS = {aten.index_put_, aten.index_put, aten._index_put_impl_, aten.where, aten.masked_fill, aten.masked_fill_, aten.fill_, aten.lerp, aten.lerp_}
+SCALARS = {aten.index_put_, aten.index_put, aten._index_put_impl_, aten.where, aten.masked_fill, aten.masked_fill_,
+           aten.fill_, aten.lerp, aten.lerp_}
 
 
 class _Generator(torch.Generator):
@@ -84,12 +89,14 @@ class _Dispatch(TorchDispatchMode):
         if (rng := kwargs.get("generator")) is not None and here != getattr(rng, "pretended", False):
             raise RuntimeError(f"Expected a {'cuda' if here else 'cpu'} device type for generator ({func})")
         before = {id(o.untyped_storage()) for o in given}
-        with g.own_random_numbers() if here and rng is None and torch.Tag.nondeterministic_seeded in func.tags else contextlib.nullcontext():
+        own = here and rng is None and torch.Tag.nondeterministic_seeded in func.tags
+        with g.own_random_numbers() if own else contextlib.nullcontext():
             out = func(*args, **kwargs)
         if not here or g.inside.__dict__.get("moving"): return out
         new = [o for o in _tensors(out) if id(o.untyped_storage()) not in before]
         for o in new: _mark(o)
-        if op in WAITS or op in INDEXING and any(o.dtype in (torch.bool, torch.uint8) for o in _tensors(args[1])): g.note("wait", str(op))
+        if op in WAITS or op in INDEXING and any(o.dtype in (torch.bool, torch.uint8) for o in _tensors(args[1])):
+            g.note("wait", str(op))
         if (new or func._schema.is_mutable) and "empty" not in str(op): g.kernels[str(op)] += 1
         return out
 
@@ -143,7 +150,9 @@ def _to(g, func, args, kwargs):
     if not move:
         with g.making(on_gpu(x)): return func(x, *rest, **kwargs)
     blocking = not (kwargs.get("non_blocking") or True in [o for o in rest if type(o) is bool][:1])
-    with g.making(False, moving=True): out = func(x, *rest, **dict(kwargs, copy=True) if True not in [o for o in rest if type(o) is bool][1:2] else kwargs)
+    with g.making(False, moving=True):
+        out = func(x, *rest, **dict(kwargs, copy=True) if True not in [o for o in rest if type(o) is bool][1:2]
+                   else kwargs)
     _mark(out, "cuda" if _is_gpu(target) else "")
     g.copied(x, out, not blocking)
     return out
@@ -151,7 +160,9 @@ def _to(g, func, args, kwargs):
 
 def _device_of(g, func, args, kwargs): return CUDA if on_gpu(args[0]) else func(*args, **kwargs)
 def _refused(g, func, args, kwargs):
-    if on_gpu(args[0]): raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
+    if on_gpu(args[0]):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to "
+                        "host memory first.")
     return func(*args, **kwargs)
 def _listed(g, func, args, kwargs):
     if on_gpu(args[0]): g.note("wait", func.__name__)
@@ -172,7 +183,8 @@ _OWN = {
     T.device.__get__: _device_of, T.to: _to, T.pin_memory: _pinned,
     T.cuda: lambda g, f, args, kw: _to(g, T.to, (args[0], *(["cuda"] if (*args, None)[1] is None else args[1:])), kw),
     T.cpu: lambda g, f, args, kw: _to(g, T.to, (args[0], "cpu"), kw),
-    T.is_cuda.__get__: lambda g, f, args, kw: on_gpu(args[0]), T.is_cpu.__get__: lambda g, f, args, kw: not on_gpu(args[0]),
+    T.is_cuda.__get__: lambda g, f, args, kw: on_gpu(args[0]), T.is_cpu.__get__: lambda g, f, args,
+        kw: not on_gpu(args[0]),
     T.get_device: lambda g, f, args, kw: 0 if on_gpu(args[0]) else -1,
     T.is_pinned: lambda g, f, args, kw: getattr(args[0].untyped_storage(), "pretended", "") == "pinned",
     T.numpy: _refused, T.__array__: _refused, T.tolist: _listed, T.__repr__: _listed, T.__format__: _listed,
@@ -231,38 +243,50 @@ class PretendedGPU:
         run, autocast, load, gpu = threading.Thread.run, torch.autocast.__init__, torch.load, self
         def in_thread(thread):
             with gpu.modes(): run(thread)
-        def as_cpu(own, device_type, *args, **kwargs): autocast(own, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+        def as_cpu(own, device_type, *args, **kwargs):
+            autocast(own, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
         def as_subclass(t, cls):  # the same memory; before torch 2.5 a mode that sees it made that impossible
             with torch._C._DisableTorchDispatch(): return torch._C.TensorBase.as_subclass(t, cls)
         def seed(s): self.rng.manual_seed(int(s))
         def memory(device=None):
-            if isinstance(device, (str, torch.device)) and torch.device(device).index is None: raise ValueError("torch 2.4 wants an index")
+            if isinstance(device, (str, torch.device)) and torch.device(device).index is None:
+                raise ValueError("torch 2.4 wants an index")
             return self.free, self.free
         def loaded(*args, map_location=None, **kwargs):
-            if map_location is None or not _is_gpu(map_location): return load(*args, map_location=map_location, **kwargs)
+            if map_location is None or not _is_gpu(map_location):
+                return load(*args, map_location=map_location, **kwargs)
             found = load(*args, map_location="cpu", **kwargs)
             for o in _tensors(found): _mark(o)
             return found
         def wait(device=None): self.note("wait", "synchronize")
         group = torch.optim.Optimizer._group_tensors_by_device_and_dtype  # by C++, which sees through the mark
         def grouped(*args, **kwargs):
-            return {(CUDA if _tensors(o[0])[:1] and on_gpu(_tensors(o[0])[0]) else d, t): o for (d, t), o in group(*args, **kwargs).items()}
-        self.stack.enter_context(patch.object(torch.optim.Optimizer, "_group_tensors_by_device_and_dtype", staticmethod(grouped)))
+            return {(CUDA if _tensors(o[0])[:1] and on_gpu(_tensors(o[0])[0]) else d, t): o for (d, t),
+                    o in group(*args, **kwargs).items()}
+        self.stack.enter_context(patch.object(torch.optim.Optimizer, "_group_tensors_by_device_and_dtype",
+                                              staticmethod(grouped)))
         self.stack.enter_context(patch.object(threading.Thread, "run", in_thread))
         self.stack.enter_context(patch.object(torch.Tensor, "as_subclass", as_subclass))
         self.stack.enter_context(patch.object(torch.autocast, "__init__", as_cpu))
         self.stack.enter_context(patch.multiple(torch, Generator=_Generator, load=loaded))
         self.stack.enter_context(patch.multiple(
-            torch.cuda, is_available=lambda: True, is_initialized=lambda: True, _lazy_init=lambda: None, device_count=lambda: 1, current_device=lambda: 0,
-            set_device=lambda device: None, device_of=lambda x: contextlib.nullcontext(), is_bf16_supported=lambda including_emulation=True: self.bf16 or including_emulation,
+            torch.cuda, is_available=lambda: True, is_initialized=lambda: True, _lazy_init=lambda: None,
+                                                device_count=lambda: 1, current_device=lambda: 0,
+            set_device=lambda device: None, device_of=lambda x: contextlib.nullcontext(),
+                                                is_bf16_supported=lambda including_emulation=True: self.bf16
+                                                or including_emulation,
             mem_get_info=memory, empty_cache=lambda: None, synchronize=wait,
             memory_reserved=lambda device=None: 0, memory_allocated=lambda device=None: 0,
-            get_device_properties=lambda device=None: SimpleNamespace(L2_cache_size=1 << 22, major=9 if self.bf16 else 7, minor=0),
+            get_device_properties=lambda device=None: SimpleNamespace(L2_cache_size=1 << 22,
+                                                                      major=9 if self.bf16 else 7, minor=0),
             get_device_name=lambda device=None: "pretended GPU", manual_seed=seed, manual_seed_all=seed,
-            get_rng_state=lambda device="cuda": self.rng.get_state(), set_rng_state=lambda state, device="cuda": self.rng.set_state(state),
-            get_rng_state_all=lambda: [self.rng.get_state()], set_rng_state_all=lambda states: self.rng.set_state(states[0])))
+            get_rng_state=lambda device="cuda": self.rng.get_state(), set_rng_state=lambda state,
+                                                device="cuda": self.rng.set_state(state),
+            get_rng_state_all=lambda: [self.rng.get_state()],
+                                                set_rng_state_all=lambda states: self.rng.set_state(states[0])))
         for name in ("_cuda_graph_capture_health_check", "_accelerator_graph_capture_health_check"):  # asks the driver
-            if hasattr(torch.optim.Optimizer, name): self.stack.enter_context(patch.object(torch.optim.Optimizer, name, lambda own: None))
+            if hasattr(torch.optim.Optimizer, name):
+                self.stack.enter_context(patch.object(torch.optim.Optimizer, name, lambda own: None))
         self.stack.enter_context(self.modes())
         return self
 

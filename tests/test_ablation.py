@@ -1,4 +1,5 @@
-"Ablation: every grid on the same number of images, odd recipes, interrupted and mixed-up folders; a noised labeling teacher; loggers."
+"""Ablation: every grid on the same number of images, odd recipes, interrupted and mixed-up folders; a noised labeling
+teacher; loggers."""
 from dataclasses import replace
 
 import numpy as np
@@ -14,10 +15,11 @@ from noisy_student.pseudo_labels import read_selection
 from noisy_student.recipes import RECIPES, get_recipe
 from noisy_student.rounds import NoisyStudent
 
-TINY = dict(archs=("resnet9_4",), rounds=1, epochs=1, teacher_epochs=2, steps=6, bs=16, ratio=2, size=8, threshold=.01, noise=Noise(1, 3, .1, .95))
+TINY = dict(archs=("resnet9_4",), rounds=1, epochs=1, teacher_epochs=2, steps=6, bs=16, ratio=2, size=8, threshold=.01,
+            noise=Noise(1, 3, .1, .95))
 
 
-pytestmark = [pytest.mark.usefixtures("one_thread", "no_page"), pytest.mark.once]
+pytestmark = [pytest.mark.usefixtures("one_thread", "no_page")]
 
 
 def miniature(seed=0):
@@ -30,8 +32,10 @@ def quiet(*_): pass
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_any_recipe(name):
-    "Whatever the recipe: a variant differs from it, is a valid recipe, and sees as many images, within an epoch per training."
-    full = get_recipe(name, **({} if RECIPES[name].archs else dict(archs=("resnet18", "resnet34"))), **({} if RECIPES[name].ratio else dict(steps=100)))
+    """Whatever the recipe: a variant differs from it, is a valid recipe, and sees as many images, within an epoch per
+    training."""
+    full = get_recipe(name, **({} if RECIPES[name].archs else dict(archs=("resnet18", "resnet34"))),
+                      **({} if RECIPES[name].ratio else dict(steps=100)))
     grid, skipped = variants(full)
     assert len(grid) + len(skipped) == 13 and not set(grid) & set(skipped) and "supervised-no-noise" in grid
     total = n_images(full, 4000)
@@ -50,22 +54,28 @@ def test_the_first_teacher_stays():
 
 def test_paired_differences():
     rng = np.random.default_rng(0)
-    runs = pd.DataFrame([dict(variant=v, changes="", seed=s, valid_accuracy=.5, test_accuracy=rng.random(), images=1, seconds=1.)
+    runs = pd.DataFrame([dict(variant=v, changes="", seed=s, valid_accuracy=.5, test_accuracy=rng.random(), images=1,
+                              seconds=1.)
                          for v in ("full", "a", "b") for s in range(5)])
     t = ablation_table(runs).set_index("variant")
     wide = runs.pivot(index="seed", columns="variant", values="test_accuracy")
     for v in ("a", "b"):
-        assert t.difference[v] == pytest.approx((wide[v] - wide.full).mean()) and t.difference_std[v] == pytest.approx((wide[v] - wide.full).std(ddof=1))
-    assert ablation_table(runs.sample(frac=1, random_state=1).sort_values("variant", key=lambda o: o != "full", kind="stable")).set_index("variant").difference["a"] == pytest.approx(t.difference["a"])
+        assert t.difference[v] == pytest.approx((wide[v] - wide.full).mean())
+        assert t.difference_std[v] == pytest.approx((wide[v] - wide.full).std(ddof=1))
+    mixed = runs.sample(frac=1, random_state=1).sort_values("variant", key=lambda o: o != "full", kind="stable")
+    assert ablation_table(mixed).set_index("variant").difference["a"] == pytest.approx(t.difference["a"])
 
 
 def test_interrupted_and_gone_on_with(tmp_path):
-    "Stopped in the middle, it goes on, and the table is that of a run in one go; another recipe in the same folder is refused."
+    """Stopped in the middle, it goes on, and the table is that of a run in one go; another recipe in the same folder is
+    refused."""
     calls = []
     def stop(stage, done, total):
         calls.append(stage)
         if stage.startswith("no-filter, seed 0: round 1: training") and done == 4: raise KeyboardInterrupt
-    def go(out, **more): return ablate(miniature, tmp_path / out, "digits", ["no-filter"], [0, 1], progress=more.pop("progress", quiet), **{**TINY, **more})
+    def go(out, **more):
+        return ablate(miniature, tmp_path / out, "digits", ["no-filter"], [0, 1], progress=more.pop("progress", quiet),
+                      **{**TINY, **more})
     with pytest.raises(KeyboardInterrupt): go("a", progress=stop)
     assert len(pd.read_csv(tmp_path / "a" / "runs.csv")) == 1 # the full recipe's
     pd.testing.assert_frame_equal(go("a").drop(columns="seconds"), go("b").drop(columns="seconds"))
@@ -74,10 +84,14 @@ def test_interrupted_and_gone_on_with(tmp_path):
 
 
 def test_mistakes(tmp_path):
-    def go(only=None, **more): ablate(miniature(), tmp_path / "x", **{"recipe": "digits", "only": only, "progress": quiet, **TINY, **more})
-    for saying, args in (("did you mean no-noise", dict(only=["no-nose"])), ("no balancing", dict(only=["no-balance"])), ("choose another name", dict(only=dict(full={}))),
-                         ("epochs cannot be varied", dict(only=dict(long=dict(epochs=9)))), ("unknown setting 'depth'", dict(only=dict(a=dict(depth=2)))),
-                         ("no student", dict(rounds=0)), ("each of them once", dict(seeds=[1, 1])), ("at least one seed", dict(seeds=[])),
+    def go(only=None, **more):
+        ablate(miniature(), tmp_path / "x", **{"recipe": "digits", "only": only, "progress": quiet, **TINY, **more})
+    for saying, args in (("did you mean no-noise", dict(only=["no-nose"])), ("no balancing", dict(only=["no-balance"])),
+                         ("choose another name", dict(only=dict(full={}))),
+                         ("epochs cannot be varied", dict(only=dict(long=dict(epochs=9)))),
+                         ("unknown setting 'depth'", dict(only=dict(a=dict(depth=2)))),
+                         ("no student", dict(rounds=0)), ("each of them once", dict(seeds=[1, 1])),
+                         ("at least one seed", dict(seeds=[])),
                          ("names no architectures", dict(recipe="default", archs=()))):
         with pytest.raises(ValueError, match=saying): go(**args)
     assert not (tmp_path / "x").exists() # nothing was begun
@@ -100,7 +114,8 @@ def test_noised_teacher_labels_otherwise_and_repeatably(tmp_path):
     assert all(torch.equal(state[k].cpu(), v) for k, v in weights.items()) # labeling with noise moved no statistic
     before = torch.random.get_rng_state()
     x = teacher.dls.clean_view(data.unlabeled.images[:8])
-    assert torch.equal(teacher.model(x), teacher.model(x)) and not torch.allclose(teacher.model(x), ns.learner(0).model.eval()(x))
+    assert torch.equal(teacher.model(x), teacher.model(x))
+    assert not torch.allclose(teacher.model(x), ns.learner(0).model.eval()(x))
     assert torch.equal(before, torch.random.get_rng_state())
 
 
@@ -110,7 +125,9 @@ def test_tensorboard(tmp_path):
     from fastai.callback.tensorboard import TensorBoardCallback
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     settings = {k: v for k, v in TINY.items() if k != "archs"}
-    def fit(name, cbs=None, **more): return NoisyStudent(miniature(), "resnet9_4", tmp_path / name, recipe="digits", progress=quiet, cbs=cbs, **settings, **more).fit()
+    def fit(name, cbs=None, **more):
+        return NoisyStudent(miniature(), "resnet9_4", tmp_path / name, recipe="digits", progress=quiet, cbs=cbs,
+                            **settings, **more).fit()
     fit("plain")
     fit("logged", lambda k, folder: [TensorBoardCallback(folder / "board", trace_model=False)])
     for k in (0, 1):
@@ -120,4 +137,6 @@ def test_tensorboard(tmp_path):
         history = pd.read_csv(tmp_path / "logged" / f"round_{k}" / "history.csv")
         assert [o.value for o in log.Scalars("accuracy")] == pytest.approx(history.valid_accuracy.tolist(), abs=1e-6)
         assert len(log.Images("Sample results")) >= 1
-    fit("rms", lambda k, folder: [TensorBoardCallback(folder / "board", trace_model=False)], optimizer="rmsprop", lr_per=None) # every optimizer
+    # every optimizer
+    fit("rms", lambda k, folder: [TensorBoardCallback(folder / "board", trace_model=False)], optimizer="rmsprop",
+        lr_per=None)

@@ -14,7 +14,8 @@ from torch import nn
 from noisy_student import archives
 from noisy_student.archives import ArchiveError, list_archive
 from noisy_student.cli import main
-from noisy_student.pseudo_labels import predict_pseudo_labels, read_selection, relabel_pseudo_labels, select_pseudo_labels
+from noisy_student.pseudo_labels import (predict_pseudo_labels, read_selection, relabel_pseudo_labels,
+                                         select_pseudo_labels)
 
 SMALL = '--arch resnet9_8 --epochs 1 --size 16 --device cpu'.split()
 
@@ -41,7 +42,9 @@ def mine(tmp_path_factory):
     pool = {f'{i:02d}.png': encoded(colors['red' if i % 2 else 'blue'], 100 + i) for i in range(24)}
     for o in ('files', 'tars', 'table'): (root/o).mkdir()
     for name, data in pool.items(): (root/'files'/name).write_bytes(data)
-    for k in range(2): pack(root/'tars'/f'pool-{k:04d}.tar', {n: pool[n] for n in sorted(pool)[k * 12:k * 12 + 12]} | {f'{k}.json': b'{}'})
+    for k in range(2):
+        pack(root/'tars'/f'pool-{k:04d}.tar', {n: pool[n]
+                                               for n in sorted(pool)[k * 12:k * 12 + 12]} | {f'{k}.json': b'{}'})
     pq.write_table(pa.table(dict(image=[pool[n] for n in sorted(pool)])), root/'table'/'pool.parquet', row_group_size=5)
     return root
 
@@ -79,7 +82,8 @@ def test_from_the_shell_a_pool_in_archives_does_what_a_folder_does(mine, capsys)
 
 
 def test_relabeling_reads_each_table_of_contents_once(mine, tmp_path, monkeypatch):
-    "In whatever order a selection names the images, and when only one table fits into memory; the order of the result is the selection's."
+    """In whatever order a selection names the images, and when only one table fits into memory; the order of the result
+    is the selection's."""
     torch.manual_seed(0)
     first, second = (nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 2)) for _ in range(2))
     tars = sorted(map(str, (mine/'tars').glob('*.tar')))
@@ -94,7 +98,8 @@ def test_relabeling_reads_each_table_of_contents_once(mine, tmp_path, monkeypatc
     archives._contents.clear()
     new = relabel_pseudo_labels(second, tmp_path/'old.parquet', tmp_path/'new.parquet', bs=5, size=20).to_pandas()
     # two threads that read on both sides of a boundary may each want theirs back
-    assert set(opened) == set(tars) and len(opened) <= 4 and new['item'].tolist() == old['item'].tolist() and new['copies'].tolist() == old['copies'].tolist()
+    assert set(opened) == set(tars) and len(opened) <= 4 and new['item'].tolist() == old['item'].tolist()
+    assert new['copies'].tolist() == old['copies'].tolist()
     predict_pseudo_labels(second, tars, tmp_path/'again', size=20)
     probs = pd.read_parquet(tmp_path/'again').set_index('item').probs
     np.testing.assert_allclose(np.stack(new.probs).astype(float), np.stack(probs[new['item']]).astype(float), atol=1e-3)
@@ -102,7 +107,8 @@ def test_relabeling_reads_each_table_of_contents_once(mine, tmp_path, monkeypatc
 
 def test_mistakes_name_the_archive(mine, capsys):
     main([str(o) for o in ('train', mine/'data', '--out', mine/'small', *SMALL)])
-    for saying, *args in [('pool.tar.gz is compressed', mine/'pool.tar.gz'), ('no file .*gone.tar', mine/'gone.tar'), ('one folder', mine/'files', mine/'data')]:
+    for saying, *args in [('pool.tar.gz is compressed', mine/'pool.tar.gz'), ('no file .*gone.tar', mine/'gone.tar'),
+                          ('one folder', mine/'files', mine/'data')]:
         capsys.readouterr()
         assert main(['label', *map(str, [mine/'small', *args, '--out', mine/'none'])]) == 2
         assert re.search(saying, capsys.readouterr().err.splitlines()[-1])
@@ -119,7 +125,8 @@ def test_a_damaged_table_of_contents_is_an_error_or_gives_names_inside(tmp_path_
     file = tmp_path_factory.mktemp('fuzz')/'a.tar'
     pack(file, {f'{i}.png': b'x' * 300 for i in range(4)})
     raw = bytearray(file.read_bytes())
-    for at, value in data.draw(st.lists(st.tuples(st.integers(0, 4 * 1024 - 1), st.integers(0, 255)), min_size=1, max_size=4)): raw[at] = value
+    for at, value in data.draw(st.lists(st.tuples(st.integers(0, 4 * 1024 - 1), st.integers(0, 255)), min_size=1,
+                                        max_size=4)): raw[at] = value
     file.write_bytes(raw[:data.draw(st.sampled_from([len(raw), 3000, 700, 513, 1]))])
     try: found = list_archive(file)
     except ArchiveError: return
@@ -146,7 +153,8 @@ def test_memory_is_flat_in_the_size_of_the_pool(tmp_path):
     "A pool ten times as large, 3,000 images of 49 kB each when decoded, may not take 20 MB more."
     image = encoded((9, 9, 9), 0, 4)
     tars = [pack(tmp_path/f'{k:03d}.tar', {f'{i}.png': image for i in range(100)}) for k in range(30)]
-    done = subprocess.run([sys.executable, '-c', FLAT, str(tmp_path), *tars], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, '-c', FLAT, str(tmp_path), *tars], capture_output=True, text=True,
+                          check=True)
     small, large = map(float, done.stdout.split())
     assert pq.ParquetDataset(str(tmp_path/'10')).read(columns=['item']).num_rows == 3000
     assert large - small < 20, (small, large)

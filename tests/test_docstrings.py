@@ -9,12 +9,14 @@ from noisy_student.docstrings import comments, document
 def is_command(name): return name in ('cli', 'options') or name.startswith('commands_') # explained by --help
 
 
-MODULES = [o.name for o in pkgutil.iter_modules(noisy_student.__path__) if o.name != '_modidx' and not is_command(o.name)]
+MODULES = [o.name for o in pkgutil.iter_modules(noisy_student.__path__) if o.name != '_modidx'
+           and not is_command(o.name)]
 
 
 def parameters(o):
     "Names of the parameters of a function, or of a class whose making is written in this package."
-    if isinstance(o, type) and not dataclass_or_tuple(o) and not getattr(o.__init__, '__module__', '').startswith('noisy_student'): return []
+    if isinstance(o, type) and not dataclass_or_tuple(o) and not getattr(o.__init__, '__module__',
+                                                                         '').startswith('noisy_student'): return []
     try: return [p for p in inspect.signature(o).parameters if p not in ('self', 'cls')]
     except (ValueError, TypeError): return []
 
@@ -37,9 +39,11 @@ def test_it_says_type_meaning_default_and_result():
     from noisy_student.learner import noisy_student_learner
     from noisy_student.rounds import NoisyStudent
     doc = inspect.getdoc(noisy_student_learner)
-    assert re.search(r"^    label_smoothing \(float\): Share of a hard label .*, in \[0, 1\).* \(default: 0\.\)$", doc, re.M)
+    assert re.search(r"^    label_smoothing \(float\): Share of a hard label .*, in \[0, 1\).* \(default: 0\.\)$", doc,
+                     re.M)
     assert doc.startswith("A fastai `Learner`") and re.search(r'^Returns:\n    Learner: ', doc, re.M)
-    assert '    seed (int): Decides' in inspect.getdoc(NoisyStudent) and 'pictures (int)' in inspect.getdoc(NoisyStudent.suspects)
+    assert '    seed (int): Decides' in inspect.getdoc(NoisyStudent)
+    assert 'pictures (int)' in inspect.getdoc(NoisyStudent.suspects)
 
 
 def test_twice_is_once():
@@ -86,7 +90,8 @@ Args:
 
 Returns:
     int: How many"""
-    assert inspect.getdoc(sample.Two) == "Two,\nin two lines.\n\nArgs:\n    file (str): The file\n    n (int): How many (default: 3)"
+    said = "Two,\nin two lines.\n\nArgs:\n    file (str): The file\n    n (int): How many (default: 3)"
+    assert inspect.getdoc(sample.Two) == said
     assert inspect.getdoc(sample.Two.more) == "Args:\n    k (int): A number"
     assert sample.three.__doc__ is None
 
@@ -104,7 +109,8 @@ def test_help_of_options_is_that_of_parameters(capsys):
     from noisy_student.rounds import NoisyStudent
     assert cli.main(['run', '--help']) == 0
     shown = ' '.join(capsys.readouterr().out.split())
-    for o, said in [(Recipe, 'Learning rate, the highest of the schedule'), (NoisyStudent, 'Go on though a network is no better than chance')]:
+    for o, said in [(Recipe, 'Learning rate, the highest of the schedule'),
+                    (NoisyStudent, 'Go on though a network is no better than chance')]:
         assert said in o.__doc__ and said in shown
 
 
@@ -130,5 +136,6 @@ class Three:
     monkeypatch.syspath_prepend(str(tmp_path))
     assert comments('unread.here', 'Three') == dict(a='A number', b='Another')
     assert comments('unread.here', 'two') == dict(c='The third')
-    with pytest.raises(ValueError, match="name must be a function or class of unread.there, got 'one'"): comments('unread.here', 'one')
+    with pytest.raises(ValueError, match="name must be a function or class of unread.there, got 'one'"):
+        comments('unread.here', 'one')
     assert 'unread.here' not in sys.modules

@@ -1,11 +1,13 @@
-"Whatever happens to a run, its directory stays readable, and the same call ends with the same result, or says in one line what is wrong."
+"""Whatever happens to a run, its directory stays readable, and the same call ends with the same result, or says in one
+line what is wrong."""
 import os, resource, shutil, signal, threading, time, warnings
 
 import numpy as np
 import pytest
 import torch
 
-from faults import add_tables, damage, is_readable, kinds, make_pictures, noisy_student, outcome, read_report, run, server
+from faults import (add_tables, damage, is_readable, kinds, make_pictures, noisy_student, outcome, read_report, run,
+                    server)
 from noisy_student.files import unsealed
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
@@ -30,7 +32,6 @@ def whole(context, pictures, tmp_path_factory):
     return path/"run", seconds, outcome(path/"run")
 
 
-@pytest.mark.once
 def test_killed_at_any_instant(context, pictures, whole, tmp_path):
     rng, killed, path = np.random.default_rng(0), 0, tmp_path/"run"
     _, seconds, expected = whole
@@ -98,7 +99,8 @@ def test_a_signal_waits_for_the_step_and_loses_none(pictures, tmp_path):
     from noisy_student.models import load_tensors
     before = signal.getsignal(signal.SIGTERM)
     def preempt(stage, done, total):
-        if stage.startswith("round 0") and done == 5: os.kill(os.getpid(), signal.SIGTERM)  # within a step of two batches
+        # within a step of two batches
+        if stage.startswith("round 0") and done == 5: os.kill(os.getpid(), signal.SIGTERM)
     with pytest.raises(Stopped) as e: noisy_student(pictures, tmp_path/"a", progress=preempt, rounds=0).fit()
     assert e.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
     _, meta = load_tensors(tmp_path/"a"/"round_0"/"checkpoint"/"state.safetensors")
@@ -118,7 +120,8 @@ def test_other_threads_are_left_alone(pictures, tmp_path):
 @pytest.fixture(scope="module")
 def small(pictures, tmp_path_factory):
     "A teacher and a student, an epoch each, and all that can be added."
-    with warnings.catch_warnings(): noisy_student(pictures, path := tmp_path_factory.mktemp("small")/"run", **SMALL).fit()
+    with warnings.catch_warnings():
+        noisy_student(pictures, path := tmp_path_factory.mktemp("small")/"run", **SMALL).fit()
     add_tables(path)
     return path, outcome(path)
 
@@ -130,7 +133,8 @@ SMALL = dict(rounds=1, epochs=1, teacher_epochs=1)
 def test_damaged_files_of_every_kind(pictures, small, tmp_path, how):
     path, expected = small
     rng, found = np.random.default_rng(1), kinds(path)
-    assert len(found) >= 20 and {"leaks.json", "skipped.csv", "report.html", "robustness.csv", "suspects/round_N/suspects.csv"} <= set(found)
+    assert len(found) >= 20
+    assert {"leaks.json", "skipped.csv", "report.html", "robustness.csv", "suspects/round_N/suspects.csv"} <= set(found)
     for i, (kind, file) in enumerate(found.items()):
         shutil.copytree(path, copy := tmp_path/f"{i}")
         damage(copy/file, how, rng)
@@ -142,7 +146,8 @@ def test_damaged_files_of_every_kind(pictures, small, tmp_path, how):
             except (ValueError, OSError) as e: said.append(str(e)); assert "\n" not in str(e)
         said += [str(o.message) for o in seen]
         named = any(file.name in o for o in said)
-        if how != "removed" and file.name in ("leaks.json", "robustness.csv", "suspects.csv"): assert named, (kind, said)
+        if how != "removed" and file.name in ("leaks.json", "robustness.csv", "suspects.csv"):
+            assert named, (kind, said)
         assert named or outcome(copy) == expected, (kind, how, said)
         if file.name == "leaks.json" and how != "removed": assert unsealed(copy/file) == unsealed(path/file)
         if file.name == "report.html" and how != "flipped": assert (copy/file).read_bytes().endswith(b"</html>\n")
@@ -179,7 +184,8 @@ def test_two_processes_on_one_directory(context, pictures, tmp_path):
     p = context.Process(target=__import__("faults").fit, args=(pictures, tmp_path/"run"))
     p.start()
     while not (tmp_path/"run"/"run.json").exists(): time.sleep(0.01)
-    with pytest.raises(InUseError, match=f"is being written by process {p.pid} on .* since"): noisy_student(pictures, tmp_path/"run").fit()
+    with pytest.raises(InUseError, match=f"is being written by process {p.pid} on .* since"):
+        noisy_student(pictures, tmp_path/"run").fit()
     p.kill(); p.join()
     noisy_student(pictures, tmp_path/"run").fit()  # the dead block nobody
 
@@ -205,7 +211,9 @@ def test_divergence_names_the_step_and_keeps_good_weights(pictures, tmp_path):
     make = ns.learners.new
     def learner(*a, **k): learn = make(*a, **k); learn.model.register_forward_pre_hook(poison); return learn
     ns.learners.new = learner
-    with pytest.raises(FloatingPointError, match="batch 5 of epoch 1: training diverged; the last good weights are kept, try a lower lr"): ns.fit()
+    with pytest.raises(FloatingPointError,
+                       match="batch 5 of epoch 1: training diverged; the last good weights are kept, try a lower lr"):
+        ns.fit()
     tensors, _ = load_tensors(tmp_path/"a"/"round_0"/"checkpoint"/"state.safetensors")
     assert all(torch.isfinite(v).all() for k, v in tensors.items() if v.is_floating_point())
     noisy_student(pictures, tmp_path/"a", rounds=0).fit(); noisy_student(pictures, tmp_path/"b", rounds=0).fit()
@@ -225,7 +233,8 @@ def test_out_of_memory_halves_the_batch_when_asked(pictures, tmp_path):
         return ns
     limit = 8
     with pytest.raises(MemoryError, match="--auto-batch"): start("a").fit()
-    with pytest.warns(UserWarning, match="batches of 16 are computed in 2 parts of 8"): start("a", auto_batch=True).fit()
+    with pytest.warns(UserWarning, match="batches of 16 are computed in 2 parts of 8"):
+        start("a", auto_batch=True).fit()
     limit = 0
     with pytest.raises(MemoryError, match="cannot be halved"): start("b", auto_batch=True).fit()
 

@@ -17,7 +17,8 @@ def photos(tmp_path_factory):
     root, rng, rows = tmp_path_factory.mktemp("photos"), np.random.default_rng(0), []
     for i in range(34):
         label = ["red", "blue"][i % 2]
-        picture = np.clip(np.array([200, 60, 60] if label == "red" else [60, 60, 200]) + rng.normal(0, 30, (20, 20, 3)), 0, 255)
+        picture = np.clip(np.array([200, 60, 60] if label == "red" else [60, 60, 200]) + rng.normal(0, 30, (20, 20, 3)),
+                          0, 255)
         Image.fromarray(picture.astype(np.uint8)).save(root/f"{i:02}.png")
         rows.append((f"{i:02}.png", label if i < 24 else None, i // 4))
     pd.DataFrame(rows, columns=["image", "label", "group"]).to_csv(root/"table.csv", index=False)
@@ -26,8 +27,10 @@ def photos(tmp_path_factory):
 
 def test_a_table_with_groups_from_the_shell(photos, tmp_path, capsys):
     from noisy_student.cli import main
-    line = ["run", photos/"table.csv", "--images", photos, "--group-column", "group", "--out", tmp_path/"run", "--folds", 3, "--recipe",
-            "default", "--arch", "resnet9_4", "--rounds", 1, "--epochs", 2, "--steps", 5, "--bs", 8, "--size", 16, "--threshold", 0]
+    line = ["run", photos/"table.csv", "--images", photos, "--group-column", "group", "--out", tmp_path/"run",
+            "--folds", 3, "--recipe",
+            "default", "--arch", "resnet9_4", "--rounds", 1, "--epochs", 2, "--steps", 5, "--bs", 8, "--size", 16,
+            "--threshold", 0]
     assert main([str(o) for o in line]) == 0
     out = capsys.readouterr()
     assert "fold 3 of 3, round 1" in out.err and (tmp_path/"run"/"report.html").stat().st_size > 10_000
@@ -41,10 +44,12 @@ def test_a_table_with_groups_from_the_shell(photos, tmp_path, capsys):
     assert main(["predict", shown[0]["weights"], str(photos/"00.png")]) == 0
     out_of_fold = pd.read_csv(tmp_path/"run"/"summary.csv").valid_accuracy
     capsys.readouterr()
-    assert main(["evaluate", str(tmp_path/"run"), str(photos/"table.csv"), "--json"]) == 0 # not by networks that saw the label
+    # not by networks that saw the label
+    assert main(["evaluate", str(tmp_path/"run"), str(photos/"table.csv"), "--json"]) == 0
     assert np.allclose([o["valid_accuracy"] for o in json.loads(capsys.readouterr().out)], out_of_fold)
     page = (tmp_path/"run"/"report.html").read_text()
-    assert all(f'href="fold_{f}/report.html"' in page and (tmp_path/"run"/f"fold_{f}"/"report.html").exists() for f in range(3))
+    assert all(f'href="fold_{f}/report.html"' in page and (tmp_path/"run"/f"fold_{f}"/"report.html").exists()
+               for f in range(3))
     assert main(["evaluate", str(tmp_path/"run")]) == 0 and main(["report", str(tmp_path/"run")]) == 0
     capsys.readouterr()
     assert main(["export", str(tmp_path/"run"), "--out", str(tmp_path/"x.safetensors")]) == 2
@@ -70,7 +75,8 @@ def test_groups_stay_together_and_all_labels_judge(photos, tmp_path):
 
 
 def test_labels_of_a_fold_do_not_reach_it(photos, tmp_path, monkeypatch):
-    "With other labels in one fold, what its networks say of it stays what it was, pseudo labels and all; what others say does not."
+    """With other labels in one fold, what its networks say of it stays what it was, pseudo labels and all; what others
+    say does not."""
     from noisy_student import folds
     from noisy_student.tables import from_df
     monkeypatch.setattr(folds, "fold_of", lambda labels, *_: np.arange(len(labels)) % 2)
@@ -93,12 +99,16 @@ def test_what_is_missing_or_other_is_noticed(photos, tmp_path):
     before = ns.fit().valid_accuracy.tolist()
     shutil.rmtree(tmp_path/"run"/"fold_1"/"round_0")
     again = NoisyStudent(data, "resnet9_4", tmp_path/"run", folds=2, **SMALL)
-    assert again.fit().valid_accuracy.tolist() == before and (tmp_path/"run"/"fold_1"/"round_0"/"model.safetensors").exists()
+    assert again.fit().valid_accuracy.tolist() == before
+    assert (tmp_path/"run"/"fold_1"/"round_0"/"model.safetensors").exists()
     assert again.oof(0).iloc[:, 5:].equals(ns.oof(0).iloc[:, 5:])
-    with pytest.raises(ValueError, match="other settings"): NoisyStudent(data, "resnet9_4", tmp_path/"run", **SMALL).fit()
-    with pytest.raises(ValueError, match="threshold: 0.0 there, 0.6 here"): NoisyStudent(data, "resnet9_4", tmp_path/"run", folds=2, **{**SMALL, "threshold": .6}).fit()
+    with pytest.raises(ValueError, match="other settings"):
+        NoisyStudent(data, "resnet9_4", tmp_path/"run", **SMALL).fit()
+    with pytest.raises(ValueError, match="threshold: 0.0 there, 0.6 here"):
+        NoisyStudent(data, "resnet9_4", tmp_path/"run", folds=2, **{**SMALL, "threshold": .6}).fit()
     with pytest.raises(ValueError, match="pseudo_labels made elsewhere and folds"):
-        NoisyStudent(data, "resnet9_4", tmp_path/"b", folds=2, pseudo_labels=tmp_path/"run"/"fold_0"/"round_1"/"selected.parquet", **SMALL)
+        NoisyStudent(data, "resnet9_4", tmp_path/"b", folds=2,
+                     pseudo_labels=tmp_path/"run"/"fold_0"/"round_1"/"selected.parquet", **SMALL)
 
 
 def test_suspects_are_found_out_of_fold_and_without_a_pool(photos, tmp_path, capsys):
@@ -107,7 +117,8 @@ def test_suspects_are_found_out_of_fold_and_without_a_pool(photos, tmp_path, cap
     df = pd.read_csv(photos/"table.csv").dropna()
     df.loc[0, "label"] = "blue" # of a red one
     df.to_csv(tmp_path/"table.csv", index=False)
-    line = ["run", tmp_path/"table.csv", "--images", photos, "--out", tmp_path/"run", "--folds", 3, "--recipe", "default", "--arch", "resnet9_4",
+    line = ["run", tmp_path/"table.csv", "--images", photos, "--out", tmp_path/"run", "--folds", 3, "--recipe",
+            "default", "--arch", "resnet9_4",
             "--rounds", 0, "--epochs", 5, "--steps", 10, "--bs", 8, "--size", 16, "--force"]
     assert main([str(o) for o in line]) == 0, capsys.readouterr().err
     capsys.readouterr()
@@ -120,4 +131,5 @@ def test_classes_that_cannot_be_dealt_out(photos, tmp_path):
     with pytest.raises(ValueError, match="at least two labeled images of every class"): fold_of(np.array([0, 0, 1]), 2)
     df = pd.read_csv(photos/"table.csv").iloc[[0, 2, 4, 1, 24, 25]]
     from noisy_student.tables import from_df
-    with pytest.raises(ValueError, match="at least two labeled"): NoisyStudent(from_df(df, photos, valid_pct=0), "resnet9_4", tmp_path/"run", folds=2, **SMALL)
+    with pytest.raises(ValueError, match="at least two labeled"):
+        NoisyStudent(from_df(df, photos, valid_pct=0), "resnet9_4", tmp_path/"run", folds=2, **SMALL)

@@ -1,4 +1,5 @@
-"""The kernels for a GPU, without one: Triton carries them out with numpy, and compiles them for GPUs that are elsewhere.
+"""The kernels for a GPU, without one: Triton carries them out with numpy, and compiles them for GPUs that are
+elsewhere.
 
 Triton decides when a kernel is defined whether to interpret it, so each test is a process of its own."""
 import os, subprocess, sys
@@ -56,8 +57,8 @@ with PretendedGPU() as gpu:
 
 
 def test_interpreted_the_kernels_equal_torch():
-    """Odd sizes, more pixels than one program takes, one pixel, views with gaps, constants, arguments past the scale's end;
-    and a pretended GPU takes them, with one copy to the device"""
+    """Odd sizes, more pixels than one program takes, one pixel, views with gaps, constants, arguments past the scale's
+    end; and a pretended GPU takes them, with one copy to the device"""
     python(INTERPRETED, TRITON_INTERPRET='1', PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *sys.path]))
 
 
@@ -92,7 +93,8 @@ def test_kernels_that_do_not_work_are_named_and_replaced(monkeypatch, fails):
         return x
     monkeypatch.setattr(fused, 'augment', augment)
     to = torch.Tensor.to
-    monkeypatch.setattr(torch.Tensor, 'to', lambda x, *a, **kw: x if a[:1] == (torch.device('cuda:0'),) else to(x, *a, **kw))
+    monkeypatch.setattr(torch.Tensor, 'to', lambda x, *a,
+                        **kw: x if a[:1] == (torch.device('cuda:0'),) else to(x, *a, **kw))
     kernels._fused.cache_clear()
     with pytest.warns(UserWarning, match='C compiler' if fails else 'wrong'):
         assert kernels._fused(torch.device('cuda:0'), torch.float32) is None

@@ -1,4 +1,5 @@
-"Inputs that nobody would send: no traceback, no hang, whatever comes. benchmarks/fuzz.py does the same 10,000 times and more."
+"""Inputs that nobody would send: no traceback, no hang, whatever comes. benchmarks/fuzz.py does the same 10,000 times
+and more."""
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st

@@ -63,15 +63,12 @@ def private(files):
     return sorted(found)
 
 
-def too_long():
-    "Notebooks that export more than a reader keeps in mind, with their lines."
-    found = {}
+def exported():
+    "The exported lines of every notebook by its name, imports and blank lines left out."
     for file in (ROOT/"nbs").glob("*.ipynb"):
         cells = ["".join(c["source"]) for c in json.loads(file.read_text())["cells"] if c["cell_type"] == "code"]
-        lines = [o for c in cells if c.startswith("#| export") for o in c.split("\n")
-                 if o.strip() and not o.startswith(("#|", "import ", "from "))]
-        if len(lines) > LINES: found[file.stem] = len(lines)
-    return found
+        yield file.stem, [o for c in cells if c.startswith("#| export") for o in c.split("\n")
+                          if o.strip() and not o.startswith(("#|", "import ", "from "))]
 
 
 def test_a_module_needs_only_what_stands_before_it():
@@ -84,7 +81,8 @@ def test_no_private_name_of_another_module(): assert private(sources()) == []
 
 
 def test_a_notebook_is_one_room():
-    assert {k: v for k, v in too_long().items() if k.partition("_")[2] not in TABLES} == {}
+    assert {k: len(v) for k, v in exported() if len(v) > LINES and k.partition("_")[2] not in TABLES} == {}
+    assert [o for _, v in exported() for o in v if len(o) > 120] == []
 
 
 def test_what_is_planted_is_found():

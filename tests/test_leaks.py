@@ -32,11 +32,13 @@ def saved_again(image, quality):
 
 
 @settings(max_examples=25)
-@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(0, 40), st.sampled_from([1, 2, 5, 8, 33]), st.sampled_from([1, 3]))
+@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(0, 40), st.sampled_from([1, 2, 5, 8, 33]),
+       st.sampled_from([1, 3]))
 def test_identical_images_are_those_with_equal_pixels(seed, n, m, size, colors):
     "Whatever the number and size: two gray levels make coincidences likely."
     rng = np.random.default_rng(seed)
-    a, b = (np.repeat(rng.integers(0, 2, (k, 1, 1, colors)), size, 1).repeat(size, 2).astype(np.uint8) * 200 for k in (n, m))
+    a, b = (np.repeat(rng.integers(0, 2, (k, 1, 1, colors)), size, 1).repeat(size, 2).astype(np.uint8) * 200
+            for k in (n, m))
     if size > 1 and n: a[0, 0, 0] ^= 1
     found = find_leaks(a, b)
     others = {o.tobytes() for o in b}
@@ -79,10 +81,12 @@ def test_memory_does_not_grow_with_the_pool():
 
 
 def planted():
-    "The miniature, with three test digits in its pool, one validation digit among its labels, and one test digit saved again."
+    """The miniature, with three test digits in its pool, one validation digit among its labels, and one test digit
+    saved again."""
     data = miniature()
     pool, labeled = data.unlabeled.images.copy(), data.labeled.images.copy()
-    pool[[5, 50, 150]], pool[100], labeled[3] = data.test.images[[7, 8, 9]], saved_again(data.test.images[20], 95), data.valid.images[4]
+    pool[[5, 50, 150]], pool[100], labeled[3] = data.test.images[[7, 8, 9]], saved_again(data.test.images[20],
+                                                                                         95), data.valid.images[4]
     return replace(data, unlabeled=replace(data.unlabeled, images=pool), labeled=replace(data.labeled, images=labeled))
 
 
@@ -98,7 +102,8 @@ def fit(data, path, **settings):
 def test_leaks_of_arrays_are_left_out_before_labeling(tmp_path):
     data = planted()
     run, said = fit(data, tmp_path / "a", threshold=0., per_class=None)
-    assert any("3 unlabeled images are also test images (number 5 = number 7, ...): left out of the pool" in o for o in said)
+    assert any("3 unlabeled images are also test images (number 5 = number 7, ...): left out of the pool" in o
+               for o in said)
     assert any("1 labeled image is also a validation image (number 3 = number 4)" in o for o in said)
     assert any("1 unlabeled image looks like a test image saved anew (number 100 = number 20)" in o for o in said)
     gone = [5, 50, 150]
@@ -141,7 +146,8 @@ def test_a_test_file_in_the_unlabeled_folder(tmp_path):
     for part, n in (("train", 6), ("valid", 4), ("test", 4)):
         for c in "ab":
             (tmp_path / "data" / part / c).mkdir(parents=True)
-            for i in range(n): Image.fromarray(smooth(1, 24, rng.integers(1 << 30))[0]).save(tmp_path / "data" / part / c / f"{i}.png")
+            for i in range(n):
+                Image.fromarray(smooth(1, 24, rng.integers(1 << 30))[0]).save(tmp_path / "data" / part / c / f"{i}.png")
     pool, test = tmp_path / "data" / "unlabeled", tmp_path / "data" / "test"
     pool.mkdir()
     for i in range(10): Image.fromarray(images[i]).save(pool / f"p{i}.png")
@@ -152,8 +158,10 @@ def test_a_test_file_in_the_unlabeled_folder(tmp_path):
     assert any("1 unlabeled image is also a test image (data/unlabeled/innocent.png = test/a/1.png): left out" in o or
                "unlabeled/innocent.png = test/a/1.png" in o for o in said)
     found = json.loads((run.path / "leaks.json").read_text())["found"]
-    assert [(o["item"], o["other"], o["kind"]) for o in found] == [(str(pool / "innocent.png"), str(test / "a" / "1.png"), "identical"),
-                                                                   (str(pool / "photo.jpg"), str(test / "b" / "2.png"), "re-encoded")]
+    assert [(o["item"], o["other"], o["kind"]) for o in found] == [(str(pool / "innocent.png"),
+                                                                    str(test / "a" / "1.png"), "identical"),
+                                                                   (str(pool / "photo.jpg"), str(test / "b" / "2.png"),
+                                                                    "re-encoded")]
     items = set(pd.read_parquet(run.path / "round_1" / "pseudo_labels").item)
     assert items == {str(o) for o in pool.iterdir()} - {str(pool / "innocent.png"), str(pool / "p3.png")}
     assert sorted(o.split("/")[-1] for o in pd.read_csv(run.path / "skipped.csv").item) == ["innocent.png", "p3.png"]

@@ -49,12 +49,14 @@ def drawn(n=48, size=16, seed=0):
 def ours(pseudo=True, bs=8, size=16, **kw):
     x, y = drawn(size=size)
     soft = np.stack([.9 - .8 * y, .1 + .8 * y], 1).astype(np.float32)
-    return mixed_dataloaders((x, y), drawn(20, size, 1), ['up', 'down'], pseudo=(x, soft) if pseudo else None, bs=bs, **kw)
+    return mixed_dataloaders((x, y), drawn(20, size, 1), ['up', 'down'], pseudo=(x, soft) if pseudo else None, bs=bs,
+                             **kw)
 
 def fastais(cls=PILImage, **kw):
     x, y = drawn(60)
-    block = DataBlock((ImageBlock(cls), CategoryBlock), get_x=lambda i: cls.create(x[i] if cls is PILImage else x[i, ..., 0]), get_y=lambda i: ['up', 'down'][y[i]],
-                      splitter=IndexSplitter(range(48, 60)), item_tfms=Resize(16))
+    block = DataBlock((ImageBlock(cls), CategoryBlock),
+                      get_x=lambda i: cls.create(x[i] if cls is PILImage else x[i, ..., 0]),
+                      get_y=lambda i: ['up', 'down'][y[i]], splitter=IndexSplitter(range(48, 60)), item_tfms=Resize(16))
     return block.dataloaders(range(60), bs=8, num_workers=0, **kw)
 
 LOADERS = dict(mixed=ours, labeled=lambda: ours(False), fastai=fastais)
@@ -89,7 +91,8 @@ def test_interpretation(kind, ds_idx):
     i.plot_top_losses(4)
     titles = [ax.get_title() for ax in plt.gcf().axes if ax.get_title()]
     assert len(titles) == 4 and titles[0].split('/')[2].strip() == f'{losses[0]:.2f}'
-    assert all(t.split('/')[0].strip() in ('up', 'down') and t.split('/')[1].split()[0] in ('up', 'down') for t in titles)
+    assert all(t.split('/')[0].strip() in ('up', 'down') and t.split('/')[1].split()[0] in ('up', 'down')
+               for t in titles)
     i.show_results([0, 3])
 
 def test_what_is_picked_is_what_was_judged():
@@ -102,7 +105,8 @@ def test_what_is_picked_is_what_was_judged():
     dl = learn.dls.test_dl(items, with_labels=True)
     torch.testing.assert_close(learn.get_preds(dl=dl, with_loss=True)[2].float(), losses.float(), rtol=1e-4, atol=1e-5)
     want = learn.dls.train.dataset.batch(np.array([items[0].position]))
-    assert np.array_equal(items[0].image, want[0][0].permute(1, 2, 0).numpy()) and torch.equal(items[0].target, want[1][0])
+    assert np.array_equal(items[0].image, want[0][0].permute(1, 2, 0).numpy())
+    assert torch.equal(items[0].target, want[1][0])
 
 @every
 def test_show(kind):
@@ -131,7 +135,8 @@ def test_fine_tune(kind, opt):
     assert all(p.requires_grad for p in learn.model.parameters())
 
 def test_one_epoch_of_fine_tuning():
-    "with the head alone first, from weights that were trained on the opposite labels: better than chance is what is new"
+    """with the head alone first, from weights that were trained on the opposite labels: better than chance is what is
+    new"""
     x, y = drawn()
     teacher = learner(mixed_dataloaders((x, 1 - y), (x, 1 - y), ['a', 'b'], bs=8, steps=40), noise=Noise.none())
     teacher.fit_one_cycle(1, 1e-2)
@@ -152,7 +157,8 @@ def test_freeze(arch, opt):
     learn.fit(1, 1e-2)
     names = {id(p): k for k, p in learn.model.named_parameters()}
     top = {names[id(p)] for p in split_head(learn.model)[1]}
-    norms = {f'{k}.{o}' for k, m in learn.model.named_modules() if isinstance(m, norm_types) for o in ('weight', 'bias')}
+    norms = {f'{k}.{o}' for k, m in learn.model.named_modules() if isinstance(m, norm_types)
+             for o in ('weight', 'bias')}
     moved = {k for k in names.values() if not torch.equal(before[k], learn.model.state_dict()[k])}
     assert moved == top | norms
     statistics = [k for k in before if k.endswith('running_mean')]
@@ -233,7 +239,8 @@ def picture(i): return PILImage.create(drawn(60)[0][i])
 @pytest.mark.parametrize('kind', ['mixed', 'fastai'])
 def test_export(kind, tmp_path):
     if kind == 'fastai':  # functions that can be pickled
-        block = DataBlock((ImageBlock, CategoryBlock), get_x=picture, get_y=up_or_down, splitter=IndexSplitter(range(48, 60)))
+        block = DataBlock((ImageBlock, CategoryBlock), get_x=picture, get_y=up_or_down,
+                          splitter=IndexSplitter(range(48, 60)))
         learn = learner(block.dataloaders(range(60), bs=8, num_workers=0), class_weights=torch.tensor([1., 2.]))
     else: learn = learner(class_weights=torch.tensor([1., 2.]))
     learn.path = tmp_path
@@ -269,7 +276,8 @@ def test_class_weights():
     learn.fit(1, cbs=Look())
     loss, pred, targ = seen[0]
     torch.testing.assert_close(loss, nn.CrossEntropyLoss(w)(pred, targ.as_subclass(torch.Tensor)))
-    with pytest.raises(ValueError, match='class_weights must be None'): learner(class_weights=w, loss_func=nn.CrossEntropyLoss())
+    with pytest.raises(ValueError, match='class_weights must be None'):
+        learner(class_weights=w, loss_func=nn.CrossEntropyLoss())
 
 @pytest.mark.parametrize('cls,n', [(PILImage, 3), (PILImageBW, 1)])
 def test_channels_are_those_of_the_images(cls, n):
@@ -293,8 +301,11 @@ def test_images_that_are_plain_tensors(noise):
     "are refused, as RandAugment would leave them alone without a word; TensorImages are not"
     x, y = drawn()
     x = torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255
-    def dls(get_x): return DataBlock((TransformBlock(), CategoryBlock), get_x=get_x, get_y=lambda i: int(y[i])).dataloaders(range(48), bs=8, num_workers=0)
-    with pytest.raises(ValueError, match='must be TensorImage'): noisy_student_learner(dls(lambda i: x[i]), 'resnet9_4', noise)
+    def dls(get_x):
+        return DataBlock((TransformBlock(), CategoryBlock), get_x=get_x,
+                         get_y=lambda i: int(y[i])).dataloaders(range(48), bs=8, num_workers=0)
+    with pytest.raises(ValueError, match='must be TensorImage'):
+        noisy_student_learner(dls(lambda i: x[i]), 'resnet9_4', noise)
     learner(dls(lambda i: x[i]), noise=Noise(randaugment_n=0, dropout=.1, survival=.9)).fit(1)
     learner(dls(lambda i: TensorImage(x[i])), noise=noise).fit(1)
 
@@ -306,11 +317,14 @@ def test_noise_by_capacity():
             found = [default_noise(n, size, pretrained) for n in sizes]
             for a, b in zip(found, found[1:]):
                 assert a.randaugment_m <= b.randaugment_m and a.dropout <= b.dropout and a.survival >= b.survival
-            for o, plain in zip(found, [default_noise(n, 600) for n in sizes]): assert o.randaugment_m <= plain.randaugment_m
+            for o, plain in zip(found, [default_noise(n, 600) for n in sizes]):
+                assert o.randaugment_m <= plain.randaugment_m
     assert default_noise(480 * 10**6, 600) == Noise()
 
-@pytest.mark.parametrize('arch,kinds', [('resnet9_4', {ClassifierDropout, StochasticDepth}), ('vgg11', {ClassifierDropout}),
-                                        (nn.Sequential(nn.Flatten(), nn.LazyLinear(2), nn.Identity()), {ClassifierDropout})])
+@pytest.mark.parametrize('arch,kinds', [('resnet9_4', {ClassifierDropout, StochasticDepth}),
+                                        ('vgg11', {ClassifierDropout}),
+                                        (nn.Sequential(nn.Flatten(), nn.LazyLinear(2), nn.Identity()),
+                                         {ClassifierDropout})])
 def test_noise_that_finds_nothing_is_left_out_by_default_only(arch, kinds):
     if not isinstance(arch, str): arch(torch.zeros(1, 3, 16, 16))
     dls = ours() if arch != 'vgg11' else mixed_dataloaders(drawn(8, 32), drawn(8, 32), ['a', 'b'], bs=4)

@@ -178,7 +178,9 @@ def test_class_weights_are_for_labels_and_not_for_pseudo_labels():
     plain = SoftLabelCrossEntropy(0., 4, reduction='none')(z, q)
     torch.testing.assert_close(rows, torch.cat([w[y] * plain[:4], plain[4:]]))
     torch.testing.assert_close(SoftLabelCrossEntropy(0., 4, weight=w)(z, q), rows.sum() / (w[y].sum() + 8))
-    torch.testing.assert_close(SoftLabelCrossEntropy(0., weight=w, reduction='none')(z, q)[4:], -(q * w * z.log_softmax(1)).sum(1)[4:])  # no row is told apart
+    # no row is told apart
+    torch.testing.assert_close(SoftLabelCrossEntropy(0., weight=w, reduction='none')(z, q)[4:],
+                               -(q * w * z.log_softmax(1)).sum(1)[4:])
 
 def test_a_batch_of_labels_without_weight_costs_nothing():
     z = torch.randn(3, 2, requires_grad=True)

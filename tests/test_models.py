@@ -165,7 +165,8 @@ def test_failed_download_is_one_line(name, monkeypatch):
     def offline(*args, **kwargs): raise OSError('no route\n\n  to host')
     monkeypatch.setattr(timm.models._builder, 'load_state_dict_from_hf', offline)
     monkeypatch.setattr(timm.models._builder, 'load_state_dict_from_url', offline)
-    with pytest.raises(ValueError, match='cannot load pretrained weights.*no route to host.*without internet, use package:NAME') as e:
+    said = 'cannot load pretrained weights.*no route to host.*without internet, use package:NAME'
+    with pytest.raises(ValueError, match=said) as e:
         create_model(name, 10, pretrained=True)
     assert '\n' not in str(e.value)
 
@@ -294,7 +295,8 @@ def test_other_classes(arch, tmp_path):
     assert load_pretrained(features, file) == []
     with torch.inference_mode():
         loss = nn.functional.cross_entropy(model(images()), torch.tensor([0, 1]))
-        assert loss.item() == pytest.approx(np.log(3), abs=1e-6) and torch.equal(same(images()), teacher.train()(images()))
+        assert loss.item() == pytest.approx(np.log(3), abs=1e-6)
+        assert torch.equal(same(images()), teacher.train()(images()))
 
 def test_weights_into_small_image(tmp_path):
     teacher = lively(create_model('tf_efficientnet_b0', 5))
@@ -543,7 +545,8 @@ def test_groups_are_cut_as_by_fastai():
     assert [[id(p) for p in g] for g in fine_tuning_groups(model)] == theirs
 
 def test_no_head():
-    with pytest.raises(ValueError, match='must end in a classifier, but ResNet9 has none'): head(create_model('resnet9_8', 0))
+    with pytest.raises(ValueError, match='must end in a classifier, but ResNet9 has none'):
+        head(create_model('resnet9_8', 0))
     with pytest.raises(ValueError, match='must end in a classifier'): split_head(nn.Sequential(nn.Flatten()))
 
 def test_functions_as_architectures():
@@ -554,7 +557,8 @@ def test_functions_as_architectures():
         assert create_model(f, 5)(images()).shape == (2, 5)
         assert create_model(f, 0)(images()).ndim == 2
     for f in (named, timm.models.resnet18): assert create_model(f, 5, 1)(images(c=1)).shape == (2, 5)
-    for bad, word in ((fixed, 'must make 4 outputs, one per class, got 5'), (lambda: 7, 'must return an nn.Module, got int'),
+    for bad, word in ((fixed, 'must make 4 outputs, one per class, got 5'),
+                      (lambda: 7, 'must return an nn.Module, got int'),
                       (lambda a, b: named(a), 'function of one argument'), (7, 'got int')):
         with pytest.raises(ValueError, match=word) as e: create_model(bad, 4)
         assert '\n' not in str(e.value)

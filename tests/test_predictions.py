@@ -20,7 +20,8 @@ N = 9
 def network(classes=("cat", "dog", "emu"), size=8, c=3, seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = nn.Sequential(nn.Conv2d(c, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, len(classes)))
+        model = nn.Sequential(nn.Conv2d(c, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(.5), nn.AdaptiveAvgPool2d(1),
+                              nn.Flatten(), nn.Linear(4, len(classes)))
         nn.init.normal_(model[-1].weight, std=9)
     return Network(model, "tiny", list(classes), size, [.5] * c, [.25] * c)
 
@@ -61,11 +62,14 @@ def test_every_form_of_items(folder):
     kwargs = dict(folder=folder, image="id", suffix=".png")
     for items, given, rows, names in (
             (folder, {}, range(N), files(folder)), (files(folder)[::-1], {}, range(N)[::-1], files(folder)[::-1]),
-            (folder/"4.png", {}, [4], [str(folder/"4.png")]), (frame, kwargs, order, order), (pa.Table.from_pandas(frame), kwargs, order, order),
-            (folder/"ids.csv", dict(image="id", suffix=".png"), order, list(map(str, order))), (Split(files(folder)[2:4]), {}, [2, 3], files(folder)[2:4]),
+            (folder/"4.png", {}, [4], [str(folder/"4.png")]), (frame, kwargs, order, order),
+                                      (pa.Table.from_pandas(frame), kwargs, order, order),
+            (folder/"ids.csv", dict(image="id", suffix=".png"), order, list(map(str, order))),
+                                      (Split(files(folder)[2:4]), {}, [2, 3], files(folder)[2:4]),
             (load_images(files(folder), 8).images, {}, range(N), range(N))):
         table = predict_table(net, items, bs=2, **given)
-        assert list(table) == ["image", "label", "confidence", "cat", "dog", "emu"] and table.image.tolist() == list(names)
+        assert list(table) == ["image", "label", "confidence", "cat", "dog", "emu"]
+        assert table.image.tolist() == list(names)
         np.testing.assert_allclose(table.iloc[:, 3:], p[list(rows)], atol=1e-5)
         np.testing.assert_allclose(table.confidence, table.iloc[:, 3:].max(axis=1))
         assert table.label.tolist() == [net.classes[i] for i in p[list(rows)].argmax(1)]
@@ -80,7 +84,8 @@ def test_network_is_left_as_it_was(folder):
     assert net.model.training and not net.model[3].training
     assert all(torch.equal(v, before[k]) for k, v in net.model.state_dict().items())
     with pytest.raises(RuntimeError):
-        predict_table(Network(nn.Sequential(net.model, nn.Linear(7, 3)), net.arch, net.classes, net.size, net.mean, net.std), folder)
+        predict_table(Network(nn.Sequential(net.model, nn.Linear(7, 3)), net.arch, net.classes, net.size, net.mean,
+                              net.std), folder)
     assert net.model.training
 
 
@@ -97,7 +102,8 @@ def test_gray_and_color(folder):
     color = load_images(files(folder), 8).images
     gray = np.stack([np.asarray(Image.fromarray(o).convert("L")) for o in color])[..., None]
     np.testing.assert_allclose(predict_table(network(c=1), folder).iloc[:, 3:], expected(network(c=1), gray), atol=.05)
-    np.testing.assert_allclose(predict_table(network(), gray).iloc[:, 3:], expected(network(), np.repeat(gray, 3, -1)), atol=1e-5)
+    np.testing.assert_allclose(predict_table(network(), gray).iloc[:, 3:], expected(network(), np.repeat(gray, 3, -1)),
+                               atol=1e-5)
 
 
 def test_broken_files_keep_their_rows(folder):
@@ -109,7 +115,8 @@ def test_broken_files_keep_their_rows(folder):
     assert lost.tolist() == [i in (0, 4, 5, 6, 8) for i in range(N)] and table.label[0] is None
     assert table[lost].iloc[:, 2:].isna().all(axis=None)
     np.testing.assert_allclose(table[~lost].iloc[:, 3:].astype(float), p[~lost], atol=1e-5)
-    assert len(seen) == 1 and "5 of 9 images" in seen[0] and "0.png: not an image" in seen[0] and seen[0].endswith("...")
+    assert len(seen) == 1 and "5 of 9 images" in seen[0] and "0.png: not an image" in seen[0]
+    assert seen[0].endswith("...")
     table, seen = said(lambda: predict_table([network(), network(size=16)], files(folder)[4:6]))
     assert table.label.tolist() == [None, None] and len(seen) == 1
 
@@ -120,7 +127,8 @@ def test_memory_is_flat(folder, monkeypatch):
     monkeypatch.setattr(predictions, "_BYTES", 3 * 8 * 8 * 4)
     sizes, steps = [], []
     load = predictions.load_images
-    monkeypatch.setattr(predictions, "load_images", lambda items, size: (sizes.append(len(items)), load(items, size))[1])
+    monkeypatch.setattr(predictions, "load_images", lambda items,
+                        size: (sizes.append(len(items)), load(items, size))[1])
     whole = predict_table(network(), files(folder) * 3, bs=2, progress=lambda *a: steps.append(a))
     assert max(sizes) == 4 and sum(sizes) == 3 * N and steps[-1] == (27, 27) and len(steps) == 7
     monkeypatch.undo()
@@ -139,8 +147,10 @@ def test_classes_named_like_columns(folder):
 
 
 @pytest.mark.parametrize("items, kwargs, text", [
-    ([], {}, "at least one image"), (np.zeros((2, 8, 8), np.uint8), {}, "must be uint8"), ("gone", {}, "no folder or file gone"),
-    (pd.DataFrame(dict(image=["0", "1"])), {}, 'add suffix=".png"'), (pd.DataFrame(dict(id=["0"])), {}, "no column 'image'"),
+    ([], {}, "at least one image"), (np.zeros((2, 8, 8), np.uint8), {}, "must be uint8"),
+                                                 ("gone", {}, "no folder or file gone"),
+    (pd.DataFrame(dict(image=["0", "1"])), {}, 'add suffix=".png"'),
+                                                 (pd.DataFrame(dict(id=["0"])), {}, "no column 'image'"),
     (["0.png"], dict(bs=0), "bs must be at least 1")])
 def test_mistakes(folder, monkeypatch, items, kwargs, text):
     monkeypatch.chdir(folder)
@@ -160,17 +170,22 @@ def written(*args, **kwargs): return pd.read_csv(write_submission(*args, **kwarg
 def test_submission(folder):
     "Names without folders, then labels or probabilities, under the headers and in the order that are asked for."
     table, out = predict_table(network(), folder), folder/"new"/"s.csv"
-    assert written(table, out).equals(pd.DataFrame(dict(image=[f"{i}.png" for i in range(N)], label=table.label.astype(str))).astype(written(table, out).dtypes))
+    assert written(table, out).equals(pd.DataFrame(dict(image=[f"{i}.png" for i in range(N)],
+                                                        label=table.label.astype(str)))
+                                      .astype(written(table, out).dtypes))
     assert written(table, out, ("id", "label"), stem=True).id.tolist() == [str(i) for i in range(N)]
     assert list(written(table, out, ("id", "emu", "cat"))) == ["id", "emu", "cat"]
-    np.testing.assert_allclose(written(table, out, ("id", "emu")).emu.astype(float), table.emu, rtol=1e-5) # a class as header: its probability
+    # a class as header: its probability
+    np.testing.assert_allclose(written(table, out, ("id", "emu")).emu.astype(float), table.emu, rtol=1e-5)
     np.testing.assert_allclose(written(table, out, {"id": "image", "p": "dog"}).p.astype(float), table.dog, rtol=1e-5)
     assert not [o for o in os.listdir(out.parent) if o != "s.csv"]
-    for kwargs, text in ((dict(columns=("id",)), "columns must be"), (dict(columns=("id", "cat", "fox")), "'fox'"), (dict(columns={"id": "name"}), "no column 'name'"),
+    for kwargs, text in ((dict(columns=("id",)), "columns must be"), (dict(columns=("id", "cat", "fox")), "'fox'"),
+                         (dict(columns={"id": "name"}), "no column 'name'"),
                          (dict(fill="fox"), "fill must be a class")):
         with pytest.raises(ValueError, match=text): write_submission(table, out, **kwargs)
     with pytest.raises(ValueError, match="of predict_table"): write_submission(table[["image", "label"]], out)
-    with pytest.raises(ValueError, match="have the name of another one"): write_submission(pd.concat([table, table]), out)
+    with pytest.raises(ValueError, match="have the name of another one"):
+        write_submission(pd.concat([table, table]), out)
     (folder/"file").touch()
     with pytest.raises(OSError, match="cannot write"): write_submission(table, folder/"file"/"s.csv")
 
@@ -184,8 +199,11 @@ def test_like_a_sample(folder):
             got, seen = said(lambda: written(table, folder/"s.csv", like=like))
             assert got.Id.tolist() == list(map(str, ids)) and got.Category.tolist() == table.label[[5, 0, 3]].tolist()
             assert len(seen) == 1 and "6 predictions are not in the sample" in seen[0]
-    assert list(said(lambda: written(table, folder/"s.csv", like=pd.DataFrame(columns=["Id", "dog", "cat", "emu"], data=[["1", 0, 0, 0]])))[0]) == ["Id", "dog", "cat", "emu"]
-    with pytest.raises(ValueError, match="1 of 2 ids .* the first is '77'"): write_submission(table, folder/"s.csv", like=pd.DataFrame(dict(Id=[1, 77], c=0)))
+    assert list(said(lambda: written(table, folder/"s.csv",
+                                     like=pd.DataFrame(columns=["Id", "dog", "cat", "emu"],
+                                                       data=[["1", 0, 0, 0]])))[0]) == ["Id", "dog", "cat", "emu"]
+    with pytest.raises(ValueError, match="1 of 2 ids .* the first is '77'"):
+        write_submission(table, folder/"s.csv", like=pd.DataFrame(dict(Id=[1, 77], c=0)))
 
 
 def test_unread_images_in_a_submission(folder):
@@ -195,4 +213,5 @@ def test_unread_images_in_a_submission(folder):
     assert got.label[2] == "" and len(seen) == 1 and "1 images could not be read" in seen[0]
     got, seen = said(lambda: written(table, folder/"s.csv", fill="emu"))
     assert got.label[2] == "emu" and not seen and table.label[2] is None
-    assert written(table, folder/"s.csv", ("id", "cat", "dog", "emu"), fill="emu").iloc[2, 1:].astype(float).tolist() == [0, 0, 1]
+    assert written(table, folder/"s.csv", ("id", "cat", "dog", "emu"),
+                   fill="emu").iloc[2, 1:].astype(float).tolist() == [0, 0, 1]

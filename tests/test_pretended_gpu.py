@@ -1,5 +1,5 @@
-"""What CUDA code does, watched without a GPU: it never mixes devices, and no training step and no labeled batch makes the
-host wait. See pretended_gpu.py for what this can show and what it cannot: it is no GPU.
+"""What CUDA code does, watched without a GPU: it never mixes devices, and no training step and no labeled batch makes
+the host wait. See pretended_gpu.py for what this can show and what it cannot: it is no GPU.
 
 The laws marked `gpu` are the same on a real one, where PyTorch itself raises when it has to wait (`pytest -m gpu`).
 """
@@ -33,8 +33,9 @@ from noisy_student.tabular import TabularNoisyStudent, TabularRecipe
 from noisy_student.teacher import Teacher
 from noisy_student.training import EMA, TeacherTargets, optimizer
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore"), pytest.mark.once]
-CLASSES, SMALL = list("abc"), 64 << 10  # bytes that a copy may have that is not from pinned memory: the driver takes so many at once
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+# bytes that a copy may have that is not from pinned memory: the driver takes so many at once
+CLASSES, SMALL = list("abc"), 64 << 10
 rng = np.random.default_rng(0)
 
 
@@ -96,10 +97,11 @@ class Steps(Callback):
         if self.iter == self.n_iter - 2: self.stack.close()
 
 
-def learner(place="cuda", noise=Noise(2, 10, .2, .6), augment=PadCropFlip(2), arch="resnet9_4", free=None, fly=False, steps=5, opt="adamw", **kwargs):
+def learner(place="cuda", noise=Noise(2, 10, .2, .6), augment=PadCropFlip(2), arch="resnet9_4", free=None, fly=False,
+            steps=5, opt="adamw", **kwargs):
     device = torch.device(place)
-    dls = mixed_dataloaders((IMAGES, LABELS), (IMAGES[:8], LABELS[:8]), CLASSES, pseudo=(IMAGES, PROBS), bs=8, steps=steps, stats=([.5] * 3, [.25] * 3),
-                            augment=[augment], device=device)
+    dls = mixed_dataloaders((IMAGES, LABELS), (IMAGES[:8], LABELS[:8]), CLASSES, pseudo=(IMAGES, PROBS), bs=8,
+                            steps=steps, stats=([.5] * 3, [.25] * 3), augment=[augment], device=device)
     if free is not None:
         for o in dls.train.dataset.parts: o.to(device, free)
     if fly: dls.train.after_batch.add(TeacherTargets(create_model(arch, 3).to(device), dls.clean_view, 8))
@@ -125,7 +127,8 @@ def test_training_step_never_waits(watched, name):
     with in_bf16(learn.model, torch.device("cuda")), learn.no_bar(), learn.no_logging():
         learn.fit_one_cycle(1, 1e-3, cbs=[*cbs, steps := Steps(watched)])
     assert steps.seen == 3 and len(learn.recorder.losses) == 5
-    assert all(o.device.type == "cpu" for o in learn.recorder.losses) and all(o.is_cuda for o in learn.model.parameters())
+    assert all(o.device.type == "cpu" for o in learn.recorder.losses)
+    assert all(o.is_cuda for o in learn.model.parameters())
 
 
 @pytest.mark.parametrize("name", ["adamw", "rmsprop"])
@@ -142,7 +145,8 @@ def test_float16_trains_as_fastai_does_and_waits_less(name):
                     seen.append(self.learn.scaler._scale.clone())
             with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=[cb(init_scale=2. ** 34), Note()])
             assert not {"grad_scale", "found_inf"} & set(vars(learn.opt.opt))
-            return waits[-1][len(waits[0]):], [o.item() for o in seen], [o.detach().cpu().clone() for o in learn.model.parameters()]
+            return waits[-1][len(waits[0]):], [o.item() for o in seen], [o.detach().cpu().clone()
+                                                                         for o in learn.model.parameters()]
     (ours, seen, weights), (_, expected, other) = train(Half), train(MixedPrecision)
     assert seen == expected and {2. ** 33, 2. ** 32} < set(seen)
     assert all(map(torch.equal, weights, other))
@@ -157,7 +161,8 @@ def test_progress_bar_does_not_wait_in_every_step(gpu, monkeypatch):
         def after_batch(self):
             if self.training: count.append(len(gpu.waits))
     learn.fit(1, 1e-3, cbs=Note())
-    assert hasattr(learn, "progress") and len(count) == 5 and count[-1] == count[0] and "smooth_loss" not in vars(learn.progress)
+    assert hasattr(learn, "progress") and len(count) == 5 and count[-1] == count[0]
+    assert "smooth_loss" not in vars(learn.progress)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
@@ -241,12 +246,14 @@ def test_another_kind_of_device_goes_on_with_a_labeling(tmp_path):
     teacher, kwargs = create_model("resnet9_4", 3), dict(size=16, classes=CLASSES, part_size=12)
     def stop(done, total):
         if done >= 24: raise KeyboardInterrupt
-    with PretendedGPU(), pytest.raises(KeyboardInterrupt): predict_pseudo_labels(teacher, IMAGES, tmp_path/"a", device="cuda", bs=12, progress=stop, **kwargs)
+    with PretendedGPU(), pytest.raises(KeyboardInterrupt):
+        predict_pseudo_labels(teacher, IMAGES, tmp_path/"a", device="cuda", bs=12, progress=stop, **kwargs)
     with PretendedGPU(bf16=False): predict_pseudo_labels(teacher, IMAGES[:], tmp_path/"a", device="cuda", **kwargs)
     predict_pseudo_labels(teacher, IMAGES, tmp_path/"a", **kwargs)
     found = [read_metadata(o)["precision"] for o in sorted((tmp_path/"a").glob("*.parquet"))]
     assert len(found) == 4 and set(found) == {"bfloat16", "float16"}
-    with pytest.raises(PseudoLabelError, match="precision"): predict_pseudo_labels(teacher, IMAGES, tmp_path/"a", bf16=False, **kwargs)
+    with pytest.raises(PseudoLabelError, match="precision"):
+        predict_pseudo_labels(teacher, IMAGES, tmp_path/"a", bf16=False, **kwargs)
 
 
 def test_what_float16_cannot_hold_is_labeled_in_float32(tmp_path):
@@ -263,7 +270,8 @@ def test_what_float16_cannot_hold_is_labeled_in_float32(tmp_path):
     teacher = Loud()
     nn.init.constant_(teacher.head.weight, 1.)
     def labels(name, **more): return read_selection(select_pseudo_labels(predict_pseudo_labels(
-        teacher, images, tmp_path/name, size=4, classes=CLASSES, part_size=24, **more), tmp_path/f"{name}.parquet", 0., None)).probs
+        teacher, images, tmp_path/name, size=4, classes=CLASSES, part_size=24, **more), tmp_path/f"{name}.parquet", 0.,
+                                                                         None)).probs
     exact = labels("exact")
     teacher.seen.clear()
     with PretendedGPU(bf16=False): half = labels("half", device="cuda")
@@ -275,7 +283,8 @@ def test_what_float16_cannot_hold_is_labeled_in_float32(tmp_path):
 
 
 def run(path, device="cuda", **kwargs):
-    settings = dict(rounds=1, epochs=1, bs=12, threshold=0., noise=Noise(2, 10, .2, .8), progress=lambda *_: None, force=True)
+    settings = dict(rounds=1, epochs=1, bs=12, threshold=0., noise=Noise(2, 10, .2, .8), progress=lambda *_: None,
+                    force=True)
     ns = NoisyStudent(DATA, ["resnet9_4"], path, device=device, **{**settings, **kwargs})
     ns.write_report = lambda: None  # takes the most of the time, and nothing of a GPU
     return ns
@@ -303,7 +312,8 @@ def test_table(gpu, tmp_path):
     import pandas as pd
     df = pd.DataFrame(dict(a=rng.normal(size=120), b=rng.choice(list("xyz"), 120)))
     df["y"] = np.where(df.a > 0, "p", "q"); df.loc[60:, "y"] = None
-    ns = TabularNoisyStudent(df, "y", tmp_path/"a", recipe=TabularRecipe(rounds=1, epochs=1, steps=3), device="cuda", progress=lambda *_: None)
+    ns = TabularNoisyStudent(df, "y", tmp_path/"a", recipe=TabularRecipe(rounds=1, epochs=1, steps=3), device="cuda",
+                             progress=lambda *_: None)
     assert len(ns.fit()) == 2 and gpu.kernels
 
 
@@ -328,9 +338,11 @@ def ending(tmp_path, monkeypatch):
         for i, where in enumerate(wheres):
             with PretendedGPU(where == "bf16") if where != "cpu" else contextlib.nullcontext():
                 torch.manual_seed(0)
-                learn, last = learner("cpu" if where == "cpu" else "cuda", steps=3, noise=Noise(1, 10, .5, .8), splitter=splitter(get_recipe("default"))), i == len(wheres) - 1
+                learn, last = learner("cpu" if where == "cpu" else "cuda", steps=3, noise=Noise(1, 10, .5, .8),
+                                      splitter=splitter(get_recipe("default"))), i == len(wheres) - 1
                 with contextlib.nullcontext() if last else pytest.raises(RuntimeError, match="pulled"):
-                    fit_resumably(learn, 2, get_recipe("default", ema=.9), tmp_path/name, None, [] if last else [Plug()])
+                    fit_resumably(learn, 2, get_recipe("default", ema=.9), tmp_path/name, None,
+                                  [] if last else [Plug()])
                 found = {k: v.cpu() for k, v in learn.model.state_dict().items()}
         return found
     return weights
@@ -343,7 +355,8 @@ def test_resumed_training_ends_the_same(ending, where):
 
 
 @pytest.mark.parametrize("wheres", [("bf16", "cpu"), ("cpu", "bf16"), ("bf16", "fp16"), ("cpu", "fp16")])
-def test_training_goes_on_elsewhere(ending, wheres): assert all(o.isfinite().all() for o in ending("a", *wheres).values())
+def test_training_goes_on_elsewhere(ending, wheres):
+    assert all(o.isfinite().all() for o in ending("a", *wheres).values())
 
 
 # The instrument itself: what it must see
@@ -352,22 +365,25 @@ def test_waits_are_seen(gpu):
     x = torch.arange(6., device="cuda")
     y = x.as_subclass(type("Other", (torch.Tensor,), {}))[1:].T
     assert x.device == y.device == CUDA and copy.deepcopy(x).is_cuda and not torch.zeros(2).is_cuda
-    asks = [x[0].item, lambda: float(x.sum()), lambda: bool((x > 0).all()), x.tolist, x.cpu, x.nonzero, lambda: x[x > 2], lambda: x[torch.tensor([1])],
-            lambda: torch.ones(2).to("cuda"), lambda: torch.tensor([1.], device="cuda"), lambda: x.copy_(torch.ones(6)), torch.cuda.synchronize,
-            lambda: nn.Linear(2, 2).cuda(), lambda: f"{x}", lambda: y[0].item()]
+    asks = [x[0].item, lambda: float(x.sum()), lambda: bool((x > 0).all()), x.tolist, x.cpu, x.nonzero,
+            lambda: x[x > 2], lambda: x[torch.tensor([1])],
+            lambda: torch.ones(2).to("cuda"), lambda: torch.tensor([1.], device="cuda"), lambda: x.copy_(torch.ones(6)),
+            torch.cuda.synchronize, lambda: nn.Linear(2, 2).cuda(), lambda: f"{x}", lambda: y[0].item()]
     for ask in asks:
         gpu.forget()
         ask()
         assert gpu.waits, ask
     gpu.forget()
-    (x * 2 + 1).sum().sqrt(); x.new_zeros(3); torch.zeros_like(x); x[1:3] = 0; x * torch.tensor(2.); torch.ones(4).to("cuda", non_blocking=True)
+    (x * 2 + 1).sum().sqrt(); x.new_zeros(3); torch.zeros_like(x); x[1:3] = 0; x * torch.tensor(2.)
+    torch.ones(4).to("cuda", non_blocking=True)
     torch.ones(4).pin_memory().to("cuda", non_blocking=True)
     assert [o.kind for o in gpu.events] == ["pageable", "to device"]
 
 
 def test_mixed_devices_are_refused(gpu):
     x = torch.ones(3, device="cuda", requires_grad=True)
-    for mix in (lambda: x + torch.ones(3), lambda: torch.cat([x, torch.ones(3)]), lambda: nn.Linear(3, 2)(x), lambda: x.index_select(0, torch.tensor([0])),
+    for mix in (lambda: x + torch.ones(3), lambda: torch.cat([x, torch.ones(3)]), lambda: nn.Linear(3, 2)(x),
+                lambda: x.index_select(0, torch.tensor([0])),
                 lambda: torch.rand(3, device="cuda", generator=torch.Generator())):
         with pytest.raises(RuntimeError, match="device"): mix()
     with pytest.raises(TypeError, match="numpy"): x.detach().numpy()
@@ -390,4 +406,5 @@ def test_laws_fail_when_they_should(gpu, spoil):
         if spoil == "number": float(args[0].mean())
         else: return args[0] + torch.zeros(args[0].shape)
     learn.model.fc.register_forward_pre_hook(bad)
-    with pytest.raises((AssertionError, RuntimeError)), learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3, cbs=Steps(Pretended(gpu)))
+    with pytest.raises((AssertionError, RuntimeError)), learn.no_bar(), learn.no_logging():
+        learn.fit(1, 1e-3, cbs=Steps(Pretended(gpu)))

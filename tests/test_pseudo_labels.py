@@ -77,7 +77,8 @@ def test_format(files, tmp_path):
     part, = out.glob("*.parquet")
     assert part.name == "part-00000-of-00001-00000.parquet"
     schema = pq.read_schema(part)
-    assert [str(schema.field(c).type).split("[")[0] for c in ("item", "label", "confidence")] == ["string", "int32", "float"]
+    assert [str(schema.field(c).type).split("[")[0] for c in ("item", "label", "confidence")] == ["string", "int32",
+                                                                                                  "float"]
     assert schema.field("probs").type.list_size == 3 and str(schema.field("probs").type.value_type) == "halffloat"
     meta = schema.metadata
     assert json.loads(meta[b"classes"]) == ["x", "y", "z"] and json.loads(meta[b"temperature"]) == 2.
@@ -87,7 +88,8 @@ def test_format(files, tmp_path):
     probs = np.stack(df.probs)  # rounding to float16 can make a tie of a near tie, but never turn an order around
     assert (probs[range(40), df.label] == probs.max(1)).all() and df.label.nunique() == 3
     assert duckdb.connect().execute(f"select count(*), min(len(probs)) from '{part}'").fetchone() == (40, 3)
-    assert pq.read_schema(predict_pseudo_labels(model, random_images(3), tmp_path/"array")/part.name).field("item").type == "int64"
+    assert pq.read_schema(predict_pseudo_labels(model, random_images(3),
+                                                tmp_path/"array")/part.name).field("item").type == "int64"
 
 
 def test_confidence_is_not_rounded(tmp_path):
@@ -148,7 +150,8 @@ def test_timm_model_brings_its_view(files, tmp_path):
     model = timm.create_model("test_resnet", num_classes=3)
     cfg = model.pretrained_cfg
     a = predict_pseudo_labels(model, files[:4], tmp_path/"a")
-    b = predict_pseudo_labels(model, files[:4], tmp_path/"b", size=cfg["input_size"][-1], mean=cfg["mean"], std=cfg["std"])
+    b = predict_pseudo_labels(model, files[:4], tmp_path/"b", size=cfg["input_size"][-1], mean=cfg["mean"],
+                              std=cfg["std"])
     c = predict_pseudo_labels(model, files[:4], tmp_path/"c", size=cfg["input_size"][-1], mean=(0, 0, 0), std=(1, 1, 1))
     same(table(a), table(b))
     assert not np.array_equal(table(a).confidence, table(c).confidence)
@@ -169,7 +172,8 @@ def test_learner_equals_fastai(files, tmp_path):
     preds = learn.get_preds(dl=dls.test_dl([Path(f) for f in files], num_workers=0), act=lambda z: z.softmax(1))[0]
     np.testing.assert_allclose(df.confidence, preds.max(1).values, rtol=1e-5)
     np.testing.assert_allclose(np.stack(df.probs), preds, atol=5e-4)
-    assert json.loads(pq.read_schema(tmp_path/"out"/"part-00000-of-00001-00000.parquet").metadata[b"classes"]) == ["a", "b"]
+    assert json.loads(pq.read_schema(tmp_path/"out"/"part-00000-of-00001-00000.parquet")
+                      .metadata[b"classes"]) == ["a", "b"]
     arrays = np.stack([np.asarray(Image.open(f).resize((16, 16))) for f in files])
     df = table(predict_pseudo_labels(learn, arrays, tmp_path/"arrays"))
     np.testing.assert_allclose(df.confidence, learn.get_preds(dl=dls.test_dl(list(arrays), num_workers=0),
@@ -215,7 +219,7 @@ def test_rows_of_a_table(tmp_path):
     from fastai.tabular.core import Categorify
     from fastai.tabular.data import TabularDataLoaders
     from fastai.tabular.learner import tabular_learner
-    import fastai.callback.progress  # no_bar
+    import fastai.callback.progress  # noqa: F401  (no_bar)
     rng = np.random.default_rng(0)
     df = pd.DataFrame(dict(a=rng.normal(size=60), b=rng.choice(list("xyz"), 60), y=rng.choice(["no", "yes"], 60)))
     dls = TabularDataLoaders.from_df(df, procs=[Categorify, Normalize], cat_names=["b"], cont_names=["a"], y_names="y",
@@ -265,7 +269,8 @@ def test_bad_images_are_skipped_and_listed(files, tmp_path):
         assert (manifest["items"], manifest["skipped"], sum(manifest["parts"].values())) == (41, 4, 37)
         (out/"part-00000-of-00001-00001.parquet").unlink()
     with pytest.warns(UserWarning): # the same from fastai's pipeline, and the others stay with their own file
-        for i in range(3): predict_pseudo_labels(conv_net(), items, tmp_path/"shards", size=16, bs=8, shard=i, num_shards=3)
+        for i in range(3):
+            predict_pseudo_labels(conv_net(), items, tmp_path/"shards", size=16, bs=8, shard=i, num_shards=3)
         predict_pseudo_labels(conv_net(), items, out, size=16, bs=8, part_size=11)
     same(table(out), table(tmp_path/"shards"))
 
@@ -274,11 +279,13 @@ def test_bad_images_through_a_learner(files, tmp_path):
     from fastai.learner import Learner
     from fastai.vision.augment import Resize
     from fastai.vision.data import ImageDataLoaders
-    dls = ImageDataLoaders.from_folder(tmp_path/"img", valid_pct=0.3, item_tfms=Resize(16), bs=8, num_workers=0, device="cpu")
+    dls = ImageDataLoaders.from_folder(tmp_path/"img", valid_pct=0.3, item_tfms=Resize(16), bs=8, num_workers=0,
+                                       device="cpu")
     learn = Learner(dls, conv_net(n_out=2), loss_func=nn.CrossEntropyLoss())
     whole = table(predict_pseudo_labels(learn, files, tmp_path/"whole")).set_index("item")
     for i in (0, 9, 39): Path(files[i]).write_text("no image")
-    with pytest.warns(UserWarning, match="3 of 40"): df = table(predict_pseudo_labels(learn, files, tmp_path/"out", bs=16))
+    with pytest.warns(UserWarning, match="3 of 40"):
+        df = table(predict_pseudo_labels(learn, files, tmp_path/"out", bs=16))
     assert list(df.item) == [f for i, f in enumerate(files) if i not in (0, 9, 39)]
     np.testing.assert_allclose(df.confidence, whole.confidence[df.item], rtol=1e-5)
 
@@ -287,15 +294,19 @@ def test_all_images_bad_then_repaired(files, tmp_path):
     names = [f + ".moved" for f in files]
     with pytest.raises(PseudoLabelError, match="none of the 40 images"):
         predict_pseudo_labels(conv_net(), names, tmp_path/"out", size=16)
-    with pytest.raises(PseudoLabelError, match="not complete"): select_pseudo_labels(tmp_path/"out", tmp_path/"s.parquet")
+    with pytest.raises(PseudoLabelError, match="not complete"):
+        select_pseudo_labels(tmp_path/"out", tmp_path/"s.parquet")
     for f in files: os.rename(f, f + ".moved")
     assert len(table(predict_pseudo_labels(conv_net(), names, tmp_path/"out", size=16))) == 40
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(items=[]), "no unlabeled images"), (dict(items="folder"), "single name"), (dict(items=["a.png", "a.png"]), "twice"),
-    (dict(items=np.zeros((3, 4, 4))), "uint8"), (dict(items=["\udcff.png"], size=8), "UTF-8"), (dict(items=["a.png"]), "size is needed"),
-    (dict(shard=2, num_shards=2), r"shard=2 must be in 0\.\.1"), (dict(shard=-1), "shard=-1"), (dict(num_shards=0), "num_shards=0"),
+    (dict(items=[]), "no unlabeled images"), (dict(items="folder"), "single name"),
+                                             (dict(items=["a.png", "a.png"]), "twice"),
+    (dict(items=np.zeros((3, 4, 4))), "uint8"), (dict(items=["\udcff.png"], size=8), "UTF-8"),
+                                             (dict(items=["a.png"]), "size is needed"),
+    (dict(shard=2, num_shards=2), r"shard=2 must be in 0\.\.1"), (dict(shard=-1), "shard=-1"),
+                                             (dict(num_shards=0), "num_shards=0"),
     (dict(num_shards=11), "num_shards=11"), (dict(temperature=0), "temperature"), (dict(bs=0), "bs=0"),
     (dict(classes=["a", "b"]), "3 outputs but there are 2 classes")])
 def test_mistakes_are_named(tmp_path, change, message):
@@ -321,9 +332,11 @@ def test_not_finite(files, tmp_path, value):
 def test_other_labels_are_refused(tmp_path):
     x, out = random_images(10), tmp_path/"out"
     predict_pseudo_labels(conv_net(), x, out)
-    for change, what in ((dict(teacher=conv_net(1)), "teacher"), (dict(temperature=2.), "temperature"), (dict(size=8), "view"),
+    for change, what in ((dict(teacher=conv_net(1)), "teacher"), (dict(temperature=2.), "temperature"),
+                         (dict(size=8), "view"),
                          (dict(classes="xyz"), "classes"), (dict(items=random_images(10, seed=1)), "pool"),
-                         (dict(items=x[:9]), "pool"), (dict(num_shards=2), "num_shards"), (dict(part_size=5), "part_size")):
+                         (dict(items=x[:9]), "pool"), (dict(num_shards=2), "num_shards"),
+                         (dict(part_size=5), "part_size")):
         before = {f: f.read_bytes() for f in out.iterdir()}
         with pytest.raises(PseudoLabelError, match=f"what differs: .*{what}.*remove the folder"):
             predict_pseudo_labels(**(dict(teacher=conv_net(), items=x, out=out) | change))
@@ -337,13 +350,15 @@ def test_a_network_with_its_normalization_is_a_teacher(tmp_path):
     found = table(predict_pseudo_labels(net, images, tmp_path/"net"))
     same(found, table(predict_pseudo_labels(net.model, images, tmp_path/"model", size=12, mean=[.5] * 3, std=[.2] * 3)))
     assert (found["label"].to_numpy() == net.scores(images).argmax(1)).all()
-    with pytest.raises(PseudoLabelError, match="leave subset out"): predict_pseudo_labels(Network(conv_net(), size=12, subset=[1]), images, tmp_path/"x")
+    with pytest.raises(PseudoLabelError, match="leave subset out"):
+        predict_pseudo_labels(Network(conv_net(), size=12, subset=[1]), images, tmp_path/"x")
 
 
 def test_unwritable_and_full(tmp_path, monkeypatch):
     (tmp_path/"file").write_text("")
     for out in (tmp_path/"file", tmp_path/"file"/"sub"):
-        with pytest.raises(OSError, match=f"cannot write pseudo labels to {out}"): predict_pseudo_labels(conv_net(), random_images(5), out)
+        with pytest.raises(OSError, match=f"cannot write pseudo labels to {out}"):
+            predict_pseudo_labels(conv_net(), random_images(5), out)
     n, replace = [], os.replace
 
     def full(*args):
@@ -354,11 +369,13 @@ def test_unwritable_and_full(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=f"cannot write pseudo labels to {tmp_path/'out'}: No space left on device") as e:
         predict_pseudo_labels(conv_net(), random_images(50), tmp_path/"out", part_size=10, bs=10)
     assert e.value.errno == errno.ENOSPC
-    assert len(list((tmp_path/"out").glob("part-*"))) == 2 and not list((tmp_path/"out").glob("*.tmp")) + list((tmp_path/"out").glob(".*.tmp"))
+    assert len(list((tmp_path/"out").glob("part-*"))) == 2
+    assert not list((tmp_path/"out").glob("*.tmp")) + list((tmp_path/"out").glob(".*.tmp"))
     monkeypatch.undo()
     predict_pseudo_labels(conv_net(), random_images(50), tmp_path/"out", part_size=10, bs=10)
     same(table(tmp_path/"out"), table(predict_pseudo_labels(conv_net(), random_images(50), tmp_path/"whole", bs=10)))
-    with pytest.raises(OSError, match="cannot write"): select_pseudo_labels(tmp_path/"out", tmp_path/"file"/"s.parquet", 0.)
+    with pytest.raises(OSError, match="cannot write"):
+        select_pseudo_labels(tmp_path/"out", tmp_path/"file"/"s.parquet", 0.)
 
 
 def test_killed_and_started_again(tmp_path):
@@ -369,18 +386,21 @@ def test_killed_and_started_again(tmp_path):
         from test_pseudo_labels import *
         def progress(done, total):
             if done > 25: os.kill(os.getpid(), signal.SIGKILL)
-        predict_pseudo_labels(conv_net(), random_images(60), {str(tmp_path/'out')!r}, part_size=10, bs=5, progress=progress)
+        predict_pseudo_labels(conv_net(), random_images(60), {str(tmp_path/'out')!r}, part_size=10, bs=5,
+                              progress=progress)
     """)
     killed = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     assert killed.wait() == -signal.SIGKILL
     kept = {f: f.stat().st_mtime_ns for f in (tmp_path/"out").glob("part-*")}
     assert len(kept) in (1, 2)  # the second may still have been in the writing
     (tmp_path/"out"/f".part-00000-of-00001-00002.parquet.{_here()}.{killed.pid}.a.tmp").write_bytes(b"half a file")
-    with pytest.raises(PseudoLabelError, match="shard 0 of 1 .* is not complete"): select_pseudo_labels(tmp_path/"out", tmp_path/"s.parquet")
+    with pytest.raises(PseudoLabelError, match="shard 0 of 1 .* is not complete"):
+        select_pseudo_labels(tmp_path/"out", tmp_path/"s.parquet")
     predict_pseudo_labels(conv_net(), random_images(60), tmp_path/"out", part_size=10, bs=5)
     predict_pseudo_labels(conv_net(), random_images(60), tmp_path/"whole", part_size=10, bs=5)
     assert {f: f.stat().st_mtime_ns for f in kept} == kept
-    assert {f.name: f.read_bytes() for f in (tmp_path/"out").iterdir()} == {f.name: f.read_bytes() for f in (tmp_path/"whole").iterdir()}
+    assert {f.name: f.read_bytes() for f in (tmp_path/"out").iterdir()} == {f.name: f.read_bytes()
+                                                                            for f in (tmp_path/"whole").iterdir()}
 
 
 def test_damaged_part_is_made_again(tmp_path):
@@ -390,11 +410,13 @@ def test_damaged_part_is_made_again(tmp_path):
     torn = out/"part-00000-of-00001-00001.parquet"
     torn.write_bytes(torn.read_bytes()[:200])
     with pytest.raises(PseudoLabelError, match=torn.name): select_pseudo_labels(out, tmp_path/"s.parquet")
-    with pytest.warns(UserWarning, match=f"{torn.name} is damaged"): predict_pseudo_labels(conv_net(), x, out, part_size=10)
+    with pytest.warns(UserWarning, match=f"{torn.name} is damaged"):
+        predict_pseudo_labels(conv_net(), x, out, part_size=10)
     assert {f.name: f.read_bytes() for f in out.iterdir()} == before
     data = bytearray(before[torn.name]); data[10:200] = b"\xff" * 190  # a whole footer, broken pages
     torn.write_bytes(data)
-    with pytest.raises(PseudoLabelError, match=f"{torn.name} is damaged"): select_pseudo_labels(out, tmp_path/"s.parquet")
+    with pytest.raises(PseudoLabelError, match=f"{torn.name} is damaged"):
+        select_pseudo_labels(out, tmp_path/"s.parquet")
     assert not (tmp_path/"s.parquet").exists() and not list(tmp_path.glob(".*"))
 
 
@@ -550,32 +572,41 @@ def test_threshold_is_inclusive_at_float_precision(tmp_path):
 
 
 def test_empty_class_is_named(tmp_path):
-    out = predict_pseudo_labels(Fixed(3), coded([[200, 0, 0], [100, 0, 50]]), tmp_path/"out", classes=["cat", "dog", "owl"])
-    with pytest.warns(UserWarning, match="no image the class dog, owl: "): sel = select_pseudo_labels(out, tmp_path/"s.parquet", per_class=5)
+    out = predict_pseudo_labels(Fixed(3), coded([[200, 0, 0], [100, 0, 50]]), tmp_path/"out",
+                                classes=["cat", "dog", "owl"])
+    with pytest.warns(UserWarning, match="no image the class dog, owl: "):
+        sel = select_pseudo_labels(out, tmp_path/"s.parquet", per_class=5)
     assert list(sel.summary["rows"]) == [5, 0, 0] and list(sel.summary["class"]) == ["cat", "dog", "owl"]
     with pytest.raises(PseudoLabelError, match=r"threshold=1.0: the highest confidence is \d\.\d+; lower"):
-        select_pseudo_labels(predict_pseudo_labels(conv_net(), random_images(9), tmp_path/"low"), tmp_path/"x.parquet", 1.)
+        select_pseudo_labels(predict_pseudo_labels(conv_net(), random_images(9), tmp_path/"low"), tmp_path/"x.parquet",
+                             1.)
 
 
-@pytest.mark.parametrize("change, message", [(dict(threshold=1.5), "threshold=1.5"), (dict(threshold=float("nan")), "threshold=nan"),
-    (dict(per_class=0), "per_class=0"), (dict(per_class="median"), "per_class='median'"), (dict(per_class=True), "per_class=True"),
-    (dict(binned=True, per_class=None), "binned=True"), (dict(src="nowhere"), "no such file"), (dict(src="."), "no pseudo labels in")])
+@pytest.mark.parametrize("change, message", [(dict(threshold=1.5), "threshold=1.5"),
+                                             (dict(threshold=float("nan")), "threshold=nan"),
+    (dict(per_class=0), "per_class=0"), (dict(per_class="median"), "per_class='median'"),
+                                             (dict(per_class=True), "per_class=True"),
+    (dict(binned=True, per_class=None), "binned=True"), (dict(src="nowhere"), "no such file"),
+                                             (dict(src="."), "no pseudo labels in")])
 def test_selection_mistakes_are_named(tmp_path, monkeypatch, change, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path/"in").mkdir()
     handmade("in/p.parquet", [0], [0.5])
-    with pytest.raises(PseudoLabelError, match=message): select_pseudo_labels(**(dict(src="in", out="out/s.parquet") | change))
+    with pytest.raises(PseudoLabelError, match=message):
+        select_pseudo_labels(**(dict(src="in", out="out/s.parquet") | change))
     assert not Path("out").exists()
 
 
 @pytest.mark.filterwarnings("ignore:no pseudo label of")
 def test_broken_tables(tmp_path):
-    for label, confidence, message in (([0, 1], [0.5, np.nan], "no confidence"), ([0, 7], [0.5, 0.5], r"labels must be in 0\.\.3"),
-                                       ([], [], "no row")):
+    for label, confidence, message in (([0, 1], [0.5, np.nan], "no confidence"),
+                                       ([0, 7], [0.5, 0.5], r"labels must be in 0\.\.3"), ([], [], "no row")):
         handmade(tmp_path/"p.parquet", label, confidence)
-        with pytest.raises(PseudoLabelError, match=message): select_pseudo_labels(tmp_path/"p.parquet", tmp_path/"s.parquet")
+        with pytest.raises(PseudoLabelError, match=message):
+            select_pseudo_labels(tmp_path/"p.parquet", tmp_path/"s.parquet")
     handmade(tmp_path/"p.parquet", [0, 1], [0.5, 0.5], items=["a", "a"])
-    with pytest.raises(PseudoLabelError, match="image a has two"): select_pseudo_labels(tmp_path/"p.parquet", tmp_path/"s.parquet")
+    with pytest.raises(PseudoLabelError, match="image a has two"):
+        select_pseudo_labels(tmp_path/"p.parquet", tmp_path/"s.parquet")
     pd.DataFrame(dict(a=[1])).to_parquet(tmp_path/"p.parquet")
     with pytest.raises(PseudoLabelError, match="item"): select_pseudo_labels(tmp_path/"p.parquet", tmp_path/"s.parquet")
 
@@ -634,14 +665,19 @@ def test_relabel_files(files, tmp_path):
     assert (tmp_path/"s.parquet").read_bytes() == (tmp_path/"r.parquet").read_bytes()
     Path(a["item"][0]).write_text("no image")
     before = (tmp_path/"s.parquet").read_bytes()
-    with pytest.raises(PseudoLabelError, match="can no longer be read"): relabel_pseudo_labels(new, sel, tmp_path/"s.parquet", size=16)
-    with pytest.raises(PseudoLabelError, match="4 outputs"): relabel_pseudo_labels(conv_net(n_out=4), sel, tmp_path/"x.parquet", size=16)
-    assert (tmp_path/"s.parquet").read_bytes() == before and not (tmp_path/"x.parquet").exists() and not list(tmp_path.glob(".*"))
+    with pytest.raises(PseudoLabelError, match="can no longer be read"):
+        relabel_pseudo_labels(new, sel, tmp_path/"s.parquet", size=16)
+    with pytest.raises(PseudoLabelError, match="4 outputs"):
+        relabel_pseudo_labels(conv_net(n_out=4), sel, tmp_path/"x.parquet", size=16)
+    assert (tmp_path/"s.parquet").read_bytes() == before and not (tmp_path/"x.parquet").exists()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_relabel_needs_the_array(tmp_path):
-    sel = select_pseudo_labels(predict_pseudo_labels(conv_net(), random_images(9), tmp_path/"out"), tmp_path/"s.parquet", 0.)
-    with pytest.raises(PseudoLabelError, match="give the array as items="): relabel_pseudo_labels(conv_net(), sel, tmp_path/"r.parquet")
+    sel = select_pseudo_labels(predict_pseudo_labels(conv_net(), random_images(9), tmp_path/"out"),
+                               tmp_path/"s.parquet", 0.)
+    with pytest.raises(PseudoLabelError, match="give the array as items="):
+        relabel_pseudo_labels(conv_net(), sel, tmp_path/"r.parquet")
 
 
 def test_read_selection(files, tmp_path):
@@ -655,7 +691,8 @@ def test_read_selection(files, tmp_path):
     assert r.probs.dtype == np.float32 and r.labels.dtype == np.int64
     for bad in (tmp_path/"nowhere.parquet", next(out.glob("part-*"))):
         with pytest.raises(PseudoLabelError, match="make .* with select_pseudo_labels"): read_selection(bad)
-    arr = select_pseudo_labels(predict_pseudo_labels(conv_net(), random_images(9), tmp_path/"a"), tmp_path/"t.parquet", 0.)
+    arr = select_pseudo_labels(predict_pseudo_labels(conv_net(), random_images(9), tmp_path/"a"), tmp_path/"t.parquet",
+                               0.)
     assert read_selection(arr).items.dtype == np.int64
 
 
@@ -674,14 +711,16 @@ def test_out_of_memory_halves_the_batch(tmp_path):
     torch.manual_seed(0)
     small, large = Crowded(10), Crowded(1000)
     small.load_state_dict(large.state_dict())
-    tables = [pq.read_table(predict_pseudo_labels(m, _pool(150), tmp_path/name, bs=64)) for m, name in ((small, 'small'), (large, 'large'))]
+    tables = [pq.read_table(predict_pseudo_labels(m, _pool(150), tmp_path/name, bs=64)) for m,
+              name in ((small, 'small'), (large, 'large'))]
     a, b = (np.stack(t.column('probs').to_numpy()).astype(np.float32) for t in tables)
     np.testing.assert_allclose(a, b, atol=1e-3)
     assert small.seen[:5] == [1, 64, 32, 16, 8] and max(small.seen[5:]) == 8  # 1: the classes are counted on one image
     assert large.seen == [1, 64, 64, 22]
 
 def test_out_of_memory_with_one_image(tmp_path):
-    with pytest.raises(torch.cuda.OutOfMemoryError): predict_pseudo_labels(Crowded(0), _pool(5), tmp_path/'t', classes=list('abc'))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        predict_pseudo_labels(Crowded(0), _pool(5), tmp_path/'t', classes=list('abc'))
 
 def test_writing_beside_computing(tmp_path, monkeypatch):
     "A part is written while the next one is computed; when writing fails, that is the error, and no later part appears"
@@ -694,7 +733,8 @@ def test_writing_beside_computing(tmp_path, monkeypatch):
         wrote.append(file)
         return write(table, file, *args, **kw)
     monkeypatch.setattr(pq, 'write_table', watched)
-    with pytest.raises(OSError, match='No space left'): predict_pseudo_labels(model, _pool(60), tmp_path/'t', part_size=10)
+    with pytest.raises(OSError, match='No space left'):
+        predict_pseudo_labels(model, _pool(60), tmp_path/'t', part_size=10)
     assert threads == {False} and len(list((tmp_path/'t').glob('*.parquet'))) == 2
     monkeypatch.undo()
     predict_pseudo_labels(model, _pool(60), tmp_path/'t', part_size=10)  # goes on
@@ -706,16 +746,20 @@ def test_bf16_labels_are_labels_apart(tmp_path):
     "Half precision changes probabilities a little, and a table of both kinds is refused"
     torch.manual_seed(0)
     model = Crowded(1000)
-    a, b = (np.stack(pq.read_table(predict_pseudo_labels(model, _pool(50), tmp_path/str(o), bf16=o)).column('probs').to_numpy()).astype(np.float32)
+    a, b = (np.stack(pq.read_table(predict_pseudo_labels(model, _pool(50), tmp_path/str(o), bf16=o)).column('probs')
+                     .to_numpy()).astype(np.float32)
             for o in (False, True))
     assert 0 < np.abs(a - b).max() < .03
-    with pytest.raises(PseudoLabelError, match='precision'): predict_pseudo_labels(model, _pool(50), tmp_path/'False', bf16=True)
+    with pytest.raises(PseudoLabelError, match='precision'):
+        predict_pseudo_labels(model, _pool(50), tmp_path/'False', bf16=True)
 
 
 def test_labels_left_out_are_known_when_labeling_goes_on(tmp_path):
     "A part whose images are partly left out is kept as it is by the same call, and refused by another."
     torch.manual_seed(0)
-    images, net = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), np.uint8), torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3))
+    images, net = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3),
+                                                    np.uint8), torch.nn.Sequential(torch.nn.Flatten(),
+                                                                                   torch.nn.Linear(192, 3))
     for names in (None, [f"{i}.png" for i in range(20)]):
         call, gone = dict(part_size=8, bs=4, names=names), {3: "also a test image", 11: "also a test image"}
         out = predict_pseudo_labels(net, images, tmp_path/str(names is None), **call, leave_out=gone)
@@ -725,19 +769,23 @@ def test_labels_left_out_are_known_when_labeling_goes_on(tmp_path):
         items = [o for f in sorted(made) for o in pd.read_parquet(f).item]
         assert items == [i if names is None else names[i] for i in range(20) if i not in gone]
         for other in (None, {4: "also a test image", 11: "also a test image"}):
-            with pytest.raises(PseudoLabelError, match="what differs: left_out"): predict_pseudo_labels(net, images, out, **call, leave_out=other)
+            with pytest.raises(PseudoLabelError, match="what differs: left_out"):
+                predict_pseudo_labels(net, images, out, **call, leave_out=other)
 
 
 def test_duckdb_is_needed_for_nothing_but_selecting(tmp_path, monkeypatch):
     "Labeling, relabeling and reading go without it; no module loads it by being imported."
     import ast, noisy_student
     for f in Path(noisy_student.__file__).parent.glob("*.py"):
-        top = [o for node in ast.parse(f.read_text()).body for o in ([node] if isinstance(node, (ast.Import, ast.ImportFrom)) else [])]
-        assert "duckdb" not in [o.name.split(".")[0] for node in top for o in node.names] + [getattr(o, "module", None) for o in top], f
+        top = [o for node in ast.parse(f.read_text()).body
+               for o in ([node] if isinstance(node, (ast.Import, ast.ImportFrom)) else [])]
+        assert "duckdb" not in [o.name.split(".")[0] for node in top for o in node.names] + [getattr(o, "module", None)
+                                                                                             for o in top], f
     x = random_images(20)
     sel = select_pseudo_labels(predict_pseudo_labels(conv_net(), x, tmp_path/"a"), tmp_path/"s.parquet", 0., 5)
     monkeypatch.setitem(sys.modules, "duckdb", None)  # as where it is not installed
     out = predict_pseudo_labels(conv_net(), x, tmp_path/"b")
-    assert relabel_pseudo_labels(conv_net(1), sel, tmp_path/"r.parquet", x).summary["rows"].sum() == sel.summary["rows"].sum()
+    assert relabel_pseudo_labels(conv_net(1), sel, tmp_path/"r.parquet",
+                                 x).summary["rows"].sum() == sel.summary["rows"].sum()
     assert len(read_selection(tmp_path/"r.parquet")) == len(sel)
     with pytest.raises(ImportError, match="pip install duckdb"): select_pseudo_labels(out, tmp_path/"t.parquet", 0.)

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-SETTINGS = dict(recipe="digits", epochs=2, teacher_epochs=3, steps=10, size=8, temperature=0.5, threshold=0.3, rounds=2, lr=1e-2, seed=3, force=True)
+SETTINGS = dict(recipe="digits", epochs=2, teacher_epochs=3, steps=10, size=8, temperature=0.5, threshold=0.3, rounds=2,
+                lr=1e-2, seed=3, force=True)
 
 pytestmark = pytest.mark.usefixtures("no_page")
 
@@ -17,7 +18,8 @@ def miniature():
     from dataclasses import replace
     from noisy_student.datasets import digits
     full = digits(seed=0)
-    return replace(full, labeled=full.labeled[np.arange(0, 100, 2)], unlabeled=full.unlabeled[:200], test=full.test[:100])
+    return replace(full, labeled=full.labeled[np.arange(0, 100, 2)], unlabeled=full.unlabeled[:200],
+                   test=full.test[:100])
 
 
 def fit(path, **changes):
@@ -27,7 +29,8 @@ def fit(path, **changes):
     return NoisyStudent(miniature(), ["resnet9_4", "resnet9_8"], path, **{**SETTINGS, **changes}).fit()
 
 
-FEW = dict(rounds=1, steps=4, teacher_epochs=2, threshold=0.0)  # the least that writes every file, and each checkpoint twice
+# the least that writes every file, and each checkpoint twice
+FEW = dict(rounds=1, steps=4, teacher_epochs=2, threshold=0.0)
 
 
 def fit_few(path):
@@ -49,7 +52,9 @@ def outcome(path):
     from noisy_student.models import load_tensors
     weights = {f: load_tensors(f)[0] for f in sorted(path.glob("round_*/model.safetensors"))}
     history = pd.concat([pd.read_csv(f) for f in sorted(path.glob("round_*/history.csv"))])
-    return pd.read_csv(path / "summary.csv").drop(columns="seconds"), history, [(f.parent.name, k, v) for f, t in weights.items() for k, v in sorted(t.items())]
+    return pd.read_csv(path / "summary.csv").drop(columns="seconds"), history, [(f.parent.name, k, v) for f,
+                                                                                t in weights.items() for k,
+                                                                                v in sorted(t.items())]
 
 
 def run(processes, path, kill_after=None):
@@ -71,7 +76,6 @@ def assert_same(path, whole):
     for (a, b, x), (c, d, y) in zip(w, weights, strict=True): assert (a, b) == (c, d) and x.equal(y)
 
 
-@pytest.mark.once
 def test_killed_at_any_moment_ends_the_same(processes, tmp_path):
     for name in ("whole", "again"):  # the first one also waits for the server's imports
         begun = time.perf_counter()
@@ -86,7 +90,6 @@ def test_killed_at_any_moment_ends_the_same(processes, tmp_path):
     assert killed >= 4  # a busy or a fast machine may let one finish first
 
 
-@pytest.mark.once
 def test_killed_before_any_file_is_in_place_ends_the_same(tmp_path, monkeypatch):
     "The directory as a kill just before each rename would leave it."
     real, left = os.replace, []
@@ -126,7 +129,8 @@ def test_settings_that_are_none_are_taken_as_such(tmp_path):
     from noisy_student.rounds import NoisyStudent
     assert NoisyStudent(miniature(), "resnet9_4", tmp_path, recipe="cifar10", per_class=None).recipe.per_class is None
     for wrong in ("median", 0, True):
-        with pytest.raises(ValueError, match="per_class"): NoisyStudent(miniature(), "resnet9_4", tmp_path, per_class=wrong)
+        with pytest.raises(ValueError, match="per_class"):
+            NoisyStudent(miniature(), "resnet9_4", tmp_path, per_class=wrong)
 
 
 def test_a_network_is_named(tmp_path):
@@ -182,7 +186,8 @@ def folder(tmp_path):
     return root
 
 
-FOLDER = dict(epochs=2, teacher_epochs=8, steps=10, bs=8, ratio=1, size=16, rounds=1, threshold=0.5, min_scale=1.0, lr=1e-2)
+FOLDER = dict(epochs=2, teacher_epochs=8, steps=10, bs=8, ratio=1, size=16, rounds=1, threshold=0.5, min_scale=1.0,
+              lr=1e-2)
 
 
 def noisy_student(data, path, **changes):
@@ -222,14 +227,20 @@ def test_the_same_network_by_another_name_goes_on(tmp_path):
     "What the names resolve to is compared: a run is gone on with under any spelling of its networks, and of no others."
     from noisy_student.models import resolved
     from noisy_student.rounds import NoisyStudent
-    def run(archs, **more): return NoisyStudent(miniature(), archs, tmp_path / "run", **{**SETTINGS, "rounds": 1, "epochs": 1, "teacher_epochs": 1, "size": 32, **more})
+    def run(archs, **more):
+        return NoisyStudent(miniature(), archs, tmp_path / "run",
+                            **{**SETTINGS, "rounds": 1, "epochs": 1, "teacher_epochs": 1, "size": 32, **more})
     with pytest.raises(KeyboardInterrupt): run("resnet10t", progress=stop_in("round 1: training")).fit()
-    assert len(run(["resnet10t.c3_in1k", "resnet10t"]).fit()) == 2 and run("resnet10t.c3_in1k").fit().arch.tolist() == ["resnet10t"] * 2
+    assert len(run(["resnet10t.c3_in1k", "resnet10t"]).fit()) == 2
+    assert run("resnet10t.c3_in1k").fit().arch.tolist() == ["resnet10t"] * 2
     for other in ("resnet9_4", ["resnet10t", "resnet9_4"]):
         with pytest.raises(ValueError, match="archs: .*resnet10t.* there, .*resnet9_4.* here"): run(other).fit()
-    for a, b, same in [("resnet18", "resnet18.a1_in1k", (True, True)), ("resnet18", "resnet18.tv_in1k", (True, False)), ("resnet9_24", "resnet9_32", (False, False)),
-                       ("tf_efficientnet_b0_ns", "tf_efficientnet_b0.ns_jft_in1k", (True, True)), ("tf_efficientnet_b0_ns", "tf_efficientnet_b0", (True, True)),
-                       ("tf_efficientnet_b0_small_image", "tf_efficientnet_b0", (False, False)), ("no.such", "none", (False, False))]:
+    for a, b, same in [("resnet18", "resnet18.a1_in1k", (True, True)), ("resnet18", "resnet18.tv_in1k", (True, False)),
+                       ("resnet9_24", "resnet9_32", (False, False)),
+                       ("tf_efficientnet_b0_ns", "tf_efficientnet_b0.ns_jft_in1k", (True, True)),
+                       ("tf_efficientnet_b0_ns", "tf_efficientnet_b0", (True, True)),
+                       ("tf_efficientnet_b0_small_image", "tf_efficientnet_b0", (False, False)),
+                       ("no.such", "none", (False, False))]:
         assert tuple(resolved(a, weights) == resolved(b, weights) for weights in (False, True)) == same, (a, b)
 
 
@@ -250,7 +261,8 @@ def test_torn_checkpoint_is_noticed(tmp_path):
     with pytest.raises(KeyboardInterrupt): NoisyStudent(data, "resnet9_4", tmp_path / "a", progress=stop, **kw).fit()
     file = tmp_path / "a" / "round_0" / "checkpoint" / "state.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.warns(UserWarning, match="state.safetensors"): got = NoisyStudent(data, "resnet9_4", tmp_path / "a", **kw).fit()
+    with pytest.warns(UserWarning, match="state.safetensors"):
+        got = NoisyStudent(data, "resnet9_4", tmp_path / "a", **kw).fit()
     expected = NoisyStudent(data, "resnet9_4", tmp_path / "b", **kw).fit()
     pd.testing.assert_frame_equal(got.drop(columns="seconds"), expected.drop(columns="seconds"))
 
@@ -265,7 +277,8 @@ def test_full_disk_names_the_file_and_loses_nothing(tmp_path, monkeypatch):
         if len(writes) > 6: raise OSError(errno.ENOSPC, "No space left on device")
         return real(fd)
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="cannot write .*safetensors.*No space left"): NoisyStudent(miniature(), "resnet9_4", tmp_path / "a", **kw).fit()
+    with pytest.raises(OSError, match="cannot write .*safetensors.*No space left"):
+        NoisyStudent(miniature(), "resnet9_4", tmp_path / "a", **kw).fit()
     monkeypatch.undo()
     got = NoisyStudent(miniature(), "resnet9_4", tmp_path / "a", **kw).fit()
     expected = NoisyStudent(miniature(), "resnet9_4", tmp_path / "b", **kw).fit()
@@ -323,17 +336,19 @@ class Heard:
 def test_figures_of_every_epoch_are_told_and_kept(tmp_path):
     from fastai.metrics import F1Score, top_k_accuracy
     from noisy_student.rounds import NoisyStudent
-    ns = NoisyStudent(miniature(), "resnet9_4", tmp_path/"a", progress=(heard := Heard()), metrics=[F1Score(average="macro"), top_k_accuracy],
-                      **{**SETTINGS, "rounds": 1})
+    ns = NoisyStudent(miniature(), "resnet9_4", tmp_path/"a", progress=(heard := Heard()),
+                      metrics=[F1Score(average="macro"), top_k_accuracy], **{**SETTINGS, "rounds": 1})
     ns.fit()
     kept = pd.concat([pd.read_csv(tmp_path/"a"/f"round_{k}"/"history.csv") for k in (0, 1)])
-    assert [o[1:3] for o in heard.epochs] == [(1, 3), (2, 3), (3, 3), (1, 2), (2, 2)] and [o[0][:7] for o in heard.epochs] == ["round 0"] * 3 + ["round 1"] * 2
+    assert [o[1:3] for o in heard.epochs] == [(1, 3), (2, 3), (3, 3), (1, 2), (2, 2)]
+    assert [o[0][:7] for o in heard.epochs] == ["round 0"] * 3 + ["round 1"] * 2
     told = pd.DataFrame([o[3] for o in heard.epochs])
     assert list(told) == ["train_loss", "valid_loss", "valid_accuracy", "f1_score", "top_k_accuracy"] == list(kept)[1:]
     assert np.allclose(told, kept.iloc[:, 1:]) and (kept.top_k_accuracy >= kept.valid_accuracy).all()
     with ns.learner(1).no_bar(): again = ns.learner(1).validate()
     assert np.allclose(again, kept.iloc[-1, 2:], atol=1e-5)
-    with pytest.raises(ValueError, match="choose_by='f1'"): NoisyStudent(miniature(), "resnet9_4", tmp_path/"b", metrics="f1", **SETTINGS)
+    with pytest.raises(ValueError, match="choose_by='f1'"):
+        NoisyStudent(miniature(), "resnet9_4", tmp_path/"b", metrics="f1", **SETTINGS)
 
 
 def test_metrics_of_every_kind_of_fastai(tmp_path):
@@ -343,9 +358,11 @@ def test_metrics_of_every_kind_of_fastai(tmp_path):
     from noisy_student.rounds import NoisyStudent
     metrics = [AvgMetric(error_rate), Perplexity(), F1Score(average=None), F1Score(average="macro")]
     for folds, path in ((None, tmp_path/"a"), (2, tmp_path/"b")):
-        NoisyStudent(miniature(), "resnet9_4", path, metrics=metrics, folds=folds, **{**SETTINGS, **FEW, "rounds": 0}).fit()
+        NoisyStudent(miniature(), "resnet9_4", path, metrics=metrics, folds=folds,
+                     **{**SETTINGS, **FEW, "rounds": 0}).fit()
     history = pd.read_csv(tmp_path/"a"/"round_0"/"history.csv")
-    assert np.allclose(history.error_rate, 1 - history.valid_accuracy) and np.allclose(history.perplexity, np.exp(history.valid_loss), rtol=1e-4)
+    assert np.allclose(history.error_rate, 1 - history.valid_accuracy)
+    assert np.allclose(history.perplexity, np.exp(history.valid_loss), rtol=1e-4)
     assert history.f1_score[0].count(" ") >= 9 and history["f1_score 2"].between(0, 1).all()
     assert list(pd.read_csv(tmp_path/"b"/"fold_0"/"round_0"/"history.csv")) == list(history)
 
@@ -366,11 +383,14 @@ def test_a_run_of_an_older_version_is_judged_like_one_of_today(tmp_path):
     fit(tmp_path/"a", **{**FEW, "rounds": 2})
     new = tmp_path/"a"
     from noisy_student.rounds import NoisyStudent, read_summary
-    def best(): return NoisyStudent(miniature(), ["resnet9_4", "resnet9_8"], new, **{**SETTINGS, **FEW, "rounds": 2}).best
+    def best():
+        return NoisyStudent(miniature(), ["resnet9_4", "resnet9_8"], new, **{**SETTINGS, **FEW, "rounds": 2}).best
     expected, scores = best(), read_summary(new)[["score", "score_error"]]
     for k in range(2):  # the last one is of today
         file = new/f"round_{k}"/"metrics.json"
-        file.write_text(json.dumps({a: b for a, b in json.loads(file.read_text()).items() if a not in ("score", "score_error", "valid_f1", "valid_balanced_accuracy", "valid_log_loss")}))
+        file.write_text(json.dumps({a: b for a, b in json.loads(file.read_text()).items()
+                                    if a not in ("score", "score_error", "valid_f1", "valid_balanced_accuracy",
+                                                 "valid_log_loss")}))
         (new/f"round_{k}"/"SHA256SUMS").unlink()
     assert best() == expected and np.allclose(read_summary(new)[["score", "score_error"]], scores)
 
@@ -381,12 +401,14 @@ def test_a_student_that_is_worse_on_the_same_images_is_not_used(tmp_path, monkey
     from noisy_student import image_task as imagetask
     real, teachers = imagetask.valid_figures, []
 
-    def figures(y, logits, choose_by):  # the student answers as its teacher does, but for six images that it now gets wrong
+    # the student answers as its teacher does, but for six images that it now gets wrong
+    def figures(y, logits, choose_by):
         if teachers: logits[:] = teachers[0]; logits[np.flatnonzero(logits.argmax(1) == y)[:6]] *= -1
         else: teachers.append(logits.copy())
         return real(y, logits, choose_by)
     monkeypatch.setattr(imagetask, "valid_figures", figures)
-    ns = NoisyStudent(miniature(), "resnet9_4", tmp_path/"a", **{**SETTINGS, "rounds": 1, "teacher_epochs": 8, "steps": 20})
+    ns = NoisyStudent(miniature(), "resnet9_4", tmp_path/"a",
+                      **{**SETTINGS, "rounds": 1, "teacher_epochs": 8, "steps": 20})
     with pytest.warns(UserWarning, match="worse beyond chance .* Round 0 is used"): s = ns.fit()
     assert s.score[0] - s.score_error[0] < s.score[1] < s.score[0] and ns.best == 0 and s.worse_than[1] == 0
 
@@ -416,7 +438,8 @@ def test_the_figure_that_chooses_and_the_weights_of_classes(tmp_path):
     plain = NoisyStudent(data, "resnet9_4", tmp_path/"b", **{**settings, "rounds": 0}).fit()
     assert plain.valid_f1[0] != s.valid_f1[0] and plain.score[0] == plain.valid_accuracy[0]
     for wrong in (dict(choose_by="precision"), dict(class_weights="heavy")):
-        with pytest.raises(ValueError, match="must be '"): NoisyStudent(data, "resnet9_4", tmp_path/"c", **settings, **wrong)
+        with pytest.raises(ValueError, match="must be '"):
+            NoisyStudent(data, "resnet9_4", tmp_path/"c", **settings, **wrong)
 
 
 def test_mistaken_metrics_and_settings_are_refused_before_training(tmp_path):
@@ -426,7 +449,8 @@ def test_mistaken_metrics_and_settings_are_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match="average='macro'"): ns.fit()
     assert not list((tmp_path/"a").glob("round_*/*"))
     for name, meant in dict(timelimit="time_limit", batch_size="bs", thresold="threshold").items():
-        with pytest.raises(ValueError, match=f"unknown setting '{name}' .did you mean {meant}"): NoisyStudent(miniature(), "resnet9_4", tmp_path/"b", **{name: 1})
+        with pytest.raises(ValueError, match=f"unknown setting '{name}' .did you mean {meant}"):
+            NoisyStudent(miniature(), "resnet9_4", tmp_path/"b", **{name: 1})
 
 
 def test_the_figures_are_seen_where_a_run_is_printed(tmp_path):
@@ -435,28 +459,29 @@ def test_the_figures_are_seen_where_a_run_is_printed(tmp_path):
     assert "0 of 2 rounds done" in str(ns) and "\n" not in str(ns)
     s = ns.fit()
     lines = str(ns).splitlines()
-    assert "2 of 2 rounds done" in lines[0] and f"{s.valid_accuracy[1]:.3f}" in lines[3] and max(map(len, lines[1:])) <= 80
+    assert "2 of 2 rounds done" in lines[0] and f"{s.valid_accuracy[1]:.3f}" in lines[3]
+    assert max(map(len, lines[1:])) <= 80
 
 
-@pytest.mark.once
 def test_a_time_limit_leaves_out_what_does_not_fit(tmp_path, monkeypatch):
     "A student of a few steps would be worse than its teacher: it waits for a longer limit, with which the run goes on."
     from noisy_student.rounds import NoisyStudent
-    def run(limit): return NoisyStudent(miniature(), "resnet9_4", tmp_path/"a", time_limit=limit, pretrained=False, seed=0, size=8)
+    def run(limit):
+        return NoisyStudent(miniature(), "resnet9_4", tmp_path/"a", time_limit=limit, pretrained=False, seed=0, size=8)
     from noisy_student.timing import Timing
     real = Timing.step_seconds
     monkeypatch.setattr(Timing, "step_seconds", lambda self, k, *a: 5. if k else real(self, k, *a))  # a slow student
     ns = run(20)
     assert set(ns.plan()["round"]) == {0}
     with pytest.warns(UserWarning, match="round 1 is left out: there is no time for it in 20 s"): s = ns.fit()
-    assert list(s["round"]) == [0] and not (tmp_path/"a"/"round_1"/"pseudo_labels").exists() and (tmp_path/"a"/"report.html").exists()
+    assert list(s["round"]) == [0] and not (tmp_path/"a"/"round_1"/"pseudo_labels").exists()
+    assert (tmp_path/"a"/"report.html").exists()
     with pytest.warns(UserWarning, match="round 1 is left out"): run(20).fit()  # nothing new
     monkeypatch.undo()
     kept = (tmp_path/"a"/"round_0"/"model.safetensors").read_bytes()
     assert list(run(40).fit()["round"]) == [0, 1] and (tmp_path/"a"/"round_0"/"model.safetensors").read_bytes() == kept
 
 
-@pytest.mark.once
 def test_a_time_limit_is_kept(tmp_path):
     from noisy_student.rounds import NoisyStudent
     import torch

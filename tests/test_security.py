@@ -20,7 +20,8 @@ class Hostile:
 def calls(tree):
     for o in ast.walk(tree):
         if isinstance(o, ast.Call) and isinstance(o.func, ast.Attribute) and isinstance(o.func.value, ast.Name):
-            yield f"{o.func.value.id}.{o.func.attr}", {k.arg: getattr(k.value, "value", None) for k in o.keywords}, o.lineno
+            yield f"{o.func.value.id}.{o.func.attr}", {k.arg: getattr(k.value, "value", None)
+                                                       for k in o.keywords}, o.lineno
 
 
 def test_the_package_calls_nothing_that_unpickles():
@@ -30,7 +31,9 @@ def test_the_package_calls_nothing_that_unpickles():
                 {o.module.split(".")[0] for o in ast.walk(tree) if isinstance(o, ast.ImportFrom) and o.module}
         assert not names & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}, file.name
         assert not {o.id for o in ast.walk(tree) if isinstance(o, ast.Name)} & {"eval", "load_learner"}, file.name
-        assert not {o.attr for o in ast.walk(tree) if isinstance(o, ast.Attribute)} & {"extractall", "extract"}, file.name  # archives are read in place
+        # archives are read in place
+        assert not {o.attr for o in ast.walk(tree) if isinstance(o, ast.Attribute)} & {"extractall",
+                                                                                       "extract"}, file.name
         for name, kw, line in calls(tree):
             where = f"{file.name}:{line}: {name}"
             assert name not in ("pd.read_pickle", "torch.hub.load", "shutil.unpack_archive"), where
@@ -48,7 +51,8 @@ def hostile_files(marker):
     o, found = Hostile(marker), {}
     found["pickle"] = pickle.dumps(dict(state_dict=o))
     for name, new in (("torch", True), ("torch, old", False)):
-        torch.save(dict(state_dict=o), b := io.BytesIO(), _use_new_zipfile_serialization=new); found[name] = b.getvalue()
+        torch.save(dict(state_dict=o), b := io.BytesIO(), _use_new_zipfile_serialization=new)
+        found[name] = b.getvalue()
     np.save(b := io.BytesIO(), np.array([o], dtype=object), allow_pickle=True); found["npy"] = b.getvalue()
     np.savez(b := io.BytesIO(), X=np.array([o], dtype=object), allow_pickle=True); found["npz"] = b.getvalue()
     return found
@@ -65,7 +69,8 @@ def test_weights(tmp_path, suffix):
     from noisy_student.rounds import load_model
     for data in hostile_files(tmp_path/"marker").values():
         (file := tmp_path/f"model{suffix}").write_bytes(data)
-        for read in (lambda: create_model("resnet9_4", 10, pretrained=str(file)), lambda: load_model(file), lambda: load_weights(torch.nn.Linear(2, 2), file)):
+        for read in (lambda: create_model("resnet9_4", 10, pretrained=str(file)), lambda: load_model(file),
+                     lambda: load_weights(torch.nn.Linear(2, 2), file)):
             with pytest.raises((ValueError, OSError), match=f"model{suffix}"): read()
     assert not (tmp_path/"marker").exists()
 
@@ -78,7 +83,8 @@ def test_a_run_directory(tmp_path):
     data = hostile_files(marker)
     for i, file in enumerate(kinds(tmp_path/"run").values()):
         shutil.copytree(tmp_path/"run", copy := tmp_path/f"{i}")
-        (copy/file).write_bytes(data["npy" if file.suffix == ".npy" else "torch" if file.suffix == ".safetensors" else "pickle"])
+        (copy/file).write_bytes(data["npy" if file.suffix == ".npy" else "torch" if file.suffix == ".safetensors"
+                                     else "pickle"])
         for f in copy.glob("round_*/SHA256SUMS"): f.unlink()  # who plants a file can write its checksum
         try: noisy_student(pictures, copy, rounds=1, epochs=1, teacher_epochs=1).fit()
         except (ValueError, OSError): pass
@@ -91,10 +97,13 @@ def test_tables_and_data_sets(tmp_path):
     from noisy_student.pseudo_labels import PseudoLabelError, read_selection, select_pseudo_labels
     marker = tmp_path/"marker"
     data = hostile_files(marker)
-    table = pa.table(dict(item=["a"], label=pa.array([0], pa.int32()), confidence=pa.array([.9], pa.float32()), probs=[[.9, .1]], copies=pa.array([1], pa.int32())))
+    table = pa.table(dict(item=["a"], label=pa.array([0], pa.int32()), confidence=pa.array([.9], pa.float32()),
+                          probs=[[.9, .1]], copies=pa.array([1], pa.int32())))
     for key in ("classes", "teacher", "pandas", "ARROW:schema", "sha256"):
-        pq.write_table(table.replace_schema_metadata({"classes": '["a", "b"]', key: data["pickle"]}), tmp_path/"p.parquet", store_schema=key != "ARROW:schema")
-        for read in (lambda: select_pseudo_labels(tmp_path/"p.parquet", tmp_path/"s.parquet", 0.), lambda: read_selection(tmp_path/"p.parquet")):
+        pq.write_table(table.replace_schema_metadata({"classes": '["a", "b"]', key: data["pickle"]}),
+                       tmp_path/"p.parquet", store_schema=key != "ARROW:schema")
+        for read in (lambda: select_pseudo_labels(tmp_path/"p.parquet", tmp_path/"s.parquet", 0.),
+                     lambda: read_selection(tmp_path/"p.parquet")):
             try: read()
             except PseudoLabelError: pass
     for name in ("train", "test", "extra"):
@@ -121,8 +130,8 @@ def test_downloads_are_unpacked_in_their_folder(tmp_path):
         with tarfile.open(tmp_path/"a.tgz", "w:gz") as t: t.addfile(tarfile.TarInfo("fine/..png")); t.addfile(o)
         return tmp_path/"a.tgz"
     _check_members(archive("cifar10/train/a.png"))
-    for name, type in (("../evil", tarfile.REGTYPE), ("a/../../evil", tarfile.REGTYPE), ("/evil", tarfile.REGTYPE), ("out", tarfile.SYMTYPE),
-                       ("out", tarfile.LNKTYPE), ("pipe", tarfile.FIFOTYPE)):
+    for name, type in (("../evil", tarfile.REGTYPE), ("a/../../evil", tarfile.REGTYPE), ("/evil", tarfile.REGTYPE),
+                       ("out", tarfile.SYMTYPE), ("out", tarfile.LNKTYPE), ("pipe", tarfile.FIFOTYPE)):
         with pytest.raises(ValueError, match="a.tgz holds"): _check_members(archive(name, type))
 
 

@@ -124,7 +124,8 @@ def test_skipping_changes_nothing_else(arch, per, layout):
         results.append((out.detach(), {k: p.grad.clone() for k, p in model.named_parameters()}))
     (a, grads), (b, others) = results
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
-    for k, g in others.items(): torch.testing.assert_close(grads[k], g, rtol=1e-3, atol=1e-3 * g.abs().max().item() + 1e-6)
+    for k, g in others.items():
+        torch.testing.assert_close(grads[k], g, rtol=1e-3, atol=1e-3 * g.abs().max().item() + 1e-6)
 
 @archs
 def test_dropped_images_are_not_computed(arch):

@@ -76,7 +76,8 @@ half = np.full((2, 2), .5)
 
 
 @pytest.mark.parametrize("labels, probs, text", [
-    ([0, 1], np.full((3, 2), .5), "do not fit"), ([0, 1], [.5, .5], "do not fit"), ([], np.ones((0, 2)), "at least one"),
+    ([0, 1], np.full((3, 2), .5), "do not fit"), ([0, 1], [.5, .5], "do not fit"),
+                                                 ([], np.ones((0, 2)), "at least one"),
     ([0, 2], half, "0..1"), ([-1, 0], half, "0..1"), ([0., 1.], half, "whole numbers"),
     ([0, 1], half * np.nan, "sum to 1"), ([0, 1], [[2, -1], [.5, .5]], "sum to 1"), ([0, 1], half * 3, "softmax")])
 def test_mistakes(labels, probs, text):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, strategies as st
 from PIL import Image
 
-from noisy_student.datasets import Split, Splits, from_csv, from_df, from_folder, open_data
+from noisy_student.datasets import Split, from_csv, from_df, from_folder, open_data
 from noisy_student.splits import grouped
 
 N = 12
@@ -25,7 +25,8 @@ def home(tmp_path):
     return tmp_path
 
 
-def frame(**columns): return pd.DataFrame(dict(image=[f"{i}.png" for i in range(N)], label=list("ab") * (N // 2), **columns))
+def frame(**columns):
+    return pd.DataFrame(dict(image=[f"{i}.png" for i in range(N)], label=list("ab") * (N // 2), **columns))
 
 
 def names(split): return sorted(o.rpartition("/")[2] for o in split.images)
@@ -41,7 +42,8 @@ def said(f):
 def test_same_as_the_folder(home):
     "A table and a folder with the same images and labels give the same piles, image by image."
     for i in range(N): draw(home/"own"/"train"/"ab"[i % 2]/f"{i}.png", i)
-    df = pd.DataFrame([(f"{c}/{f.name}", c) for c in "ab" for f in sorted((home/"own"/"train"/c).iterdir())], columns=["image", "label"])
+    df = pd.DataFrame([(f"{c}/{f.name}", c) for c in "ab" for f in sorted((home/"own"/"train"/c).iterdir())],
+                      columns=["image", "label"])
     a, b = from_folder(home/"own", seed=3), from_df(df, home/"own"/"train", seed=3)
     assert a.labeled.images == b.labeled.images and a.valid.images == b.valid.images and a.classes == b.classes
     assert np.array_equal(a.labeled.labels, b.labeled.labels) and np.array_equal(a.valid.labels, b.valid.labels)
@@ -49,7 +51,8 @@ def test_same_as_the_folder(home):
 
 def test_frames_of_other_libraries(home):
     df = frame()
-    for o in (pa.Table.from_pandas(df), df.set_index(pd.Index(range(100, 100 + N))), df.convert_dtypes(), df.astype("category")):
+    for o in (pa.Table.from_pandas(df), df.set_index(pd.Index(range(100, 100 + N))), df.convert_dtypes(),
+              df.astype("category")):
         assert from_df(o, home/"images").labeled.images == from_df(df, home/"images").labeled.images
         assert open_data(o, images=home/"images").valid.images == from_df(df, home/"images").valid.images
 
@@ -62,21 +65,28 @@ def test_polars(home):
 
 @pytest.mark.parametrize("labels, classes", [
     ([10, 9, 2], ["2", "9", "10"]), ([2., 10., np.nan], ["2", "10"]), ([True, False, True], ["False", "True"]),
-    (pd.array([10, None, 9], "Int64"), ["9", "10"]), (["b", " a ", ""], ["a", "b"]), (["two words", "x", "x"], ["two words", "x"])])
+    (pd.array([10, None, 9], "Int64"), ["9", "10"]), (["b", " a ", ""], ["a", "b"]),
+                                             (["two words", "x", "x"], ["two words", "x"])])
 def test_labels(home, labels, classes):
     df = frame().assign(label=np.tile(np.arange(3), N // 3))
-    df["label"] = pd.Series(labels)[df.label].to_numpy() if not isinstance(labels, pd.api.extensions.ExtensionArray) else labels[df.label.to_numpy()]
+    own = isinstance(labels, pd.api.extensions.ExtensionArray)
+    df["label"] = labels[df.label.to_numpy()] if own else pd.Series(labels)[df.label].to_numpy()
     s = from_df(df, home/"images")
     assert s.classes == classes and len(s.labeled) + len(s.unlabeled) + len(s.valid) == N
     assert len(s.unlabeled) == (N // 3 if len(classes) == 2 and len(set(map(str, labels))) == 3 else 0)
 
 
 @pytest.mark.parametrize("change, text", [
-    (dict(label=[.5, 1.] * 6), "got the number 0.5"), (dict(label=[["a"], ["a", "b"]] * 6), "several labels for one image"),
-    (dict(label=[1, "1"] * 6), "differ only in type"), (dict(label="a"), "the one class 'a'"), (dict(label=None), "no label"),
-    (dict(image=[f"{i}.png" for i in range(N - 1)] + [None]), "1 rows of the table have no file name, the first is row 11"),
-    (dict(image=["0.png"] * N), r"1 files have several rows with different labels, the first is .*0.png \('a' and 'b'\)"),
-    (dict(image=list(range(N))), 'add suffix=".png"'), (dict(image=[f"gone/{i}.png" for i in range(N)]), "12 of 12 image files"),
+    (dict(label=[.5, 1.] * 6), "got the number 0.5"), (dict(label=[["a"], ["a", "b"]] * 6),
+                                                       "several labels for one image"),
+    (dict(label=[1, "1"] * 6), "differ only in type"), (dict(label="a"), "the one class 'a'"),
+                                          (dict(label=None), "no label"),
+    (dict(image=[f"{i}.png" for i in range(N - 1)] + [None]),
+     "1 rows of the table have no file name, the first is row 11"),
+    (dict(image=["0.png"] * N),
+     r"1 files have several rows with different labels, the first is .*0.png \('a' and 'b'\)"),
+    (dict(image=list(range(N))), 'add suffix=".png"'),
+                                          (dict(image=[f"gone/{i}.png" for i in range(N)]), "12 of 12 image files"),
     (dict(label=["a"] * (N - 1) + ["b"]), "class 'b' in the table has one image")])
 def test_mistakes(home, change, text):
     with pytest.raises((ValueError, FileNotFoundError), match=text): from_df(frame().assign(**change), home/"images")
@@ -96,22 +106,26 @@ def test_repeated_rows(home):
     df = pd.concat([frame(), frame()[:2], frame()[2:4].assign(label=None)])
     s, seen = said(lambda: from_df(df, home/"images"))
     assert len(seen) == 1 and "2 rows repeat" in seen[0]
-    assert names(s.labeled) + names(s.valid) != [] and sorted(names(s.labeled) + names(s.valid)) == sorted(frame().image) and not len(s.unlabeled)
+    assert names(s.labeled) + names(s.valid) != []
+    assert sorted(names(s.labeled) + names(s.valid)) == sorted(frame().image) and not len(s.unlabeled)
 
 
 def test_white_space_and_names_that_mean_nothing(home):
     s, seen = said(lambda: from_df(frame().assign(label=["a", "a ", "None", "None"] * 3), home/"images"))
-    assert s.classes == ["None", "a"] and len(seen) == 2 and "white space" in seen[0] and "'None' is taken for the name of a class" in seen[1]
+    assert s.classes == ["None", "a"] and len(seen) == 2 and "white space" in seen[0]
+    assert "'None' is taken for the name of a class" in seen[1]
 
 
 def test_valid_column(home):
     for marks in ([True] * 4 + [False] * 8, [1] * 4 + [0] * 8, ["true"] * 4 + ["False"] * 8, [1.] * 4 + [0.] * 8):
         assert names(from_df(frame(v=marks), home/"images", valid="v").valid) == ["0.png", "1.png", "2.png", "3.png"]
-    for marks, text in ((["train"] * N, "holds 'train'"), ([False] * N, "marks no labeled row"), ([None] * N, "holds"), ([True] * N, "no labeled image of class")):
+    for marks, text in ((["train"] * N, "holds 'train'"), ([False] * N, "marks no labeled row"), ([None] * N, "holds"),
+                        ([True] * N, "no labeled image of class")):
         with pytest.raises(ValueError, match=text): from_df(frame(v=marks), home/"images", valid="v")
     df = frame(v=[True] * 4 + [False] * 8).assign(label=[None, "a"] + list("ab") * 5)
     s, seen = said(lambda: from_df(df, home/"images", valid="v"))
-    assert len(s.valid) == 3 and names(s.unlabeled) == ["0.png"] and "1 rows marked as validation have no label" in seen[0]
+    assert len(s.valid) == 3 and names(s.unlabeled) == ["0.png"]
+    assert "1 rows marked as validation have no label" in seen[0]
 
 
 def test_groups(home):
@@ -121,7 +135,8 @@ def test_groups(home):
     for seed in range(5):
         s = from_df(df, home/"images", group="g", seed=seed, valid_pct=.3)
         assert not set(s.labeled.groups) & set(s.valid.groups) and len(s.valid)
-        assert len(set([*s.labeled.groups, *s.valid.groups])) == 7 and s.unlabeled.groups.tolist() == [6 - 2] # u is before the two without
+        # u is before the two without
+        assert len(set([*s.labeled.groups, *s.valid.groups])) == 7 and s.unlabeled.groups.tolist() == [6 - 2]
     with pytest.raises(ValueError, match="1 groups have images in training and in validation, the first is 'x'"):
         from_df(df.assign(v=df.index == 0), home/"images", group="g", valid="v")
 
@@ -141,7 +156,8 @@ def test_pool(home):
     df = frame(); df.loc[10:, "label"] = None
     for i in range(3): draw(home/"more"/f"m{i}.png", i)
     more = ["m0.png", "m1.png", "m2.png"]
-    for o in (home/"more", str(home/"more"), [home/"more"/f for f in more], pd.DataFrame(dict(image=[str(home/"more"/f) for f in more]))):
+    for o in (home/"more", str(home/"more"), [home/"more"/f for f in more],
+              pd.DataFrame(dict(image=[str(home/"more"/f) for f in more]))):
         assert names(from_df(df, home/"images", unlabeled=o).unlabeled) == ["10.png", "11.png", *more]
     s, seen = said(lambda: from_df(df, home/"images", unlabeled=home))
     assert names(s.unlabeled) == ["10.png", "11.png", *more] and "left out of the pool" in seen[0]
@@ -154,7 +170,8 @@ def test_test_images(home):
     assert names(from_df(df[:8], home/"images", test=df[8:]).test) == ["10.png", "11.png", "8.png", "9.png"]
     for i in range(4): draw(home/"test"/"ab"[i % 2]/f"t{i}.png", i)
     assert names(from_df(df, home/"images", test=home/"test").test) == ["t0.png", "t1.png", "t2.png", "t3.png"]
-    for o, text in ((df[["image"]], "must have labels"), (df.assign(label=None), "12 have none"), (df.assign(label="c"), "class 'c'"),
+    for o, text in ((df[["image"]], "must have labels"), (df.assign(label=None), "12 have none"),
+                    (df.assign(label="c"), "class 'c'"),
                     (df, "test images are labeled or validation images too"), (home/"gone", "no folder")):
         with pytest.raises((ValueError, FileNotFoundError), match=text): from_df(df, home/"images", test=o)
 
@@ -170,8 +187,8 @@ def test_csv(home):
     (home/"images"/"t.csv").write_text("id,c\n000,10\n001,9\n002,10\n003,9\n")
     s = from_csv(home/"images"/"t.csv", image="id", label="c", suffix=".png")
     assert s.classes == ["9", "10"] and names(s.labeled)[0].startswith("00")
-    for content, text in ((b"image,label\n\xff\xfe,a\n", "not UTF-8"), (b"", "first line must name"), (b"image,label\n", "no label"),
-                          (b'image,label\n"0.png,a\n1.png,b\n', "is not a table")):
+    for content, text in ((b"image,label\n\xff\xfe,a\n", "not UTF-8"), (b"", "first line must name"),
+                          (b"image,label\n", "no label"), (b'image,label\n"0.png,a\n1.png,b\n', "is not a table")):
         (home/"images"/"t.csv").write_bytes(content)
         with pytest.raises(ValueError, match=text): from_csv(home/"images"/"t.csv")
 
@@ -181,7 +198,8 @@ def test_files_in_an_archive(home):
     with tarfile.open(home/"images.tar", "w") as t: t.add(home/"images", "all")
     s = from_df(frame(), home/"images.tar"/"all")
     assert len(s.labeled) + len(s.valid) == N and "/images.tar/all/" in s.labeled.images[0]
-    with pytest.raises(FileNotFoundError, match="1 of 12"): from_df(frame().assign(image=["none.png"] + list(frame().image[1:])), home/"images.tar"/"all")
+    with pytest.raises(FileNotFoundError, match="1 of 12"):
+        from_df(frame().assign(image=["none.png"] + list(frame().image[1:])), home/"images.tar"/"all")
 
 
 def test_relative_names_become_absolute(home, monkeypatch):
@@ -195,7 +213,8 @@ def test_relative_names_become_absolute(home, monkeypatch):
 def test_nothing_held_out(home, pct):
     for i in range(4): draw(home/"own"/"ab"[i % 2]/f"{i}.png", i)
     frame().to_csv(home/"images"/"t.csv", index=False)
-    for s in (from_folder(home/"own", valid_pct=pct), from_df(frame(), home/"images", valid_pct=pct), from_csv(home/"images"/"t.csv", valid_pct=pct)):
+    for s in (from_folder(home/"own", valid_pct=pct), from_df(frame(), home/"images", valid_pct=pct),
+              from_csv(home/"images"/"t.csv", valid_pct=pct)):
         assert not len(s.valid) and s.valid.labels.dtype == np.int64 and s.valid.images == []
     with pytest.raises(ValueError, match="valid_pct must be in"): from_folder(home/"own", valid_pct=-.1)
 
@@ -210,9 +229,11 @@ def test_folders_without_train(tmp_path):
         draw(root/"unlabeled"/"deep"/"u.png")
     a, b = (said(lambda: from_folder(tmp_path/o)) for o in "ab")
     assert a[1] == b[1] == [] and a[0].classes == b[0].classes == ["x", "y"]
-    for pile in ("labeled", "unlabeled", "valid", "test"): assert names(getattr(a[0], pile)) == names(getattr(b[0], pile))
+    for pile in ("labeled", "unlabeled", "valid", "test"):
+        assert names(getattr(a[0], pile)) == names(getattr(b[0], pile))
     (tmp_path/"b"/"test").rename(tmp_path/"b"/"Testing")
-    with pytest.raises(ValueError, match="would be a class named 'Testing': rename the folder to 'test'"): from_folder(tmp_path/"b")
+    with pytest.raises(ValueError, match="would be a class named 'Testing': rename the folder to 'test'"):
+        from_folder(tmp_path/"b")
 
 
 def test_what_is_not_used_is_said(tmp_path):
@@ -225,14 +246,19 @@ def test_what_is_not_used_is_said(tmp_path):
     assert f"{tmp_path/'test'} has 2 images and no class folders" in seen[1] and "unlabeled=" in seen[1]
     (tmp_path/"train").rename(tmp_path/"photos")
     (tmp_path/"labels.csv").write_text("image,label\n")
-    with pytest.raises(ValueError, match=r"has 1 class folder.*labels.csv \(a table: use from_csv\)"): from_folder(tmp_path)
+    with pytest.raises(ValueError, match=r"has 1 class folder.*labels.csv \(a table: use from_csv\)"):
+        from_folder(tmp_path)
 
 
 def test_open_data_is_helpful(home):
     s = from_df(frame(), home/"images")
     assert open_data(s) is s
-    for o, kwargs, text in ((s, dict(group="g"), "cannot be given with Splits"), (home/"images", dict(suffix=".png"), "cannot be given with a folder"),
-                            (home/"images"/"0.png", {}, "got the file"), (home/"imags", {}, "did you mean"), ("digits", {}, "data set by name"),
-                            (np.zeros((2, 8, 8, 1), np.uint8), {}, "got a ndarray"), (Split(s.labeled.images), {}, "got a Split"),
-                            (home/"imgs.csv", {}, "no file"), (frame(), dict(images=home/"images", unlabelled="x"), "unlabelled")):
+    for o, kwargs, text in ((s, dict(group="g"), "cannot be given with Splits"),
+                            (home/"images", dict(suffix=".png"), "cannot be given with a folder"),
+                            (home/"images"/"0.png", {}, "got the file"), (home/"imags", {}, "did you mean"),
+                            ("digits", {}, "data set by name"),
+                            (np.zeros((2, 8, 8, 1), np.uint8), {}, "got a ndarray"),
+                            (Split(s.labeled.images), {}, "got a Split"),
+                            (home/"imgs.csv", {}, "no file"),
+                            (frame(), dict(images=home/"images", unlabelled="x"), "unlabelled")):
         with pytest.raises((ValueError, FileNotFoundError, TypeError), match=text): open_data(o, **kwargs)

@@ -127,7 +127,8 @@ def test_held_out_rows_fit_nothing(tmp_path):
     scaled = (train.a[:30] - train.a.mean()) / (train.a.std(ddof=0) + 1e-7)
     np.testing.assert_allclose(a.dls.train_ds.items.a, scaled, rtol=1e-6)
     flipped = student(tmp_path/"c", df.assign(y=df.y.map(dict(no="yes", yes="no"))))
-    pd.testing.assert_frame_equal(a.task.loaders.pool.items.drop(columns="y"), flipped.task.loaders.pool.items.drop(columns="y"))
+    pd.testing.assert_frame_equal(a.task.loaders.pool.items.drop(columns="y"),
+                                  flipped.task.loaders.pool.items.drop(columns="y"))
 
 
 def test_run_resumes_and_repeats(tmp_path):

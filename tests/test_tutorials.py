@@ -1,4 +1,5 @@
-"""Run every tutorial's quick form as Jupyter does, against the package that is installed: without nbdev, as on Colab and Kaggle.
+"""Run every tutorial's quick form as Jupyter does, against the package that is installed: without nbdev, as on Colab
+and Kaggle.
 
 Its install cell is left out: what that installs must be there already.
 """
@@ -26,4 +27,5 @@ def test_tutorial(path: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("NOISY_STUDENT_QUICK", "1")
     nb = nbformat.read(path, as_version=4)
     nb.cells = [o for o in nb.cells if not o.source.startswith("#| eval: false")]
-    nbclient.NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(nb, timeout=600, kernel_name="python3",
+                            resources={"metadata": {"path": str(tmp_path)}}).execute()

@@ -6,13 +6,15 @@ import pytest
 CODE = """import json, sys, time
 from noisy_student.cli import main
 code = main(json.loads(sys.argv[1]))
-print(json.dumps([code, [o for o in ('torch', 'fastai', 'timm', 'matplotlib') if o in sys.modules], time.process_time()]))
+heavy = [o for o in ('torch', 'fastai', 'timm', 'matplotlib') if o in sys.modules]
+print(json.dumps([code, heavy, time.process_time()]))
 """
 
 
 def usage(args, cwd):
     "Exit code, heavy modules that were loaded, CPU seconds, and stderr of a command line in a fresh process."
-    p = subprocess.run([sys.executable, '-c', CODE, json.dumps([str(a) for a in args])], cwd=cwd, text=True, capture_output=True)
+    p = subprocess.run([sys.executable, '-c', CODE, json.dumps([str(a) for a in args])], cwd=cwd, text=True,
+                       capture_output=True)
     return *json.loads(p.stdout.splitlines()[-1]), p.stderr
 
 
@@ -91,8 +93,10 @@ def test_a_mistake_is_said_before_torch_is_loaded(line, saying, place):
 
 
 def test_threads_wait_passively_unless_the_user_says_otherwise(place):
-    code = "import os; from noisy_student.cli import main; main(['--version']); print(os.environ.get('OMP_WAIT_POLICY'))"
-    for given, expected in [({}, 'PASSIVE'), (dict(OMP_WAIT_POLICY='ACTIVE'), 'ACTIVE'), (dict(GOMP_SPINCOUNT='9'), 'None')]:
+    code = ("import os; from noisy_student.cli import main; main(['--version']); "
+            "print(os.environ.get('OMP_WAIT_POLICY'))")
+    for given, expected in [({}, 'PASSIVE'), (dict(OMP_WAIT_POLICY='ACTIVE'), 'ACTIVE'),
+                            (dict(GOMP_SPINCOUNT='9'), 'None')]:
         env = {k: v for k, v in os.environ.items() if k not in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')} | given
         out = subprocess.run([sys.executable, '-c', code], env=env, text=True, capture_output=True, check=True).stdout
         assert out.split()[-1] == expected

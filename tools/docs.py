@@ -118,7 +118,8 @@ class Site(smalldocs.Site):
 
     def read(self, src: PurePosixPath) -> smalldocs.Page:
         page = super().read(src)
-        # nbdev names a page without the number of its notebook, 03h_losses.ipynb -> losses.html, and links to that name.
+        # nbdev names a page without the number of its notebook, 03h_losses.ipynb ->
+        # losses.html, and links to that name.
         page.out = page.out.with_name(page.front.get("output-file", page.out.name))
         # The social card is the site's, also for pages in folders.
         page.front.setdefault("image", "/" + self.project.website["image"])
