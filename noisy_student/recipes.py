@@ -206,7 +206,7 @@ def _label_words(r):
             'balance': 'none' if r.on_the_fly else f"{balance}{' by bins' if r.binned else ''}",
             'targets': ', '.join(targets)}
 
-def describe(r: Recipe
+def describe(r: Recipe # Any
             ) -> dict: # What -> how
     "A recipe in words."
     same, none = r.teacher_noise is None, r.teacher_noise == Noise.none()

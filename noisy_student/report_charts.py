@@ -183,7 +183,7 @@ def _classes(ax, run):
 class Chart(NamedTuple):
     "What draws a chart of a run."
     label: str # What it shows
-    draw: Callable[[Axes, RunRecord], None]
+    draw: Callable[[Axes, RunRecord], None] # Draws it on the axes
 
 CHARTS = dict(
     accuracy=Chart('accuracy per round', _accuracy), loss=Chart('loss per epoch', _loss),
@@ -195,14 +195,14 @@ CHARTS = dict(
 
 def draw_chart(ax: Axes, # To draw on
                name: str, # One of `CHARTS`
-               run: RunRecord
+               run: RunRecord # From `read_run`
               ) -> None:
     "Draw a chart of a run, with its legend. Raises ValueError for another name."
     if name not in CHARTS: raise ValueError(f"name must be one of {', '.join(CHARTS)}, got {name!r}")
     CHARTS[name].draw(ax, run)
     _legend(ax)
 
-def plot_run(run: RunRecord
+def plot_run(run: RunRecord # From `read_run`
             ) -> Figure: # Accuracy per round; confidence of the latest labels; class counts before and after selection
     "Three charts of the page in one picture, or one of a run without a table of pseudo labels."
     import matplotlib.pyplot as plt # which the page does without
@@ -224,7 +224,7 @@ def _box(name, run):
     return (.155, .34, .825, .54) if name == 'classes' and _names_stand(run) else (.155, .17, .825, .71)
 
 def as_svg(name: str, # One of `CHARTS`
-           run: RunRecord
+           run: RunRecord # From `read_run`
           ) -> str: # An <svg> element; its colors are the CSS variables --ink, --soft, ... of `COLORS`
     "A chart of a run for a page. Names in it are escaped."
     with rc_context(_STYLE), warnings.catch_warnings():

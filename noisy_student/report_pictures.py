@@ -57,11 +57,11 @@ class Picture:
     "An image with what is said under it."
     uri: str | None # None if it is not at hand
     title: str # The whole of what is said
-    caption: str = ''
+    caption: str = '' # Said under it
     bold: str = '' # Part of the caption that stands out
     mark: str = '' # 'good' or 'bad': the color of its frame
 
-def is_smooth(pictures: Sequence[Picture]
+def is_smooth(pictures: Sequence[Picture] # Of one row
              ) -> bool: # Photographs, not small images that should show their pixels
     "Whether pictures may be smoothed."
     return any(o.uri and o.uri.startswith('data:image/jpeg') for o in pictures)
@@ -88,7 +88,7 @@ class Examples:
     smooth: bool # Whether the pictures are photographs
     judged: bool # Whether the truth of any is known
 
-def class_examples(run: RunRecord
+def class_examples(run: RunRecord # From `read_run`
                   ) -> Examples | None: # Of the first `MAX_CLASSES`; None if there is no picture at hand
     "The most and the least confident images of every class that the last student was trained on."
     if not run.labels: return None
@@ -121,7 +121,7 @@ class Flips:
     n: int # How many of the latest there are
     judged: bool # Whether the truth of any of the latest is known
 
-def label_flips(run: RunRecord
+def label_flips(run: RunRecord # From `read_run`
                ) -> Flips | None: # None if the pool was labeled once at most
     "What students have unlearned or corrected."
     pools = [(k, o.everything) for k, o in run.labels.items() if o.everything is not None]
@@ -156,7 +156,7 @@ def suspect_pictures(suspects: pd.DataFrame, # Of `RunRecord.suspects`
     return [Picture(album(o.item), title(o), short(str(o.label), 12), short(str(o.predicted), 12),
                     'bad' if o.issue in (True, 'True') else '') for o in suspects.head(MAX_PICTURES).itertuples()]
 
-def leak_pictures(run: RunRecord
+def leak_pictures(run: RunRecord # From `read_run`
                  ) -> list[tuple[Picture, Picture]]: # Of `MAX_PICTURES` / 2 leaks at most, if either is at hand
     "Images that are in two splits, side by side."
     def picture(split, item): return Picture(Album(getattr(run.data, split, None))(item), item_name(item), split)

@@ -22,7 +22,7 @@ from .rundir import best_round
 @dataclass(frozen=True)
 class Cell:
     "A value in words."
-    text: str = ''
+    text: str = '' # What it says
     mark: str = '' # 'good', 'bad', or 'even' for what may be chance
     after: str = '' # Said after it, without the mark
     note: str = '' # Said after that, in small letters
@@ -79,7 +79,7 @@ def _against(run, k, j, split):
     low, high = difference_interval((round(p * n), n), (round(q * n), n))
     return p - q, 'better' if low > 0 else 'worse' if high < 0 else 'within chance'
 
-def tiles(run: RunRecord
+def tiles(run: RunRecord # From `read_run`
          ) -> list[tuple[Cell, str]]: # Value, and what it is
     "The few numbers that matter most."
     best, last = run.metrics[best_round(run.metrics)], len(run.metrics) - 1
@@ -97,7 +97,7 @@ def tiles(run: RunRecord
         out.append((Cell(percent(known)), 'of the last pseudo labels are right'))
     return [*out, (Cell(duration(sum(o['seconds'] for o in run.metrics))), 'in all')]
 
-def rounds_table(run: RunRecord
+def rounds_table(run: RunRecord # From `read_run`
                 ) -> Table: # The round to use stands out
     "A row per round: its network, what it learned from, how good it is."
     def verdict(k): # against the round before
@@ -125,7 +125,7 @@ def _filter_words(o):
 
 def _right(right, known): return interval(right / known, known) if known else Cell()
 
-def labels_table(run: RunRecord
+def labels_table(run: RunRecord # From `read_run`
                 ) -> Table:
     "A row per round: how many labels passed the filter, how many were trained on, how many are right."
     things, rows = run.things, []
@@ -139,7 +139,7 @@ def labels_table(run: RunRecord
     table = Table(columns, rows)
     return table if any(o.known for o in run.labels.values()) else table.first(6)
 
-def class_table(run: RunRecord,
+def class_table(run: RunRecord, # From `read_run`
                 o: RoundLabels # Of the round that is shown
                ) -> Table: # Of the first `MAX_CLASSES`
     "A row per class: labels, copies, and how many are right."
@@ -166,7 +166,7 @@ def robustness_table(run: RunRecord # With a table of robustness
     rows = [[k, *('' if r[c] != r[c] else words.get(c, percent)(r[c]) for c in shown)] for k, r in t.iterrows()]
     return Table([('round', False), *((MEASURED[c], False) for c in shown)], rows)
 
-def leaks_table(run: RunRecord,
+def leaks_table(run: RunRecord, # From `read_run`
                 n: int = 20 # Rows at most
                ) -> Table:
     "A row per image that is in two splits."
@@ -178,14 +178,14 @@ def leaks_table(run: RunRecord,
 def _flat(d, pre=''):
     return [x for k, v in d.items() for x in (_flat(v, f'{pre}{k}.') if isinstance(v, dict) else [(pre + k, v)])]
 
-def settings_table(run: RunRecord
+def settings_table(run: RunRecord # From `read_run`
                   ) -> Table:
     "A row per setting; classes are named elsewhere."
     def words(v): return short(v if isinstance(v, str) else json.dumps(v, ensure_ascii=False), 200)
     config = {k: v for k, v in run.config.items() if k != 'classes'}
     return Table([('setting', True), ('value', True)], [[k, words(v)] for k, v in _flat(config)])
 
-def versions_table(run: RunRecord
+def versions_table(run: RunRecord # From `read_run`
                   ) -> Table:
     "A row per library, and the device."
     versions = {**run.about.get('versions', {}), **{k: run.about.get(k) for k in ('python', 'device')}}

@@ -195,7 +195,7 @@ def read_run(path: str | Path, # Run directory
     return RunRecord(path, about['config'], about, pd.DataFrame(done), done, history, labels, leaks, data)
 
 # %% ../nbs/07d_run_record.ipynb #b1000010
-def short(name: str,
+def short(name: str, # Of an item or a class
                n: int = 16 # Characters at most
               ) -> str:
     "A name, cut if it is long."

@@ -116,19 +116,19 @@ def _idle_threshold(run, k):
     return []
 
 # %% ../nbs/07e_run_warnings.ipynb #b200000c
-def label_warnings(run: RunRecord,
+def label_warnings(run: RunRecord, # From `read_run`
                    k: int # Round
                   ) -> list[str]: # Sentences
     "What looks wrong with the pseudo labels of a round and with its threshold."
     return _collapsed(run, k) + _idle_threshold(run, k) if k in run.labels else []
 
-def round_warnings(run: RunRecord,
+def round_warnings(run: RunRecord, # From `read_run`
                    k: int # Round
                   ) -> list[str]: # Sentences
     "What looks wrong with one round: its student, its pseudo labels, its threshold."
     return (_worse(run, k) if k else []) + label_warnings(run, k)
 
-def run_warnings(run: RunRecord
+def run_warnings(run: RunRecord # From `read_run`
                 ) -> list[str]: # Sentences, the most serious first; none if all is well
     """What looks wrong with a run: leaks, a network at chance level, students below their teachers, classes that
     collapse, a threshold that does nothing."""

@@ -94,7 +94,7 @@ def check_weights(data):
 def _in_run(data, name):
     s = samples()
     (f := s["folder"]/name).write_bytes(data)
-    try: return refused(_this_run()._open, s["folder"])
+    try: return refused(_this_run().open_dir, s["folder"])
     finally: f.write_bytes(s["run"])
 
 
