@@ -39,7 +39,7 @@ from runs import machine
 from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import v2
 
-from noisy_student import grouped
+from noisy_student import batch_ops as grouped
 from noisy_student.randaugment import BatchRandAugment
 
 try: from kornia.augmentation.auto import RandAugment as KorniaRandAugment

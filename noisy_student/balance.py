@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .images import new_array as new_array
-from .filters import SqlFilter, bucket_sql, narrow_sql, threshold_warnings
+from .label_filters import SqlFilter, bucket_sql, narrow_sql, threshold_warnings
 from .label_table import PseudoLabelError, make_table
-from .queries import frames, parquet_sql, run_query
+from .label_queries import frames, parquet_sql, run_query
 
 # %% ../nbs/05i_balance.ipynb #b069f7b5
 def class_counts(rows: pd.DataFrame, # Of `histogram`

@@ -23,7 +23,7 @@ from .batches import MixedDL
 from .distributed import rank, world
 from .files import into_place
 from .models import load_tensors, save_tensors
-from .locks import Stopped
+from .locks_and_signals import Stopped
 from .training_state import pack, random_state, seeded, set_random_state, unpack
 
 _all_ = ['seeded', 'unpack'] # public here too

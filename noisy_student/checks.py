@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .scores import CHOOSE_BY, accuracy_error, class_metrics, predicted, score, score_error, valid_figures # noqa: F401
+from .round_scores import CHOOSE_BY, accuracy_error, class_metrics, predicted, score, score_error, valid_figures # noqa: F401
 
 _all_ = ['CHOOSE_BY', 'class_metrics', 'score', 'accuracy_error', 'score_error', 'valid_figures'] # Public here too
 

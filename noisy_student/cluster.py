@@ -18,10 +18,10 @@ from torch import nn
 
 from .files import locked, read_sums, stoppable
 from .label_table import PseudoLabelError, make_folder
-from .pool import as_items, is_streamed
+from .label_pool import as_items, is_streamed
 from .precision import half_of
-from .shards import check_settings, finish_shard, label_part, labeling_metadata, parts_of_shard
-from .shards import shard_range
+from .label_shards import check_settings, finish_shard, label_part, labeling_metadata, parts_of_shard
+from .label_shards import shard_range
 from .teacher import Teacher
 
 # %% ../nbs/05n_cluster.ipynb #d131f738

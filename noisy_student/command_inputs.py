@@ -105,7 +105,7 @@ def data_of_run(
     name: str | None = None, # The data, if the user has named them; they must be those of the run
 ) -> Splits | None: # None, with a warning that says why: they are not at hand
     "The images that a run was made from. Raises ValueError if the ones that were named are others."
-    from noisy_student.opened import fingerprint
+    from noisy_student.opened_images import fingerprint
     source = run.about.get('source')
     if not name and not source:
         to_stderr(f"warning: {run.path} does not say what it was made from: name DATA, as given to run, for pictures "

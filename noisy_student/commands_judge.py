@@ -36,7 +36,7 @@ def _accuracy(t, split, name, progress):
 def _trained_by_all(path, splits):
     "Whether a run with folds knows the validation images, all of which trained."
     import pandas as pd
-    from noisy_student.opened import fingerprint
+    from noisy_student.opened_images import fingerprint
     try: config = unsealed(path/'run.json')['config']
     except (OSError, ValueError, KeyError): return False
     if not config.get('folds'): return False

@@ -73,9 +73,10 @@ def ablate(
     full = get_recipe('default' if name == 'auto' else name)
     if data not in DATA and not Path(data).is_dir(): load_data(data) # says what it could have been
     from noisy_student.ablation import ablate as run_all
+    from noisy_student.rundir import run_folder
     settings = given(rounds=rounds, size=size, epochs=epochs, teacher_epochs=epochs,
                      archs=tuple(arch or full.archs or DEFAULT_ARCHS))
-    folder = Path(out or Path('runs')/f'{Path(data).resolve().name}-ablation')
+    folder = Path(out) if out else run_folder(None, f'{data}-ablation')
     with show_progress() as progress:
         rows = records(run_all(lambda seed: load_data(data, labels, None, seed, recipe), folder, full, only,
                                range(seeds), device, progress, **settings))

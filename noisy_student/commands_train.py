@@ -8,7 +8,7 @@ Docs: https://noisy-student.github.io/noisy_student/commands_train.html.md"""
 __all__ = ['run_settings', 'run', 'train']
 
 # %% ../nbs/12f_commands_train.ipynb #12f00003
-import re, warnings
+import warnings
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -44,7 +44,8 @@ def _fit(name, data, out, archs, recipe, seed, device, as_json, settings, pseudo
     "Train, and print what came out."
     from noisy_student.distributed import rank
     from noisy_student.rounds import NoisyStudent
-    out = out or Path('runs')/re.sub(r'\.csv$', '', Path(name).resolve().name, flags=re.I)
+    from noisy_student.rundir import run_folder
+    out = run_folder(out, name)
     archs = archs or (None if recipe == 'auto' else get_recipe(recipe).archs or DEFAULT_ARCHS)
     with show_progress() as progress, warnings.catch_warnings():
         if not as_json: warnings.filterwarnings('ignore', '.* no better than chance') # comes below the table

@@ -19,7 +19,7 @@ import numpy as np
 from .columns import as_frame, check_files, image_files, pick_column
 from .files import file_sha256
 from .folders import from_folder, labeled_folder
-from .frames import from_df
+from .dataframes import from_df
 from .images import BadImage, Decoded, ImageFileError, MAX_PIXELS, load_image, load_images, square
 from .listing import list_files, list_images
 from .unlabeled import find_pool, join_pools, without_labeled

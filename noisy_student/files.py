@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 
-from .locks import InUseError, Stopped, locked, stoppable
+from .locks_and_signals import InUseError, Stopped, locked, stoppable
 
 _all_ = ['InUseError', 'Stopped', 'locked', 'stoppable'] # public here too
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from .files import file_sha256, read_sums
 from .label_table import PseudoLabelError, read_metadata
-from .shards import what_differs
+from .label_shards import what_differs
 
 # %% ../nbs/05f_finished_labels.ipynb #fee90211
 class Sources(NamedTuple):

@@ -25,7 +25,7 @@ from .checkpoints import RunState
 from .distributed import MeanGradients, rank, world
 from .models import split_head
 from .precision import Half, fast, half_of
-from .locks import stoppable
+from .locks_and_signals import stoppable
 from .randaugment import BatchRandAugment
 from .recipes import Recipe
 from .training import EMA, FrozenStatistics, Plateau, TeacherTargets, staircase

@@ -20,15 +20,15 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from .distributed import world
 from .files import altered, write_text
-from .fold_run import FoldTask
-from .heads import Heads
+from .run_fold import FoldTask
+from .head_rounds import Heads
 from .image_task import ImageTask
-from .learners import Learners
+from .run_learners import Learners
 from .models import load_tensors, save_tensors
 from .rundir import read_metrics
 from .run_setup import Setup
 from .splits import Split, Splits
-from .timing import Timing
+from .time_limit import Timing
 
 
 # %% ../nbs/08l_folds.ipynb #77ded6d4

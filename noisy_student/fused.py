@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .ops import Draws, FAMILIES, FAMILY, OPS, posterize_bits, solarize_threshold, source_matrices
+from .image_ops import Draws, FAMILIES, FAMILY, OPS, posterize_bits, solarize_threshold, source_matrices
 
 # %% ../nbs/02b_fused.ipynb #76a471eb
 _NAMED = ('AutoContrast', 'Equalize', 'Invert', 'Posterize', 'Solarize', 'Contrast', 'Brightness', 'SolarizeAdd')

@@ -20,17 +20,17 @@ from .auto import duration
 from .checks import against_before, valid_figures
 from .distributed import barrier, first_rank_first, rank
 from .fitting import fit_resumably
-from .heads import Heads
+from .head_rounds import Heads
 from .labeling import Labeling
-from .learners import Learners, check_metrics, check_weights, halve_batch
+from .run_learners import Learners, check_metrics, check_weights, halve_batch
 from .metrics import softmax
 from .models import load_weights
-from .opened import Opened
+from .opened_images import Opened
 from .progress import StageProgress
 from .rundir import RunDir
 from .run_setup import Setup
 from .round_task import Task
-from .timing import Timing
+from .time_limit import Timing
 
 
 # %% ../nbs/08i_image_task.ipynb #a7000006
@@ -50,9 +50,11 @@ class ImageRounds(Task):
     @property
     def config(self) -> dict: return self.setup.config
 
-    def label(self, k):
+    def open(self):
         self.opened.all_given()
         self.opened.find_leaks()
+
+    def label(self, k):
         if k: return self.labeling.teacher(k - 1) if self.recipe.on_the_fly else self.labeling.label(k)
         return self.setup.given and self.opened.without_leaks(self.setup.given)
 

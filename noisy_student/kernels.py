@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import grouped
-from .ops import Draws, OPS, apply_pil, check_ops
+from . import batch_ops as grouped
+from .image_ops import Draws, OPS, apply_pil, check_ops
 
 # %% ../nbs/02d_kernels.ipynb #01d00006
 @cache

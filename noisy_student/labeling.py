@@ -21,8 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .checkpoints import seeded
 from .distributed import barrier, rank, world
-from .heads import Heads
-from .learners import Learners
+from .head_rounds import Heads
+from .run_learners import Learners
 from .models import load_weights
 from .progress import StageProgress
 from .pseudo_labels import PseudoLabelError, PseudoLabels, predict_pseudo_labels, read_selection

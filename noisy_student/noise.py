@@ -16,7 +16,7 @@ if TYPE_CHECKING: from torch import nn
 # %% ../nbs/03g_noise.ipynb #a89db0d8
 class Style(NamedTuple):
     "How one of the published implementations makes its noise."
-    randaugment: dict # Arguments of `BatchRandAugment`; `ops` by its name in module `ops`
+    randaugment: dict # Arguments of `BatchRandAugment`; `ops` by its name in module `image_ops`
     depth: dict # Arguments of `StochasticDepth`; the published code computes what it drops
 
 STYLES = {
@@ -70,7 +70,7 @@ class Noise:
     def transforms(self) -> list: # fastai batch transforms
         "RandAugment of this strength, or nothing if it is off."
         if not self.randaugment_n: return []
-        from noisy_student import ops
+        from noisy_student import image_ops as ops
         from noisy_student.randaugment import BatchRandAugment
         args = STYLES[self.style].randaugment
         if 'ops' in args: args = dict(args, ops=getattr(ops, args['ops']))

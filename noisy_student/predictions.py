@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from .archives import is_archive
-from .background import ahead
+from .background_work import ahead
 from .datasets import as_frame, check_files, image_files, is_table, pick_column, read_table
 from .datasets import Split, list_images, load_images
 from .files import write_text

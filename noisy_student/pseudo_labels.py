@@ -22,20 +22,20 @@ from fastai.learner import Learner
 from torch import Tensor, nn
 
 from . import __version__
-from .background import Behind
+from .background_work import Behind
 from .balance import check_unique, class_counts, class_warnings, edges, pick, picked_tables, rows_per_class
 from .datasets import Split
 from .files import locked, read_sums, stoppable
-from .filters import Default, ShareCuts, check_share, histogram, read_cuts, share_cuts, share_filter
-from .filters import threshold_filter
+from .label_filters import Default, ShareCuts, check_share, histogram, read_cuts, share_cuts, share_filter
+from .label_filters import threshold_filter
 from .label_table import PseudoLabelError, batches, make_folder, make_table, write_table
 from .models import model_hash
-from .pool import as_items, is_streamed
-from .queries import connect, count_probs
+from .label_pool import as_items, is_streamed
+from .label_queries import connect, count_probs
 from .selection import PseudoLabels, Selection, check_pool, open_selection, read_selection, selected_by
 from .selection import summarize
-from .shards import check_settings, finish_shard, label_part, labeling_metadata, parts_of_shard
-from .shards import save_part, shard_range
+from .label_shards import check_settings, finish_shard, label_part, labeling_metadata, parts_of_shard
+from .label_shards import save_part, shard_range
 from .finished_labels import find_labels
 from .teacher import Teacher, probabilities
 

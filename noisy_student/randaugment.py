@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from .kernels import apply_op, augment, check_batch # apply_op is public here too
-from .ops import Draws, KERAS_OPS, OPS, PAPER_OPS, SIGNED, apply_pil, check_ops, op_argument
+from .image_ops import Draws, KERAS_OPS, OPS, PAPER_OPS, SIGNED, apply_pil, check_ops, op_argument
 
 _all_ = ['apply_op', 'KERAS_OPS', 'OPS', 'PAPER_OPS']
 

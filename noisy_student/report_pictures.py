@@ -19,7 +19,7 @@ import pandas as pd
 from PIL import Image
 
 from .datasets import ImageFileError, Split, load_image, square
-from .queries import connect, parquet_sql
+from .label_queries import connect, parquet_sql
 from .run_record import RunRecord, Truth, item_name, short
 from .report_tables import MAX_CLASSES, Cell, Table, percent
 from .suspects import flipped_labels

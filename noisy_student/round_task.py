@@ -74,6 +74,9 @@ class Parts:
         "int64 (n,), of 'labeled' or 'valid'."
         raise NotImplementedError
 
+    def open(self) -> None:
+        "Read what rounds learn from, before the clock of a round starts."
+
     def prepare(self, begun: float) -> None:
         "What comes before the first round, in a call that began at this `time.perf_counter()`."
 
@@ -87,6 +90,7 @@ class Task(Parts):
     def make(self, k: int # Round
             ) -> bool: # Whether there was time for it
         "All of a round that is not there yet: label, train, judge, write down."
+        self.open()
         folder, begun = self.dir.round(k), time.perf_counter()
         labels = self.label(k)
         labeling = time.perf_counter() - begun

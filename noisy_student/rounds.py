@@ -29,7 +29,7 @@ from .folds import Folds, check_folds, joined
 from .image_task import ImageTask
 from .learner import Noise
 from .network import Network, load_network
-from .opened import fingerprint
+from .opened_images import fingerprint
 from .predictions import predict_table
 from .progress import StageProgress, default_progress
 from .pseudo_labels import Selection
@@ -66,9 +66,11 @@ class Loop(Results):
         again goes on from there."""
         return self.fit_to(self.recipe.rounds)
 
-    def fit_to(self, last: int # Round
+    def fit_to(self, last: int # Round, in 0..`recipe.rounds`
               ) -> pd.DataFrame: # `summary`
-        "As `fit`, up to a round."
+        "As `fit`, up to a round. Raises ValueError for a round that there is not."
+        if not 0 <= last <= self.recipe.rounds:
+            raise ValueError(f"last must be a round, in 0..{self.recipe.rounds}, got {last}")
         begun = time.perf_counter()
         if self.task.device.type == 'cpu': keep_memory()
         with self.dir.alone(), stoppable(), warnings.catch_warnings():

@@ -25,7 +25,7 @@ from .distributed import join, own_device, world
 from .fitting import splitter
 from .learner import Noise
 from .models import arch_name, create_model
-from .opened import fingerprint
+from .opened_images import fingerprint
 from .pseudo_labels import PseudoLabels, Selection, read_selection
 from .recipes import Recipe
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from .checks import against_chance
 from .metrics import difference_interval, wilson
-from .filters import threshold_warnings
+from .label_filters import threshold_warnings
 from .run_record import RunRecord, item_name, short, things_in
 from .rundir import best_round
 

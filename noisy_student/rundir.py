@@ -9,7 +9,7 @@ __all__ = ['RESULTS', 'COLUMNS', 'read_metrics', 'best_round', 'of_round', 'Roun
            'weights_file']
 
 # %% ../nbs/07b_rundir.ipynb #e1000003
-import json, os, warnings
+import json, os, re, warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -19,7 +19,7 @@ import pandas as pd
 
 from .distributed import first_rank_first, rank, write_once
 from .files import altered, locked, unsealed, write_sums
-from .scores import accuracy_error
+from .round_scores import accuracy_error
 
 
 # %% ../nbs/07b_rundir.ipynb #e1000006
@@ -201,7 +201,7 @@ def run_folder(path: str | Path | None, # As the user gave it; None: named after
     if not isinstance(data, (str, Path)):
         raise ValueError("path must be the run directory, such as 'runs/mine': only a folder or a .csv file has a name "
                          "of its own")
-    return Path('runs')/Path(os.path.abspath(data)).stem
+    return Path('runs')/re.sub(r'\.csv$', '', os.path.basename(os.path.abspath(data)), flags=re.I)
 
 def weights_file(path: str | Path # A run directory (its best round), a round_K folder, or a model.safetensors
                 ) -> Path: # A file that exists

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .label_table import PseudoLabelError, batches, check_content, read_metadata
-from .pool import pool_digest
+from .label_pool import pool_digest
 
 # %% ../nbs/05j_selection.ipynb #5ede20e2
 @dataclass

@@ -17,7 +17,7 @@ from fastai.callback.core import Callback, CancelFitException
 
 from .checkpoints import seeded
 from .learner import Noise
-from .learners import Learners
+from .run_learners import Learners
 from .precision import fast
 from .pseudo_labels import PseudoLabels
 from .recipes import Recipe

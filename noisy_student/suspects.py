@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from .datasets import load_image, square
 from .label_table import PseudoLabelError
-from .queries import connect, parquet_sql, run_query
+from .label_queries import connect, parquet_sql, run_query
 from .finished_labels import find_labels
 
 # %% ../nbs/05m_suspects.ipynb #70c9bef9

@@ -16,7 +16,7 @@ import pandas as pd
 
 from .files import did_you_mean, folders_beside
 from .folders import from_folder
-from .frames import from_df # public here too
+from .dataframes import from_df # public here too
 from .splits import Splits
 
 _all_ = ['from_df']

@@ -18,7 +18,7 @@ import torch
 from fastai.learner import Learner
 from torch import Tensor, nn
 
-from .background import ahead
+from .background_work import ahead
 from .clean_views import view_of
 from .label_table import PseudoLabelError
 from .losses import temperature_softmax

@@ -83,6 +83,27 @@ def test_signals_checkpoint_and_leave(context, pictures, whole, tmp_path, sig, c
     assert outcome(tmp_path/"run") == expected
 
 
+@pytest.mark.parametrize("defer", [False, True])
+def test_a_signal_stops_what_it_should(defer):
+    from noisy_student.files import Stopped, stoppable
+    before, seen = signal.getsignal(signal.SIGTERM), []
+    with pytest.raises(Stopped) as e, stoppable(defer) as asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+        seen.append(list(asked))  # not reached if the signal is not deferred
+    assert seen == [[signal.SIGTERM]] * defer and e.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_others_make_of_a_signal_does_not_hide_it():
+    from noisy_student.files import Stopped, stoppable
+    with pytest.raises(Stopped), stoppable():
+        try: os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt: raise RuntimeError("interrupted") from None  # as a library would
+    with pytest.raises(Stopped), stoppable():
+        try: os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt: pass
+    with pytest.raises(RuntimeError, match="something else"), stoppable(): raise RuntimeError("something else")
+
+
 def test_a_signal_within_a_query():
     import duckdb
     from noisy_student.files import Stopped, stoppable

@@ -22,7 +22,7 @@ def python(program, **env):
 INTERPRETED = """
 import numpy as np, torch
 from noisy_student.fused import augment
-from noisy_student import grouped
+from noisy_student import batch_ops as grouped
 from noisy_student.randaugment import BatchRandAugment, OPS
 
 rng = np.random.default_rng(0)

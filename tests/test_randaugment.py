@@ -10,7 +10,7 @@ from fastai.data.transforms import IntToFloatTensor, ToTensor
 from fastai.vision.core import PILImage, PILMask, TensorImage
 from PIL import Image, ImageOps
 
-from noisy_student import grouped
+from noisy_student import batch_ops as grouped
 from noisy_student.randaugment import KERAS_OPS, OPS, PAPER_OPS, BatchRandAugment, RandAugment, apply_op, op_argument
 
 torch.set_num_threads(1)

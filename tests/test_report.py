@@ -200,7 +200,7 @@ def test_chance_level_of_the_last_network_is_named(tmp_path, p, counts, said):
 
 
 def test_planted_collapse_is_said(tmp_path, monkeypatch):
-    from noisy_student.learners import Learners
+    from noisy_student.run_learners import Learners
     biased = Biased(Learners.trained)
     monkeypatch.setattr(Learners, "trained", lambda learners, k: biased(learners, k))
     run = NoisyStudent(miniature(), "resnet9_4", tmp_path / "r", **{**SETTINGS, "rounds": 1, "threshold": .2})

@@ -468,7 +468,7 @@ def test_a_time_limit_leaves_out_what_does_not_fit(tmp_path, monkeypatch):
     from noisy_student.rounds import NoisyStudent
     def run(limit):
         return NoisyStudent(miniature(), "resnet9_4", tmp_path/"a", time_limit=limit, pretrained=False, seed=0, size=8)
-    from noisy_student.timing import Timing
+    from noisy_student.time_limit import Timing
     real = Timing.step_seconds
     monkeypatch.setattr(Timing, "step_seconds", lambda self, k, *a: 5. if k else real(self, k, *a))  # a slow student
     ns = run(20)
@@ -492,3 +492,10 @@ def test_a_time_limit_is_kept(tmp_path):
     planned = ns.plan().seconds.sum()
     s = ns.fit()
     assert 15 < planned < 22 and 14 < time.perf_counter() - begun < 25 and list(s["round"]) == [0, 1]
+
+
+def test_a_run_is_named_after_its_data():
+    "As the user named it: what looks like a suffix of a folder is none."
+    from noisy_student.rundir import run_folder
+    names = dict(photos="photos", **{"photos.v2": "photos.v2", "a/b/": "b", "t.csv": "t", "T.CSV": "T"})
+    for given, name in names.items(): assert run_folder(None, given) == Path("runs")/name
