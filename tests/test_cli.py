@@ -383,6 +383,7 @@ def test_debug_shows_the_traceback(monkeypatch):
 
 
 def test_a_trained_network_leaves_for_timm_and_onnx(call, folder, tmp_path):
+    import timm  # noqa: F401  (in the line that is evaluated)
     from noisy_student.rounds import load_model
     call('train', folder, '--out', tmp_path/'run', '--arch', 'resnet10t', *SMALL[2:])
     t, x = load_model(tmp_path/'run'), torch.randn(3, 3, 16, 16)
