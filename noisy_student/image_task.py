@@ -132,7 +132,7 @@ class ImageTask(ImageRounds):
         if self.timing.is_left_out(k):
             if not rank():
                 warnings.warn(f"round {k} is left out: there is no time for it in {duration(self.setup.limit or 0.)}; "
-                              "with a longer time_limit the run goes on")
+                              f"with a longer time_limit and size={self.recipe.size} the run goes on")
             return False
         while not self.dir.is_done(k):
             if torch.cuda.is_initialized(): gc.collect() # learners of earlier rounds hold its memory
