@@ -1,6 +1,6 @@
 """Everything that wants a GPU, in one command: right, fast, good. For a machine that is lent for a quarter of an hour.
 
-    python benchmarks/gpu.py speed          # kernels, tests marked gpu, benchmarks of speed: 340 s
+    python benchmarks/gpu.py speed          # tests marked gpu, benchmarks of speed: 340 s
     python benchmarks/gpu.py cifar10        # two whole runs on CIFAR-10, and torch.compile: 560 s
     python benchmarks/gpu.py step label     # some parts
     python benchmarks/gpu.py speed cifar10 --device cpu --quick    # a rehearsal without a GPU: a moment each
@@ -23,7 +23,6 @@ COMMAND_LINE = "import sys; from noisy_student.cli import main; sys.exit(main())
 SMALL = ["--seconds", ".1", "--models", "resnet9_24", "resnet9_64"]
 PARTS = {  # name: (limit in seconds, script or options of Python, what --quick adds)
     "speed": {
-        "kernels": (120, ["kernels.py"], []),
         "tests": (150, ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", MARKED], []),
         "randaugment": (60, ["randaugment.py", "--seconds", "6"], ["--seconds", ".1"]),
         "step": (110, ["step.py", "--seconds", "2"], ["--seconds", ".1", "--models", "resnet9_8", "resnet9_64"]),
@@ -83,10 +82,12 @@ def main(a: argparse.Namespace) -> int:
     for o in (a.out, a.cache): o.mkdir(parents=True, exist_ok=True)
     for name, (limit, *_) in parts(a.what).items():
         left, start = a.total - (time.monotonic() - begun), time.monotonic()
-        result = "not begun: no time left" if left < 15 else run(name, min(limit, left - 5), a)
+        if left < 15:
+            rows.append(f"{name:18} not begun: no time left")
+            continue
+        result = run(name, min(limit, left - 5), a)
         rows.append(f"{name:18} {result:28} {time.monotonic() - start:5.0f} s")
-        if left >= 15:
-            print(f"\n== {rows[-1]}\n" + last_lines(a.out / f"{name}.txt", 12 if result == "ok" else 25), flush=True)
+        print(f"\n== {rows[-1]}\n" + last_lines(a.out / f"{name}.txt", 12 if result == "ok" else 25), flush=True)
     rows.append(f"all: {time.monotonic() - begun:.0f} s")
     (a.out / "table.txt").write_text("\n".join(rows) + "\n")
     print("\n" + "\n".join(rows))

@@ -39,7 +39,7 @@ from runs import machine
 from timm.data.auto_augment import rand_augment_transform
 from torchvision.transforms import v2
 
-from noisy_student import batch_ops as grouped
+from noisy_student import batch_ops
 from noisy_student.randaugment import BatchRandAugment
 
 try: from kornia.augmentation.auto import RandAugment as KorniaRandAugment
@@ -107,7 +107,7 @@ def candidates(x, size) -> dict:
         made["kornia"] = lambda: kornia(x.float().div_(255)).mul_(255).byte(), len(x), kornia_pairs
     made["ours"] = lambda: ours(x), len(x), ours_pairs
     if x.is_cuda:
-        made["ours by groups"] = lambda: grouped.augment(x, ours.draw(len(x), (size, size))), len(x), ours_pairs
+        made["ours by groups"] = lambda: batch_ops.augment(x, ours.draw(len(x), (size, size))), len(x), ours_pairs
     return made
 
 

@@ -17,7 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .images import new_array as new_array
+from .images import new_array
 from .label_filters import SqlFilter, bucket_sql, narrow_sql, threshold_warnings
 from .label_table import PseudoLabelError, make_table
 from .label_queries import frames, parquet_sql, run_query

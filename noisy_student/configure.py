@@ -166,7 +166,8 @@ def configure(
     follows = _consequences(plain, given, names)
     archs = tuple(map(arch_name, names))
     made = replace(plain, **{**follows, **given, 'pretrained': pretrained, 'archs': archs, 'size': size})
-    if 'noise' not in given: made = replace(made, noise=_that_acts(made.noise, names, data))
+    if 'noise' not in given:
+        for o in names: made = replace(made, noise=made.noise.acting_on(_on_paper(o, data)))
     kept = {k: v for k, v in why.items() if k not in given and (k not in follows or follows[k] == getattr(plain, k))}
     return Configured(names, made, reasons | decided | kept, speed)
 
@@ -189,15 +190,6 @@ def _consequences(made, given, names):
     if 'min_scale' in given: new['pad'] = 0
     if given.get('noise', made.noise).style == 'keras': new['ema'] = None
     return new
-
-def _that_acts(noise, names, data):
-    "The noise without what has nothing to act on in one of the networks."
-    silent = dict(survival=1., dropout=0.)
-    for model in (_on_paper(o, data) for o in names):
-        for k, v in silent.items():
-            try: replace(noise, **{o: silent[o] for o in silent if o != k}).callbacks(model)
-            except ValueError: noise = replace(noise, **{k: v})
-    return noise
 
 # %% ../nbs/06f_configure.ipynb #b2a96b04
 def reasons_table(

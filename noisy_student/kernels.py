@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import batch_ops as grouped
+from . import batch_ops
 from .image_ops import Draws, OPS, apply_pil, check_ops
 
 # %% ../nbs/02d_kernels.ipynb #01d00006
@@ -29,7 +29,7 @@ def _fused(device, dtype):
     try:
         from noisy_student.fused import augment
         x, draws = _trial(dtype)
-        if torch.equal(augment(x.to(device), draws).cpu(), grouped.augment(x, draws)): return augment
+        if torch.equal(augment(x.to(device), draws).cpu(), batch_ops.augment(x, draws)): return augment
         reason = "their result is wrong"
     except Exception as e: reason = f"{type(e).__name__}: {e}".splitlines()[0] # what GPU, driver or compiler lack
     warn(f"RandAugment's fused kernels do not work on {device} ({reason}); "
@@ -55,7 +55,7 @@ def augment(
     "`x` after the operations in `draws`. Raises ValueError unless there is a draw for each of its images."
     if draws.op.shape[1] != len(x):
         raise ValueError(f"draws must be for {len(x)} images, got draws for {draws.op.shape[1]} images")
-    return (len(x) and _fused(x.device, x.dtype) or grouped.augment)(x, draws, reference)
+    return (len(x) and _fused(x.device, x.dtype) or batch_ops.augment)(x, draws, reference)
 
 
 DTYPES = (torch.uint8, torch.float32, torch.float16, torch.bfloat16, torch.float64)

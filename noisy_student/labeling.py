@@ -105,7 +105,7 @@ class Labeling:
                               bs=bs, progress=tell, bf16=None if r.bf16 else False, leave_out=opened.left_out())
         barrier()
         if not rank():
-            share = r.share_in(max(k + 1, 1))
+            share = r.share_in(k + 1)
             which = dict(share=share, share_of=r.share_of) if share else dict(threshold=r.threshold)
             select_pseudo_labels(out, folder/'selected.parquet', per_class=r.per_class, strict=r.strict,
                                  binned=r.binned, seed=a.seed, **which)

@@ -10,7 +10,6 @@ __all__ = ['default_noise', 'LossOnDevice', 'noisy_student_learner', 'STYLES', '
 # %% ../nbs/04f_learner.ipynb #5eb2d1f6
 import copy, time
 from collections.abc import Callable
-from dataclasses import replace
 
 import fastai.callback.fp16, fastai.callback.progress, fastai.callback.schedule # noqa: F401, to_fp16, bars, fit_one_cycle
 import torch
@@ -132,15 +131,6 @@ def _channels(dls, image, n_in):
     if n_in and found and n_in != found: raise ValueError(f"n_in must be {found}, as the images have, got {n_in}")
     return n_in or found or 3
 
-def _that_acts(noise, model):
-    "The noise without what finds nothing in the network to act on."
-    def acts(**only):
-        try: replace(Noise.none(), style=noise.style, **only).callbacks(model)
-        except ValueError: return False
-        return True
-    return replace(noise, dropout=noise.dropout if acts(dropout=noise.dropout) else 0.,
-                   survival=noise.survival if acts(survival=noise.survival) else 1.)
-
 def _normalization(model, dls, n_in):
     "That of the published weights, unless the data loaders have one."
     cfg = getattr(model, 'pretrained_cfg', None)
@@ -177,7 +167,7 @@ def noisy_student_learner(
     model = create_model(arch, n_out, n_in, pretrained)
     if noise is None:
         size = getattr(dls, 'size', None if image is None else image.shape[-1])
-        noise = _that_acts(default_noise(model, size or 224, pretrained), model)
+        noise = default_noise(model, size or 224, pretrained).acting_on(model)
     train_tfms = noise.transforms()
     if train_tfms: _check_augmentable(dls.train, image)
     if train_tfms and n_in not in (1, 3):

@@ -8,8 +8,8 @@ Docs: https://noisy-student.github.io/noisy_student/noise.html.md"""
 __all__ = ['STYLES', 'Style', 'Noise']
 
 # %% ../nbs/03g_noise.ipynb #2bbfa6ef
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING: from torch import nn
 
@@ -67,11 +67,23 @@ class Noise:
             dropout.heads(model)
         return cbs
 
+    def acting_on(
+        self,
+        model: 'nn.Module', # The network to be noised
+    ) -> 'Noise':
+        "The same without what finds nothing in `model` to act on."
+        silent: dict[str, Any] = dict(survival=1., dropout=0.)
+        def acts(name):
+            try: replace(self, **{k: v for k, v in silent.items() if k != name}).callbacks(model)
+            except ValueError: return False
+            return True
+        return replace(self, **{k: v for k, v in silent.items() if not acts(k)})
+
     def transforms(self) -> list: # fastai batch transforms
         "RandAugment of this strength, or nothing if it is off."
         if not self.randaugment_n: return []
-        from noisy_student import image_ops as ops
+        from noisy_student import image_ops
         from noisy_student.randaugment import BatchRandAugment
         args = STYLES[self.style].randaugment
-        if 'ops' in args: args = dict(args, ops=getattr(ops, args['ops']))
+        if 'ops' in args: args = dict(args, ops=getattr(image_ops, args['ops']))
         return [BatchRandAugment(self.randaugment_n, self.randaugment_m, **args)]

@@ -29,7 +29,24 @@ def _print(text, end='\n'):
     try: print(text, end=end, file=sys.stderr, flush=True)
     except (OSError, ValueError): pass
 
-class Log:
+def _training(stage):
+    "A stage of training without its unit."
+    return stage.removesuffix(' (batches)')
+
+class _Epochs:
+    "A line per epoch, which `write` shows."
+    def epoch(
+        self,
+        stage: str, # Which training
+        done: int, # Epochs
+        total: int, # Epochs
+        figures: dict[str, float | str | None], # As `in_words` takes them
+    ) -> None:
+        self.write(f"{_training(stage)}: epoch {done:,} of {total:,}{in_words(figures)}")
+
+    def write(self, line): _print(line)
+
+class Log(_Epochs):
     "A line on stderr per finished stage, per epoch, and every 30 s of what takes longer, for where nobody waits."
     every = 30. # Seconds between two lines of a stage that takes long
     def __init__(self): self.begun: dict[str, float] = {}; self.told: dict[str, float] = {}
@@ -49,20 +66,8 @@ class Log:
             self.told[stage] = now
             self.write(f"{stage}: {done:,} of {total:,}")
 
-    def epoch(
-        self,
-        stage: str, # Which training
-        done: int, # Epochs
-        total: int, # Epochs
-        figures: dict[str, float | str | None], # As `in_words` takes them
-    ) -> None:
-        self.write(f"{stage.removesuffix(' (batches)')}: epoch {done:,} of {total:,}{in_words(figures)}")
-
-    def write(self, line): _print(line)
-
-
 # %% ../nbs/00c_progress.ipynb #p0000009
-class OneLine:
+class OneLine(_Epochs):
     "One line that changes. Raises nothing: where it cannot be shown, nothing is."
     def __init__(self): self.seen: dict[str, tuple[float, int, float]] = {}
 
@@ -79,15 +84,9 @@ class OneLine:
         left = f", {(now - begun) / (done - first) * (total - done):.0f} s left" if done > first else ''
         self.show('' if done == total else f"{stage}: {done:,} of {total:,}{left}")
 
-    def epoch(
-        self,
-        stage: str, # Which training
-        done: int, # Epochs
-        total: int, # Epochs
-        figures: dict[str, float | str | None], # As `in_words` takes them
-    ) -> None:
+    def write(self, line): # over what is shown
         self.show('')
-        _print(f"{stage.removesuffix(' (batches)')}: epoch {done:,} of {total:,}{in_words(figures)}")
+        _print(line)
 
     def show(self, text): _print(f"\r{text:<79}", '' if text else '\r')
 
@@ -112,7 +111,7 @@ class InNotebook(OneLine):
         rows, handle = self.tables.get(stage, ([], None)) if done > 1 else ([], None) # made anew, it is another table
         def cell(v): return '' if v is None else v if isinstance(v, str) else f'{v:.4f}'
         rows.append({'epoch': f'{done} of {total}'} | {k.replace('_', ' '): cell(v) for k, v in figures.items()})
-        table = _html(_table(stage.removesuffix(' (batches)'), rows))
+        table = _html(_table(_training(stage), rows))
         if handle: handle.update(table)
         else: handle = _display(table)
         self.tables[stage] = rows, handle

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from .auto import duration
 from .metrics import difference_interval, wilson
+from .run_file import flat
 from .run_record import RoundLabels, RunRecord, item_name, short
 from .rundir import best_round
 
@@ -175,15 +176,12 @@ def leaks_table(run: RunRecord, # From `read_run`
             for o in run.leaks[:n]]
     return Table([*((o, True) for o in words), ('difference', False)], rows)
 
-def _flat(d, pre=''):
-    return [x for k, v in d.items() for x in (_flat(v, f'{pre}{k}.') if isinstance(v, dict) else [(pre + k, v)])]
-
 def settings_table(run: RunRecord # From `read_run`
                   ) -> Table:
     "A row per setting; classes are named elsewhere."
     def words(v): return short(v if isinstance(v, str) else json.dumps(v, ensure_ascii=False), 200)
     config = {k: v for k, v in run.config.items() if k != 'classes'}
-    return Table([('setting', True), ('value', True)], [[k, words(v)] for k, v in _flat(config)])
+    return Table([('setting', True), ('value', True)], [[k, words(v)] for k, v in flat(config).items()])
 
 def versions_table(run: RunRecord # From `read_run`
                   ) -> Table:

@@ -9,7 +9,7 @@ __all__ = ['TabularRecipe', 'TableTask', 'TabularNoisyStudent', 'swap_noise', 'S
            'tabular_noisy_student_learner', 'FillMedian', 'Table']
 
 # %% ../nbs/11c_tabular.ipynb #8ba3c819
-import hashlib, json
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,6 +27,7 @@ from .checkpoints import seeded
 from .checks import accuracy_error
 from .distributed import world
 from .fitting import fit_resumably
+from .label_pool import digest
 from .models import load_weights, save_weights
 from .progress import StageProgress, default_progress
 from .pseudo_labels import predict_pseudo_labels, read_selection, select_pseudo_labels
@@ -77,10 +78,6 @@ class TabularRecipe:
         return asdict(self)
 
 # %% ../nbs/11c_tabular.ipynb #ae100003
-def _fingerprint(df):
-    data = pd.util.hash_pandas_object(df, index=False).to_numpy().tobytes()
-    return hashlib.sha256(json.dumps(list(map(str, df.columns))).encode() + data).hexdigest()[:16]
-
 # Weights of layers, which decay, and biases, normalization and embeddings, which do not
 def _decay_groups(model):
     decay = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
@@ -109,7 +106,7 @@ class TableTask(Task):
     @property
     def config(self) -> dict:
         d = self.data
-        data = {n: f"{len(o):,} rows ({_fingerprint(o)})" for n, o in d.parts.items()}
+        data = {n: f"{len(o):,} rows ({digest(o)})" for n, o in d.parts.items()}
         config = dict(layers=self.layers, seed=self.seed, recipe=self.recipe.to_json(), y_name=d.y_name,
                       classes=d.classes, cat_names=d.cat_names, cont_names=d.cont_names, procs=self.loaders.procs,
                       data=data)

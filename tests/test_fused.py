@@ -22,7 +22,7 @@ def python(program, **env):
 INTERPRETED = """
 import numpy as np, torch
 from noisy_student.fused import augment
-from noisy_student import batch_ops as grouped
+from noisy_student import batch_ops
 from noisy_student.randaugment import BatchRandAugment, OPS
 
 rng = np.random.default_rng(0)
@@ -36,7 +36,7 @@ for h, w, c, reference in ((9, 14, 3, False), (1, 1, 1, False), (37, 29, 3, True
     every_second_column = x[..., ::2]
     for case in (every_second_column, every_second_column.float() / 255)[:1 + (h < 20)]:
         before, made = case.clone(), augment(case, draws, reference)
-        bad = (made != grouped.augment(case, draws, reference)).flatten(1).any(1)
+        bad = (made != batch_ops.augment(case, draws, reference)).flatten(1).any(1)
         assert not bad.any(), (h, w, c, reference, case.dtype, [(OPS[i], OPS[j]) for i, j in draws.op[:, bad].T])
         assert torch.equal(case, before) and made.dtype == case.dtype and made.shape == case.shape
 

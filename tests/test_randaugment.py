@@ -10,7 +10,7 @@ from fastai.data.transforms import IntToFloatTensor, ToTensor
 from fastai.vision.core import PILImage, PILMask, TensorImage
 from PIL import Image, ImageOps
 
-from noisy_student import batch_ops as grouped
+from noisy_student import batch_ops
 from noisy_student.randaugment import KERAS_OPS, OPS, PAPER_OPS, BatchRandAugment, RandAugment, apply_op, op_argument
 
 torch.set_num_threads(1)
@@ -142,7 +142,7 @@ def test_the_way_of_other_devices_is_the_same(monkeypatch):
         draws = tfm.draw(len(batch), size)
         expected, before = tfm.apply(batch, draws), batch.clone()
         with monkeypatch.context() as patch:
-            patch.setattr(grouped, '_on_cpu', lambda x: False)
+            patch.setattr(batch_ops, '_on_cpu', lambda x: False)
             assert torch.equal(tfm.apply(batch, draws), expected)
         assert torch.equal(batch, before)
         assert tfm.apply(batch.to('meta'), draws).shape == batch.shape  # has no data: nothing may wait for any

@@ -220,10 +220,10 @@ def test_shares_by_chance_and_tiny_counts():
 
 
 def test_a_page_that_fails_does_not_fail_the_run(tmp_path, monkeypatch):
-    from noisy_student import run_results as results, round_task as task
+    from noisy_student import round_task, run_results
     def broken(*a): raise RuntimeError("no ink")
-    monkeypatch.setattr(results, "write_report", broken)
-    monkeypatch.setattr(task, "round_warnings", broken)
+    monkeypatch.setattr(run_results, "write_report", broken)
+    monkeypatch.setattr(round_task, "round_warnings", broken)
     run = NoisyStudent(miniature(), "resnet9_4", tmp_path / "r",
                        **{**SETTINGS, "rounds": 0, "epochs": 1, "teacher_epochs": 1})
     said = quiet_fit(run)

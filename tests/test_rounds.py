@@ -398,15 +398,15 @@ def test_a_run_of_an_older_version_is_judged_like_one_of_today(tmp_path):
 def test_a_student_that_is_worse_on_the_same_images_is_not_used(tmp_path, monkeypatch):
     "Though its accuracy is within one standard error: what is warned of is what is done."
     from noisy_student.rounds import NoisyStudent
-    from noisy_student import image_task as imagetask
-    real, teachers = imagetask.valid_figures, []
+    from noisy_student import image_task
+    real, teachers = image_task.valid_figures, []
 
     # the student answers as its teacher does, but for six images that it now gets wrong
     def figures(y, logits, choose_by):
         if teachers: logits[:] = teachers[0]; logits[np.flatnonzero(logits.argmax(1) == y)[:6]] *= -1
         else: teachers.append(logits.copy())
         return real(y, logits, choose_by)
-    monkeypatch.setattr(imagetask, "valid_figures", figures)
+    monkeypatch.setattr(image_task, "valid_figures", figures)
     ns = NoisyStudent(miniature(), "resnet9_4", tmp_path/"a",
                       **{**SETTINGS, "rounds": 1, "teacher_epochs": 8, "steps": 20})
     with pytest.warns(UserWarning, match="worse beyond chance .* Round 0 is used"): s = ns.fit()
