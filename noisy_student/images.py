@@ -37,12 +37,18 @@ class BadImage(NamedTuple):
     reason: str # What is wrong with it
 
 # %% ../nbs/01c_images.ipynb #ffd0746d
-def _to_rgb(img):
-    "RGB; 16-bit grey is scaled to 8 bits instead of being clipped, as Pillow would."
+def _white(img):
+    "The value of white in a gray image of more than 8 bits"
+    bits = getattr(img, 'tag_v2', {}).get(258, (16,))[0] # TIFF's BitsPerSample
+    if img.mode.startswith('I;16') or img.mode == 'I' and img.format in ('PNG', 'PPM'): return 2 ** min(bits, 16) - 1
+    raise ValueError(f"{'real' if img.mode == 'F' else '32-bit'} numbers do not say which of them is white: save "
+                     "it with 8 or 16 bits")
+
+def _to_rgb(img, white=255):
+    "RGB; gray of more than 8 bits is scaled by the value of white, never by its content."
     if img.mode.startswith(('I', 'F')):
-        a = np.asarray(img, dtype=np.float64)
-        if img.mode != 'F': a = a / 257 if a.max(initial=0) > 255 else a
-        img = Image.fromarray(np.clip(np.nan_to_num(a).round(), 0, 255).astype(np.uint8))
+        a = np.asarray(img, dtype=np.float64) * (255 / white)
+        img = Image.fromarray(np.clip(a.round(), 0, 255).astype(np.uint8))
     return (img if img.mode == 'RGB' else img.convert('RGBA').convert('RGB') if img.mode in ('P', 'PA')
             else img.convert('RGB'))
 
@@ -61,7 +67,9 @@ def load_image(path: str | Path, # An image file of any format and mode that Pil
                 raise fail(f"{img.width} x {img.height} pixels are more than the limit of {max_pixels:,}: make it "
                            "smaller")
             if size: img.draft('RGB', (2 * size, 2 * size))
-            return _to_rgb(ImageOps.exif_transpose(img))
+            try: white = _white(img) if img.mode.startswith(('I', 'F')) else 255
+            except ValueError as e: raise fail(str(e)) from None
+            return _to_rgb(ImageOps.exif_transpose(img), white)
     except ImageFileError: raise
     except ArchiveError as e: raise fail(str(e)) from None
     except FileNotFoundError: raise fail("dangling link" if Path(path).is_symlink() else "no such file") from None

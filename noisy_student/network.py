@@ -20,6 +20,8 @@ from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from torch import nn
 
+from .one_label import check_ending, check_loss, check_targets
+from .splits import class_names
 from .models import create_model, load_tensors, load_weights, save_weights, unwrapped
 
 # %% ../nbs/03p_network.ipynb #b1000006
@@ -40,6 +42,16 @@ def evaluating(*modules: nn.Module, # Their parts may be in different modes
         for o, home in homes: o.to(home)
 
 # %% ../nbs/03p_network.ipynb #b1000009
+def check_stats(mean: Sequence[float], # Per channel
+                std: Sequence[float] # Per channel
+               ) -> tuple[list[float], list[float]]: # The same, as numbers
+    "Raises ValueError for numbers that are not of pixels in 0..1."
+    mean, std = ([float(o) for o in values] for values in (mean, std))
+    if any(not 0 <= o <= 1 for o in mean) or any(not 0 < o <= 1 for o in std):
+        raise ValueError(f"mean and std must be those of pixels in 0..1, got {mean} and {std}: divide those of pixels in "
+                         "0..255 by 255")
+    return mean, std
+
 class Network(nn.Module):
     "A classifier of pixels, float (B, C, H, W) in 0..255 -> logits (B, K), and what is needed to use it."
     _mean: torch.Tensor
@@ -55,8 +67,8 @@ class Network(nn.Module):
                  subset: Sequence[int] | np.ndarray | None = None # Columns to choose from; None: all
                 ):
         super().__init__()
-        self.model, self.arch, self.classes, self.size = model, arch, list(classes), size
-        self.mean, self.std = ([float(o) for o in values] for values in (mean, std))
+        self.model, self.arch, self.classes, self.size = check_ending(model), arch, class_names(classes), size
+        self.mean, self.std = check_stats(mean, std)
         self.subset = None if subset is None else [int(o) for o in subset] # columns among `classes`
         for name, values in (('_mean', self.mean), ('_std', self.std)):
             self.register_buffer(name, torch.tensor(values, device=self.device).view(-1, 1, 1), persistent=False)
@@ -68,6 +80,8 @@ class Network(nn.Module):
         "The network of a learner. Raises TypeError for data loaders that are not fastai's."
         mean, std = normalization(learn.dls) or ([0.], [1.])
         dls = learn.dls
+        check_targets(dls, 'learn.dls')
+        check_loss(learn.loss_func)
         return cls(learn.model, arch, getattr(dls, 'vocab', None) or (), getattr(dls, 'size', None), mean, std)
 
     @property

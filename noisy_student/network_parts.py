@@ -11,14 +11,24 @@ __all__ = ['unwrapped', 'n_parameters', 'head', 'scorers', 'split_head', 'in_hea
 # %% ../nbs/03a_network_parts.ipynb #0b000003
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 # %% ../nbs/03a_network_parts.ipynb #0b000006
 def unwrapped(
     model: nn.Module, # Any network
 ) -> nn.Module: # The network itself
-    "Without the wrappers of data parallel training and `torch.compile`, which share its weights."
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
-    return getattr(model, '_orig_mod', model)
+    "Without the wrappers of data parallel training, averaging and `torch.compile`, which share its weights."
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+    while True:
+        if isinstance(model, wrappers): model = model.module
+        elif '_orig_mod' in model._modules: model = model._modules['_orig_mod'] # type: ignore[assignment]
+        else: return model
+
+def own_name(
+    key: str, # Name of a tensor, as in a `state_dict`
+) -> str:
+    "Without what `torch.compile` puts into it, also where only parts of the network are compiled."
+    return key.replace('_orig_mod.', '')
 
 def n_parameters(
     model: nn.Module, # Any module

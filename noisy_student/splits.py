@@ -8,31 +8,82 @@ Docs: https://noisy-student.github.io/noisy_student/splits.html.md"""
 __all__ = ['Split', 'Splits', 'stratified', 'grouped', 'hold_out', 'hold_out_share', 'labeled_subset']
 
 # %% ../nbs/01a_splits.ipynb #37bb0d09
-import warnings
+import os, warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+# %% ../nbs/01a_splits.ipynb #3732470d
+def as_images(
+    images: Any, # File names in a list, an array or a column, or uint8 pixels (N, H, W, C)
+    channels: tuple[int, ...] = (1, 3), # What C may be
+) -> list[str] | np.ndarray: # File names, or the pixels
+    "Images in one of two forms. Raises ValueError for anything else."
+    if isinstance(images, (str, Path)):
+        raise ValueError(f"images must be a list of files or an array, got the single name {str(images)!r}")
+    if not isinstance(images, np.ndarray) and hasattr(images, 'numpy') and hasattr(images, 'cpu'): # a tensor
+        images = images.cpu().numpy()
+    if not isinstance(images, np.ndarray) or images.ndim == 1 and images.dtype.kind in 'UOT':
+        names = list(images.to_pylist() if hasattr(images, 'to_pylist') else images)
+        if odd := [o for o in names if not isinstance(o, (str, os.PathLike))]:
+            raise ValueError(f"images must be file names or one array (N, H, W, C), got a {type(odd[0]).__name__} among "
+                             f"them ({str(odd[0])[:50]}): np.stack makes one array of several")
+        return [os.fspath(o) if isinstance(o, os.PathLike) else str(o) for o in names]
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise ValueError(f"images must be uint8 (N, H, W, C), got {images.dtype} {images.shape}: bring pixels to 0..255, "
+                         "as their range cannot be guessed")
+    if len(images) and images.shape[3] not in channels:
+        first = ": channels come last, use images.transpose(0, 2, 3, 1)" if images.shape[1] in channels else ''
+        raise ValueError(f"images must have {' or '.join(map(str, channels))} channels, got {images.shape}{first}")
+    return images
+
+def _whole_numbers(values, name):
+    "int64, from bools, whole numbers of any type; nothing is rounded"
+    if hasattr(values, 'numpy') and hasattr(values, 'cpu'): values = values.cpu()
+    found = np.asarray(values)
+    try: numbers = found if found.dtype.kind in 'biuf' else np.array([int(o) if o == int(o) else o for o in found.flat])
+    except (TypeError, ValueError): numbers = found
+    if numbers.dtype.kind not in 'biuf' or (odd := numbers[~(np.isfinite(numbers) & (numbers == np.floor(numbers)))]).size:
+        got = odd.flat[0] if numbers.dtype.kind == 'f' else next(iter(found.flat), None)
+        raise ValueError(f"{name} must be whole numbers, got {got!r}: give the position of each class in `classes`, and "
+                         "make classes of measured values first, for example with pandas.cut")
+    return numbers.astype(np.int64).reshape(found.shape)
+
+def class_name(
+    value: Any, # Text, a number, or a bool
+) -> str: # 1 and 1.0 have the name '1'
+    "How a class is called, whatever the type of its name."
+    whole = isinstance(value, (float, np.floating)) and np.isfinite(value) and not value % 1
+    return str(int(value)) if whole else str(value)
+
+def class_names(
+    classes: Iterable, # Of any type
+) -> list[str]: # All different
+    "The names of classes. Raises ValueError, naming it, for one that is there twice."
+    names = [class_name(o) for o in classes]
+    if twice := [o for i, o in enumerate(names) if o in names[:i]]:
+        raise ValueError(f"classes must have different names, got {twice[0]!r} {names.count(twice[0])} times: rename "
+                         "one, or join them (1 and '1' are the same name)")
+    return names
 
 # %% ../nbs/01a_splits.ipynb #3732470e
 @dataclass
 class Split:
     "One set of images. `len(split)` is the number of images."
-    images: list[str] | np.ndarray # File names, or a uint8 array (N, H, W, C) with C = 1 or 3
+    images: list[str] | np.ndarray # File names (list, array, column), or a uint8 array (N, H, W, C) with C = 1 or 3
     labels: np.ndarray | None = None # int64 (N,), an index into `Splits.classes`; None where labels are not known
     hidden: np.ndarray | None = None # int64 (N,): true labels of an unlabeled split, to judge with; never trained on
     groups: np.ndarray | None = None # int64 (N,): no group lies on both sides of a hold-out or fold
 
     def __post_init__(self):
-        if isinstance(self.images, np.ndarray):
-            if self.images.dtype != np.uint8 or self.images.ndim != 4:
-                raise ValueError("images must be a uint8 array (N, H, W, C), "
-                                 f"got {self.images.dtype} {self.images.shape}")
-        else: self.images = [str(o) for o in self.images]
+        self.images = as_images(self.images)
         for name in ('labels', 'hidden', 'groups'):
             values = getattr(self, name)
             if values is None: continue
-            setattr(self, name, values := np.asarray(values, dtype=np.int64))
+            setattr(self, name, values := _whole_numbers(values, name))
             if values.shape != (len(self.images),):
                 raise ValueError(f"{len(self.images)} images but {name} of shape {values.shape}: one "
                                  f"{'group' if name == 'groups' else 'label'} per image is needed")
@@ -46,6 +97,20 @@ class Split:
         images = self.images[idxs] if isinstance(self.images, np.ndarray) else [self.images[i] for i in idxs]
         return Split(images, *(None if o is None else o[idxs] for o in (self.labels, self.hidden, self.groups)))
 
+# %% ../nbs/01a_splits.ipynb #0dd1c954
+def _check_names(splits):
+    "Refuse a file that would be labeled twice, or has two labels, whatever way its name is spelled."
+    for name in ('labeled', 'unlabeled', 'valid', 'test'):
+        split = getattr(splits, name)
+        if split is None or isinstance(split.images, np.ndarray): continue
+        seen: dict[str, int] = {}
+        for i, f in enumerate(split.images):
+            if (j := seen.setdefault(os.path.abspath(f), i)) == i: continue
+            labels = [] if split.labels is None else [splits.classes[split.labels[o]] for o in (j, i)]
+            if labels and labels[0] == labels[1]: continue
+            what = f" with the labels {labels[0]!r} and {labels[1]!r}" if labels else ''
+            raise ValueError(f"the {name} images must be different files, got {f!r} twice{what}: list every file once")
+
 # %% ../nbs/01a_splits.ipynb #0dd1c955
 @dataclass
 class Splits:
@@ -57,7 +122,7 @@ class Splits:
     classes: list[str] # K class names
 
     def __post_init__(self):
-        self.classes = [str(o) for o in self.classes]
+        self.classes = class_names(self.classes)
         for name in ('labeled', 'valid', 'test'):
             split = getattr(self, name)
             if split is None: continue
@@ -69,6 +134,7 @@ class Splits:
         if missing:
             raise ValueError(f"no labeled image of class {', '.join(map(repr, missing))}: every class needs at least "
                              "one")
+        _check_names(self)
 
     def __repr__(self) -> str:
         splits = ((n, getattr(self, n)) for n in ('labeled', 'unlabeled', 'valid', 'test'))
