@@ -43,7 +43,7 @@ class ImageRounds(Task):
                  tell: Callable[[str, int, int], None] # Called with (stage, done, total)
                 ):
         super().__init__(setup.data, setup.recipe, setup.archs, setup.seed, setup.device, learners.dir, tell)
-        self.setup, self.speed, self.opened = setup, setup.speed, learners.opened
+        self.setup, self.settled, self.opened = setup, setup.settled, learners.opened
         self.learners, self.heads, self.timing = learners, heads, timing
         self.labeling = Labeling(learners, heads, tell)
 
@@ -132,7 +132,7 @@ class ImageTask(ImageRounds):
         if self.timing.is_left_out(k):
             if not rank():
                 warnings.warn(f"round {k} is left out: there is no time for it in {duration(self.setup.limit or 0.)}; "
-                              f"with a longer time_limit and size={self.recipe.size} the run goes on")
+                              "with a longer time_limit the run goes on")
             return False
         while not self.dir.is_done(k):
             if torch.cuda.is_initialized(): gc.collect() # learners of earlier rounds hold its memory
