@@ -129,6 +129,7 @@ class Folds(ImageTask):
 
     def prepare(self, begun):
         if all(self.dir.is_done(k) for k in range(self.recipe.rounds + 1)): return
+        self.opened.all_given()
         timings = [part.task.timing for part in self.parts]
         def open_clocks(): # all folds share what was spent before the first one begins
             for o in timings: o.opening = (time.perf_counter() - begun + self.timing.making) / len(timings)
@@ -139,7 +140,7 @@ class Folds(ImageTask):
 
     def make(self, k):
         for part in self.parts: part.fit_to(k)
-        if not all(o.dir.is_done(k) for o in self.parts): return False # left out, for lack of time
+        if not all(o.dir.is_done(k) for o in self.parts): self.say_left_out(k); return False
         self._join(k)
         return True
 

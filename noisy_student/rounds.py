@@ -216,8 +216,8 @@ class NoisyStudent(ImageLoop):
         directory, given = RunDir(run_folder(path, data)), open_data(data, seed=seed)
         setup = settle(
             given if folds is None else joined(given), archs, recipe, noise, seed=seed, device=device, limit=limit,
-            folds=folds, before=directory.about if directory.has_begun() else {}, pseudo_labels=pseudo_labels, metrics=metrics,
-            auto_batch=auto_batch, cbs=cbs, settings=settings)
+            folds=folds, before=directory.about if directory.has_begun() else {}, pseudo_labels=pseudo_labels,
+            metrics=metrics, auto_batch=auto_batch, cbs=cbs, settings=settings)
         tell = (lambda *_: None) if rank() else progress or default_progress()
         task: Any = (ImageTask.assemble(setup, directory, tell) if folds is None
                      else Folds.assemble(setup, directory, tell, folds, fingerprint(given), Loop))

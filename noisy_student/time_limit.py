@@ -215,8 +215,8 @@ def tell_plan(
     whole = table.seconds.sum()
     parts = table[table.stage != 'evaluation'].groupby('stage', sort=False).seconds.sum()
     if limit and gone + whole > 1.1 * limit:
-        warnings.warn(f"time_limit={duration(limit)} is less than the least that this run takes, {duration(gone + whole)}: "
-                      "a smaller size, network or pool would fit")
+        warnings.warn(f"time_limit={duration(limit)} is less than the least that this run takes, "
+                      f"{duration(gone + whole)}: a smaller size, network or pool would fit")
     stages = ', '.join(f'{k} {duration(v)}' for k, v in parts.items())
     spent = f'; reading, measuring and finished rounds took {duration(gone)}' if gone >= 5 else ''
     print(f'plan: about {duration(whole)} ({stages}){spent}', file=sys.stderr, flush=True)
