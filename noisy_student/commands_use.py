@@ -58,7 +58,8 @@ def predict(
 def export(
     model: ModelArg,
     out: Annotated[str, typer.Option(metavar='FILE', help=(
-        "File to write: .safetensors for timm, .onnx for everything else (needs pip install onnx onnxscript)."))] = 'model.onnx',
+        "File to write: .safetensors for timm, .onnx for everything else (needs "
+        "pip install onnx onnxscript)."))] = 'model.onnx',
 ):
     """Write a trained network as weights for timm, or as ONNX with images (B, C, size, size) in and logits (B, K) out.
 

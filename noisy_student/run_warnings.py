@@ -143,9 +143,10 @@ def unfinished_warnings(run: RunRecord # From `read_run`
 
 def run_warnings(run: RunRecord # From `read_run`
                 ) -> list[str]: # Sentences, the most serious first; none if all is well
-    """What looks wrong with a run: rounds that are not there, leaks, a network at chance level, students below their teachers, classes that
-    collapse, a threshold that does nothing."""
+    """What looks wrong with a run: rounds that are not there, leaks, a network at chance level, students below their
+    teachers, classes that collapse, a threshold that does nothing."""
     last = chance_warnings(run.metrics[-1], run.about) if run.metrics else []
     given = dict.fromkeys(o.threshold for o in run.labels.values() if o.threshold is not None and o.share is None)
     low = [s for t in given for s in threshold_warnings(t, len(run.classes))]
-    return unfinished_warnings(run) + leak_warnings(run.leaks) + last + low + [o for m in run.metrics for o in round_warnings(run, m['round'])]
+    rounds = [o for m in run.metrics for o in round_warnings(run, m['round'])]
+    return unfinished_warnings(run) + leak_warnings(run.leaks) + last + low + rounds

@@ -476,17 +476,19 @@ def test_a_competition_in_one_command(call, mistake, tmp_path):
         (tmp_path/part).mkdir()
         for i in range(n):
             picture(((200, 60, 60), (60, 60, 200))[i % 2], seed=i).save(tmp_path/part/f'{part[:2]}{i}.png')
-    pd.DataFrame(dict(id=[f'tr{i}' for i in range(12)], color=['red', 'blue'] * 6)).to_csv(tmp_path/'t.csv', index=False)
+    table = pd.DataFrame(dict(id=[f'tr{i}' for i in range(12)], color=['red', 'blue'] * 6))
+    table.to_csv(tmp_path/'t.csv', index=False)
     order = [f'te{i}' for i in (3, 0, 4, 1)]
     pd.DataFrame(dict(id=order, color='red')).to_csv(tmp_path/'sample.csv', index=False)
-    line = ['run', tmp_path/'t.csv', '--images', tmp_path/'train_images', '--unlabeled', tmp_path/'test_images', '--out',
+    tests, out = tmp_path/'test_images', tmp_path/'s.csv'
+    line = ['run', tmp_path/'t.csv', '--images', tmp_path/'train_images', '--unlabeled', tests, '--out',
             tmp_path/'run', '--rounds', 1, '--threshold', 0, '--force', *SMALL]
-    mistake(r"--predict and --csv go together", *line, '--csv', tmp_path/'s.csv')
-    mistake(r"nowhere.csv", *line, '--predict', tmp_path/'test_images', '--csv', tmp_path/'s.csv', '--like', 'nowhere.csv')
-    mistake(r"no such file", *line, '--predict', tmp_path/'tost_images', '--csv', tmp_path/'s.csv')
+    mistake(r"--predict and --csv go together", *line, '--csv', out)
+    mistake(r"nowhere.csv", *line, '--predict', tests, '--csv', out, '--like', 'nowhere.csv')
+    mistake(r"no such file", *line, '--predict', tmp_path/'tost_images', '--csv', out)
     assert not (tmp_path/'run').exists()
-    call(*line, '--predict', tmp_path/'test_images', '--csv', tmp_path/'s.csv', '--like', tmp_path/'sample.csv')
-    written = pd.read_csv(tmp_path/'s.csv')
+    call(*line, '--predict', tests, '--csv', out, '--like', tmp_path/'sample.csv')
+    written = pd.read_csv(out)
     assert list(written) == ['id', 'color'] and list(written.id) == order and set(written.color) <= {'red', 'blue'}
-    call(*line, '--predict', tmp_path/'test_images', '--csv', tmp_path/'all.csv', '--columns', 'id,color')
+    call(*line, '--predict', tests, '--csv', tmp_path/'all.csv', '--columns', 'id,color')
     assert set(pd.read_csv(tmp_path/'all.csv').id) == {f'te{i}' for i in range(5)}  # as the table names its images

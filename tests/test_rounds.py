@@ -250,8 +250,10 @@ def stop_in(name):
     return stop
 
 
-def test_torn_checkpoint_is_noticed(tmp_path):
+def test_torn_checkpoint_is_noticed(tmp_path, monkeypatch):
+    from noisy_student.checkpoints import RunState
     from noisy_student.rounds import NoisyStudent
+    monkeypatch.setattr(RunState, "every", 0.)
     data, calls = miniature(), []
 
     def stop(*a):
