@@ -39,7 +39,8 @@ def measured(arch: str, how: str, folder: Path, a) -> dict:
             files.wait()
             done.append(time.perf_counter() - begun)
     def ms(o): return round(1e3 * float(np.median(o[1:])), 1)  # the first one warms up
-    return dict(device=a.device, model=arch, candidate=how, megabytes=round(files.file.stat().st_size / 1e6, 1), waits_ms=ms(waits),
+    return dict(device=a.device, model=arch, candidate=how,
+                megabytes=round(files.file.stat().st_size / 1e6, 1), waits_ms=ms(waits),
                 done_ms=ms(done), repetitions=len(waits) - 1)
 
 
