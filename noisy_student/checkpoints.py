@@ -33,8 +33,9 @@ class Checkpoint:
     "The state of a training in a file, and the state before it in another: at any moment one of the two is whole."
     def __init__(self,
         file: str | Path, # The later one
+        behind: Callable = lambda f, *args: f(*args), # A `Behind`, which writes it in a thread; else it is waited for
     ):
-        self.file = Path(file)
+        self.file, self.behind = Path(file), behind
         self.previous = self.file.with_name('previous.safetensors')
 
     def load(self,
@@ -51,9 +52,15 @@ class Checkpoint:
     def save(self,
         state: dict, # As `pack` takes it
     ) -> None:
-        "Write it; what was the later file becomes the previous one. Raises OSError, naming the file."
+        "Write it as it is now; what was the later file becomes the previous one. Raises OSError, naming the file."
         tensors: dict = {}
-        skeleton = json.dumps(pack(state, tensors))
+        self.behind(self._write, tensors, json.dumps(pack(state, tensors))) # copies, which training does not change
+
+    def wait(self) -> None:
+        "Until all is written. Raises what writing raised."
+        self.behind(lambda: None)
+
+    def _write(self, tensors, skeleton):
         new = save_tensors(tensors, self.file.with_name('new.safetensors'), dict(skeleton=skeleton))
         if self.file.exists(): os.replace(self.file, self.previous)
         into_place(new, self.file)
@@ -81,8 +88,9 @@ class _Resumed(Callback):
         file: str | Path, # The checkpoint
         progress: Callable[[int, int], None] | None = None, # Called with (done, total) batches, see `RunState`
         asked: Sequence[int] = (), # Signals to stop at the next step, as `stoppable` notes them
+        behind: Callable = lambda f, *args: f(*args), # As `Checkpoint` takes it
     ):
-        self.files, self.progress, self.asked = Checkpoint(file), progress, asked
+        self.files, self.progress, self.asked = Checkpoint(file, behind), progress, asked
         self.start, self.first, self.seconds = 0, 0, 0.
         self.within: tuple[int, int] | None = None # Batches of an epoch that was begun, done and in all
         self.history: list[dict] = []
@@ -153,7 +161,7 @@ def named_figures(
 class RunState(_Resumed):
     """Saves everything to one file as training goes on, and goes on from it. `progress` may have a method `epoch`,
     called with (done, total, figures). Raises FloatingPointError if training diverged, `Stopped` on a signal."""
-    every = 600. # Seconds between checkpoints within an epoch
+    every = 30. # Seconds between checkpoints at the end of epochs; within an epoch twice as many
 
     # errors pass as they are, without fastai's "Exception occured in": their messages are for the user
     def __call__(self,
@@ -172,10 +180,10 @@ class RunState(_Resumed):
         if self.progress: self.progress(self.epoch * self.n_iter + self.done, self.n_epoch * self.n_iter)
         if self.done % 100 == 0: self._check_loss() # rarely: it waits for the device
         if self.in_step: return
-        if isinstance(self.dls.train, MixedDL) and (self.asked or time.monotonic() - self.saved >= self.every):
+        if isinstance(self.dls.train, MixedDL) and (self.asked or self._is_due(2)):
             self._check_loss()
             self._save(self.epoch - 1, random_state(), batch=self.done, n_iter=self.n_iter, pct=self.pct_train)
-        if self.asked: raise Stopped(self.asked[0])
+        if self.asked: self.files.wait(); raise Stopped(self.asked[0])
 
     def after_validate(self): self.rng = random_state()
 
@@ -189,9 +197,10 @@ class RunState(_Resumed):
         figures = dict(train_loss=loss, valid_loss=valid, valid_accuracy=acc,
                        **named_figures(self.learn.metrics[1:], self.recorder.log[4:]))
         self.history.append(dict(epoch=self.epoch, **figures))
-        self._save(self.epoch, self.rng)
+        if self._is_due() or self.epoch + 1 == self.n_epoch: self._save(self.epoch, self.rng)
         if tell := getattr(self.progress, 'epoch', None): tell(self.epoch + 1, self.n_epoch, figures)
 
+    def _is_due(self, times=1): return time.monotonic() - self.saved >= times * self.every
     def _check_loss(self): _check_loss(self.recorder, self.start * self.n_iter + self.first, self.n_iter)
 
     def _save(self, epoch, rng, **within):

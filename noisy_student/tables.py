@@ -16,6 +16,7 @@ import pandas as pd
 
 from .files import did_you_mean, folders_beside
 from .folders import from_folder
+from .columns import found_columns
 from .dataframes import from_df # public here too
 from .splits import Splits
 
@@ -51,26 +52,28 @@ def _typed(column):
 def from_csv(
     file: str | Path, # A row per image; the first line names the columns
     folder: str | Path | None = None, # Where the file names begin; None: the folder of `file`
-    image: str | int = 'image', # Column of file names, by name or number
-    label: str | int = 'label', # Column of labels; empty for an unlabeled image
+    image: str | int = 'image', # Column of file names, by name or number; else that whose entries are files
+    label: str | int = 'label', # Column of labels; empty for an unlabeled image; else the one that is left
     valid: str | int | None = None, # Column of True and False, or 1 and 0; None: a part is held out
     group: str | int | None = None, # Column of what belongs together, such as a patient; None: nothing does
-    suffix: str = '', # Put behind every file name, such as '.jpg'
+    suffix: str = '', # Put behind every file name, such as '.jpg'; '': none, or what makes all of them files
     unlabeled: str | Path | list[str] | pd.DataFrame | None = None, # As for `from_df`; or a .csv file
     test: str | Path | pd.DataFrame | None = None, # As for `from_df`; or a .csv file
     valid_pct: float | None = 0.2, # Share held out where `valid` is None, in [0, 1); 0 or None: nothing
     seed: int = 0, # Which images are held out
 ) -> Splits:
     "Splits from a CSV file. Raises as `from_df`, and ValueError for a file that is no table."
-    df = _labeled_csv(file, label)
-    beside = Path(file).parent
+    df, beside = read_table(file), Path(file).parent
     if folder is not None and not os.path.isdir(folder) and (beside/folder).is_dir():
         raise FileNotFoundError(f"no folder {folder} here, but beside the table: give {beside/folder}")
     folder = beside if folder is None else folder
-    first = str(df.columns[image] if isinstance(image, int) and -len(df.columns) <= image < len(df.columns) else '')
+    image, label = found_columns(df, image, label, folder, suffix)
+    by_number = isinstance(image, int) and -len(df.columns) <= image < len(df.columns)
+    first = str(df.columns[image] if by_number else image if image in df.columns else '') # type: ignore[index]
     if first and os.path.isfile(os.path.join(folder, first + suffix)):
         raise ValueError(f"{file} has no header: its first line names an image; it must name the columns")
-    if is_table(test): test = _labeled_csv(test, label)
+    df = _with_types(df, label)
+    if is_table(test): test = _with_types(read_table(test), label) # type: ignore[arg-type]
     if is_table(unlabeled): unlabeled = read_table(unlabeled) # type: ignore[arg-type]
     return from_df(df, folder, image, label, valid, group, suffix, unlabeled, test, valid_pct, seed)
 
@@ -80,9 +83,8 @@ def is_table(
     "Whether it is the name of a CSV file."
     return isinstance(o, (str, Path)) and str(o).lower().endswith('.csv') and not os.path.isdir(o)
 
-def _labeled_csv(file, label):
-    "A CSV file, with labels of their type."
-    df = read_table(file)
+def _with_types(df, label):
+    "A table of texts with labels of their type."
     if label in df.columns: return df.assign(**{label: _typed(df[label])})
     if isinstance(label, int) and -len(df.columns) <= label < len(df.columns):
         df = df.astype(object); df.isetitem(label, _typed(df.iloc[:, label]))
