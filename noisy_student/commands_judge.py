@@ -36,11 +36,11 @@ def _accuracy(t, split, name, progress):
 def _trained_by_all(path, splits):
     "Whether a run with folds knows the validation images, all of which trained."
     import pandas as pd
-    from noisy_student.opened_images import fingerprint
+    from noisy_student.same_data import is_same
     try: config = unsealed(path/'run.json')['config']
     except (OSError, ValueError, KeyError): return False
     if not config.get('folds'): return False
-    if not isinstance(splits.valid.images, list): return config.get('data') == fingerprint(splits)
+    if not isinstance(splits.valid.images, list): return is_same(splits, config)
     tables = (pd.read_csv(f, usecols=['item']) for f in path.glob('round_*/oof.csv'))
     known = {os.path.abspath(str(o)) for t in tables for o in t.item}
     return any(os.path.abspath(o) in known for o in splits.valid.images)

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from .archives import is_archive
-from .splits import Split, as_images
+from .splits import Split, as_images, utf8_names
 from .label_table import PseudoLabelError
 
 # %% ../nbs/05b_label_pool.ipynb #7d0a0573
@@ -63,8 +63,6 @@ def digest(items: list[str] | np.ndarray | pd.DataFrame # File names, pixels or 
     if isinstance(items, pd.DataFrame):
         data = pd.util.hash_pandas_object(items, index=False).to_numpy().tobytes()
         return hashlib.sha256(json.dumps(list(map(str, items.columns))).encode() + data).hexdigest()[:16]
-    try: data = '\n'.join(items).encode() if isinstance(items, list) else np.ascontiguousarray(items)
-    except UnicodeEncodeError as e:
-        name = next(o for o in items if o.encode('utf-8', 'ignore').decode() != o)
-        raise PseudoLabelError(f"the file name {name!r} is not UTF-8, as a table needs it: rename the file") from e
+    try: data = '\n'.join(utf8_names(items)).encode() if isinstance(items, list) else np.ascontiguousarray(items)
+    except ValueError as e: raise PseudoLabelError(str(e)) from None
     return hashlib.sha256(data).hexdigest()[:16]

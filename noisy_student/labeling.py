@@ -14,6 +14,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from torch import nn
@@ -52,6 +54,12 @@ class _NoisedTeacher(nn.Module):
     def state_dict(self, *args, **kwargs): return self.model.state_dict(*args, **kwargs)
 
 # %% ../nbs/08d_labeling.ipynb #ae000008
+# whether the first item of a table is one of these
+def _speaks_of(file, names):
+    try: first = pq.ParquetFile(file).read_row_group(0, ['item'])['item'][:1].to_pylist()
+    except (pa.ArrowException, OSError): return True # empty or damaged: labeling sees to it
+    return not first or first[0] in names
+
 class Labeling:
     "Labels the pool of a run and selects from the labels."
     def __init__(self, learners: Learners, # Of the run
@@ -83,7 +91,8 @@ class Labeling:
             except PseudoLabelError as e: warnings.warn(f"{e}; it is made again now")
         if a.recipe.relabel == 'all' or not before.exists(): return self.label_pool(k - 1, a.dir.round(k), tell)
         if not rank():
-            images = a.data.unlabeled.images if isinstance(a.data.unlabeled.images, np.ndarray) else None
+            images = a.data.unlabeled.images
+            if not isinstance(images, np.ndarray): images = list(a.opened.items())
             relabel_pseudo_labels(self.teacher(k - 1), before, out, images, bs=256, progress=tell)
         barrier()
         return read_selection(out)
@@ -97,8 +106,9 @@ class Labeling:
         r, images, names = a.recipe, a.data.unlabeled.images, None
         if not isinstance(images, np.ndarray): images, names = opened.images('unlabeled').images, list(opened.items())
         out = folder/'pseudo_labels'
-        if not rank() and set(out.glob('part-*')) - set(out.glob(f'part-*-of-{world():05d}-*')):
-            shutil.rmtree(out) # begun by another number of processes, and not selected from
+        old = [] if rank() else sorted(out.glob('part-*'))
+        if set(old) - set(out.glob(f'part-*-of-{world():05d}-*')) or old and names and not _speaks_of(old[0], names):
+            shutil.rmtree(out) # begun by another number of processes or elsewhere, and not selected from
         barrier()
         bs = 256 if a.device.type == 'cpu' else None # on a GPU as many as fit
         predict_pseudo_labels(self.teacher(k), images, out, rank(), world(), names=names, temperature=r.temperature,
@@ -111,4 +121,3 @@ class Labeling:
                                  binned=r.binned, seed=a.seed, **which)
         barrier()
         return read_selection(folder/'selected.parquet')
-

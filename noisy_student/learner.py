@@ -178,8 +178,8 @@ def noisy_student_learner(
     if not n_out: raise ValueError("n_out must be given, since dls do not say how many classes there are")
     if n_out < 2: raise ValueError(f"n_out must be at least 2, a score for each class, got {n_out}: give two classes")
     if loss_func is not None and (class_weights is not None or label_smoothing):
-        name = 'class_weights' if class_weights is not None else 'label_smoothing'
-        raise ValueError(f"{name} must be left out beside a loss_func of your own: give it to that")
+        name = 'class_weights must be None' if class_weights is not None else 'label_smoothing must be 0'
+        raise ValueError(f"{name} beside a loss_func of your own: give it to that")
     image = _first_image(dls.train)
     n_in = _channels(dls, image, n_in)
     model = create_model(arch, n_out, n_in, pretrained)
