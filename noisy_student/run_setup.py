@@ -85,9 +85,9 @@ def _check_given(given, data): # labels made elsewhere
 def _tell_kept(kept, other, first, limit):
     def said(o): return 'no time_limit' if o is None else f'time_limit={duration(o)}'
     a, b = kept.to_json(), other.to_json()
-    if other := [k for k in a if a[k] != b[k]]:
+    if names := [k for k in a if a[k] != b[k]]:
         warnings.warn(f"the run goes on with the settings that were chosen for {said(first)} when it began; those for "
-                      f"{said(limit)} would be others ({', '.join(other)}): name another folder to have them")
+                      f"{said(limit)} would be others ({', '.join(names)}): name another folder to have them")
 
 # Whether there are images for all that the recipe wants
 def _check_images(s):
