@@ -8,7 +8,7 @@ Docs: https://noisy-student.github.io/noisy_student/clean_views.html.md"""
 __all__ = ['view_of']
 
 # %% ../nbs/05c_clean_views.ipynb #0db311e3
-import dis, io, os
+import io, os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+import fastai.callback.progress # noqa: F401, no_bar, no_logging
 from fastai.data.core import DataLoaders, Datasets, TfmdLists
 from fastai.data.transforms import ColReader
 from fastai.learner import Learner
 from fastai.torch_core import to_device
 from fastai.vision.core import PILBase
+from fastcore.basics import noop
 from PIL import Image
 from torch import Tensor, nn
 
@@ -118,7 +120,8 @@ class _FastaiView(_View):
             return cls(img.convert(cls._open_args['mode']))
         try:
             with open_item(o) as f: data = f.read()
-            if (n := np.prod(Image.open(io.BytesIO(data)).size)) > MAX_PIXELS: raise ValueError(f"{n:,} pixels are too many")
+            if (n := np.prod(Image.open(io.BytesIO(data)).size)) > MAX_PIXELS:
+                raise ValueError(f"{n:,} pixels are too many")
             return cls.create(data)
         except Exception as e: # decoders raise all sorts
             try: load_image(o)
@@ -137,8 +140,8 @@ class _FastaiView(_View):
     def _item(self, o): # what the loader takes
         name = "the teacher's own loader (get_x or another than PILImage.create)"
         if not isinstance(o, str):
-            raise PseudoLabelError(f"{name} must see the images as they are read, got an array: give names of files, or "
-                                   "the network itself, with size, mean and std")
+            raise PseudoLabelError(f"{name} must see the images as they are read, got an array: give names of files, "
+                                   "or the network itself, with size, mean and std")
         if split_item(o)[1] is not None:
             raise PseudoLabelError(f"{name} cannot open what lies in an archive, got {o}: unpack it")
         if not os.path.isfile(o): load_image(o) # which says why
@@ -156,16 +159,26 @@ def _plain_loader(tl):
     cls = next((t for t in tl.types[::-1] if isinstance(t, type) and issubclass(t, PILBase)), None)
     return cls if names[:1] == ['PILBase.create'] else None
 
-# callbacks that change what the network gets or gives, which `get_preds` calls
-def _check_callbacks(learn):
-    for cb in learn.cbs:
-        if not cb.run_valid or type(cb).__module__.split('.')[0] in ('fastai', 'noisy_student'): continue
-        for event in ('before_batch', 'after_pred'):
-            code = getattr(getattr(type(cb), event, None), '__code__', None)
-            if code and any(i.opname == 'STORE_ATTR' and i.argval in ('xb', 'pred') for i in dis.get_instructions(code)):
-                raise PseudoLabelError(f"the callback {type(cb).__name__} changes images or outputs in {event}, which "
-                                       "labeling does without: make it a batch transform or a part of the network, or "
-                                       "set run_valid=False")
+# whether `get_preds`, which calls the user's callbacks, has the network see and say something else
+def _check_callbacks(learn, view, items):
+    own = [type(o).__name__ for o in learn.cbs if o.run_valid
+           and type(o).__module__.split('.')[0] not in ('fastai', 'noisy_student')
+           and any(hasattr(type(o), event) for event in ('before_batch', 'after_pred'))]
+    x = view(items[:2])[0] if own else None
+    if x is None: return
+    met = {}
+    hook = learn.model.register_forward_hook(lambda _, xb, y: met.update(x=xb[0], y=y))
+    try:
+        with learn.no_bar(), learn.no_logging(): y = learn.get_preds(dl=[(x.to(learn.dls.device),)], act=noop)[0]
+    except Exception: return # of any kind: a callback that does not bear being asked
+    finally: hook.remove()
+    def close(a, b): # to within float16
+        a, b = a.cpu().float().as_subclass(Tensor), b.cpu().float().as_subclass(Tensor)
+        return a.shape == b.shape and torch.allclose(a, b, 1e-2, 1e-2)
+    if not (close(x, met['x']) and close(y, met['y'])):
+        raise PseudoLabelError(f"callbacks of the teacher must not change what its network gets or gives, got "
+                               f"{', '.join(own)}, which labeling does without: make that a batch transform or a part "
+                               "of the network, or set run_valid=False")
 
 # rows, through the procs of a tabular learner: categories and continuous values
 class _RowView(_View):
@@ -189,8 +202,9 @@ def view_of(teacher: Learner | nn.Module, # What is to see
         dls: DataLoaders = teacher.dls
         if isinstance(items, pd.DataFrame): return _RowView(dls)
         if hasattr(dls, 'clean_view'): return _PixelView(dls.clean_view, device, size=dls.size)
-        _check_callbacks(teacher)
-        return _FastaiView(dls)
+        view = _FastaiView(dls)
+        _check_callbacks(teacher, view, items)
+        return view
     cfg = getattr(teacher, 'pretrained_cfg', None) or {}
     size = size or (cfg.get('input_size') or (None,))[-1]
     if not size and isinstance(items, list):

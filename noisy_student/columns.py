@@ -62,13 +62,16 @@ def image_files(
     return [os.path.normpath(os.path.join(folder, f'{o}{suffix}')) for o in names]
 
 # %% ../nbs/01f_columns.ipynb #162398a9
+def _listings(files):
+    "Names in the folder of each file: on a network drive a look per file would take an hour longer."
+    return {d: set(os.listdir(d)) if os.path.isdir(d) else set() for d in {os.path.dirname(o) for o in files}}
+
 def check_files(
     files: list[str], # Absolute
     folder: str | Path, # Where their names begin, for the message
 ) -> None:
     "Raise a FileNotFoundError that helps, unless every file is there, in a folder or in an archive."
-    # a listing per folder, not a look per file: on a network drive that is the difference of an hour
-    content = {d: set(os.listdir(d)) if os.path.isdir(d) else set() for d in {os.path.dirname(o) for o in files}}
+    content = _listings(files)
     missing = [o for o in files if os.path.basename(o) not in content[os.path.dirname(o)]]
     archives = {a for a, inside in map(split_item, missing) if inside and os.path.isfile(a)}
     inside = {o for a in archives for o in list_archive(a)}
@@ -92,9 +95,10 @@ def found_suffix(
 ) -> str: # Such as '.jpg'; empty where names are whole, or it is not certain
     "The suffix without which no name is a file, and with which every name is one."
     files = image_files(names, folder)
-    content = {d: set(os.listdir(d)) if os.path.isdir(d) else set() for d in {os.path.dirname(o) for o in files}}
+    if not files or os.path.exists(files[0]): return '' # as most tables have it: nothing to list
+    content = _listings(files)
     def is_there(file, suffix=''): return os.path.basename(file) + suffix in content[os.path.dirname(file)]
-    if not files or any(map(is_there, files)): return ''
+    if any(map(is_there, files)): return ''
     first = os.path.basename(files[0])
     beside = (o[len(first):] for o in content[os.path.dirname(files[0])] if o.startswith(first + '.'))
     fits = [o for o in beside if is_image(f'x{o}') and all(is_there(f, o) for f in files)]

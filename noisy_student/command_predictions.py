@@ -79,7 +79,7 @@ def predicted(
     "A table of predictions, with progress. Raises ValueError if no image can be read."
     from noisy_student.predictions import predict_table
     with show_progress() as progress:
-        table = predict_table(network, **named, progress=lambda done, all: progress('predicting (images)', done, all))
+        table = predict_table(network, **named, progress=lambda done, n: progress('predicting (images)', done, n))
     if table.label.isna().all(): raise ValueError("none of the images can be read: see the warning above")
     return table
 

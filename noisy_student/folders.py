@@ -82,8 +82,8 @@ def _tell_unused(path):
     if (path/'valid').is_dir() and (path/'val').is_dir(): unused.append(f"{path/'val'} (beside {path/'valid'})")
     if loose := images_in(path): unused.append(f"{len(loose)} images directly in {path} ({loose[0]}, ...)")
     if unused:
-        warnings.warn(f"{', '.join(unused)}: not used; images are looked for in train, valid (or val), test and unlabeled "
-                      f"in {path}")
+        warnings.warn(f"{', '.join(unused)}: not used; images are looked for in train, valid (or val), test and "
+                      f"unlabeled in {path}")
 
 def _has_images(folder):
     "Whether one is in it, at any depth, and it is no run"

@@ -126,8 +126,9 @@ class ImageTask(ImageRounds):
         if self.recipe.rounds in todo: check_metrics(self.learners)
         self.timing.start(begun)
         self.opened.check_leaks()
-        if todo: self.opened.all_given()
-        if todo and not rank(): self.timing.tell()
+        if not todo: return
+        self.opened.all_given()
+        if not rank(): self.timing.tell()
 
     def make(self, k):
         if self.timing.is_left_out(k):

@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 
 from .archives import is_archive
-from .splits import Split, as_images, utf8_names
+from .inputs import as_images, utf8_names
+from .splits import Split
 from .label_table import PseudoLabelError
 
 # %% ../nbs/05b_label_pool.ipynb #7d0a0573

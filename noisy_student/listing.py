@@ -71,8 +71,8 @@ def list_files(
                       "one, such as .png")
     if tables := [f for f in found if is_own_table(f)]: found = sorted({*found} - {*tables})
     if own or tables:
-        warnings.warn(f"{', '.join([*own, *tables][:3])} in {folder} {'is' if len(own + tables) == 1 else 'are'} no images "
-                      "but results of this package: left out; write runs and labels to a folder beside the images")
+        warnings.warn(f"{', '.join([*own, *tables][:3])} in {folder}: left out, as runs and labels of this package are "
+                      "no images; write them to a folder beside the images")
     if other:
         warnings.warn(f"{len(other)} files in {folder} are no images of a kind that can be read, and are left out "
                       f"({os.path.relpath(other[0], folder)}, ...): convert or unpack them")

@@ -82,8 +82,9 @@ class SoftLabelCrossEntropy(nn.Module):
         _check(label_smoothing, labeled, unlabeled_weight, reduction, weight)
         self.label_smoothing, self.labeled, self.unlabeled_weight = label_smoothing, labeled, unlabeled_weight
         self.reduction = self._chosen = reduction
-        self._looked = False
         self.register_buffer('weight', None if weight is None else weight.detach().float())
+
+    _looked = False # at predictions
 
     def forward(self, pred: Tensor, targ: Tensor) -> Tensor:
         # fastai's tensor subclasses do not mix (an image model's output with a category), plain tensors do.

@@ -78,15 +78,6 @@ def _arguments(factory, n_out, c_in):
     if len(required) == 1: return [n_out], named
     return [], {**named, **(dict(num_classes=n_out) if free and not required else {})}
 
-def _with_outputs(model, n_out, name):
-    "`model`, if it has a score for each class, as far as its layers tell"
-    try: found = {o.weight.shape[0] for o in last_layers(model)}
-    except ValueError: found = set() # no classifier by a known name
-    if n_out and found and found != {n_out}:
-        raise ValueError(f"{name} must make {n_out} outputs, one per class, got {', '.join(map(str, sorted(found)))}: "
-                         "give it an argument num_classes, or a last layer of that width")
-    return model
-
 def _call(factory, n_out, c_in, pretrained):
     "The network that a function makes"
     name, (args, kwargs) = arch_name(factory), _arguments(factory, n_out or 1, c_in)
@@ -101,7 +92,11 @@ def _call(factory, n_out, c_in, pretrained):
                          "function of one argument, such as lambda n_out: Net(n_out)") from e
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name} must return an nn.Module, got {type(model).__name__}")
-    _with_outputs(check_ending(model), n_out, name)
+    found = {o.weight.shape[0] for o in last_layers(model)}
+    if n_out and found and found != {n_out}:
+        raise ValueError(f"{name} must make {n_out} outputs, one per class, got {', '.join(map(str, sorted(found)))}: "
+                         "give it an argument num_classes")
+    check_ending(model)
     if 'weights' in known: _load_torchvision(model, factory, name)
     return model if n_out else _without_head(model)
 
@@ -142,7 +137,11 @@ def create_model(
         if not isinstance(pretrained, bool):
             raise ValueError("pretrained must be True or False for a module, got a file: call "
                              "load_pretrained(module, file) instead")
-        return _with_outputs(check_ending(arch), n_out, f"the {type(arch).__name__}")
+        widths = {n for p in arch.parameters() for n in p.shape}
+        if n_out and widths and n_out not in widths: # which layer gives the scores is not known of every network
+            raise ValueError(f"the network must make {n_out} outputs, one per class, got a {type(arch).__name__} with "
+                             "no layer of that width: give its last layer as many outputs as there are classes")
+        return check_ending(arch)
     if not (isinstance(arch, str) or callable(arch)):
         raise ValueError(f"arch must be a name, a module or a function that makes one, got {type(arch).__name__}")
     model = (_build if isinstance(arch, str) else _call)(arch, n_out, c_in, pretrained is True)

@@ -21,7 +21,7 @@ from fastai.learner import Learner
 from torch import nn
 
 from .one_label import check_ending, check_loss, check_targets
-from .splits import class_names
+from .inputs import class_names
 from .models import create_model, load_tensors, load_weights, save_weights, unwrapped
 
 # %% ../nbs/03p_network.ipynb #b1000006
@@ -48,8 +48,8 @@ def check_stats(mean: Sequence[float], # Per channel
     "Raises ValueError for numbers that are not of pixels in 0..1."
     mean, std = ([float(o) for o in values] for values in (mean, std))
     if any(not 0 <= o <= 1 for o in mean) or any(not 0 < o <= 1 for o in std):
-        raise ValueError(f"mean and std must be those of pixels in 0..1, got {mean} and {std}: divide those of pixels in "
-                         "0..255 by 255")
+        raise ValueError(f"mean and std must be those of pixels in 0..1, got {mean} and {std}: divide those of pixels "
+                         "in 0..255 by 255")
     return mean, std
 
 class Network(nn.Module):

@@ -11,6 +11,7 @@ __all__ = ['check_targets', 'check_loss', 'check_ending', 'odd_scores']
 from typing import Any
 
 import torch
+from fastai.torch_core import no_random
 from torch import nn
 
 from .network_parts import unwrapped
@@ -32,12 +33,12 @@ def _target_kind(dls):
     return next(filter(None, found), None) or _kind_of_first(dls)
 
 def _kind_of_first(dls):
-    try: x, *ys = dls.train.do_item(0)
+    try:
+        with no_random(reproducible=False): _, *ys = dls.train.do_item(0)
+        if len(ys) != 1: return f'{len(ys)} targets'
+        if kind := _KINDS.get(type(ys[0]).__name__): return kind
+        y = torch.as_tensor(ys[0])
     except Exception: return None # an empty or another loader: training will tell
-    if len(ys) != 1: return f'{len(ys)} targets'
-    y = ys[0]
-    if kind := _KINDS.get(type(y).__name__): return kind
-    y = torch.as_tensor(y)
     if not y.is_floating_point() or y.ndim > 1: return None if y.ndim < 2 else 'a picture'
     if y.ndim == 0: return 'a number'
     return None if (y >= 0).all() and abs(y.sum().item() - 1) < .01 else 'several labels'
@@ -75,8 +76,8 @@ def check_ending(
     last = unwrapped(model)
     while isinstance(last, nn.Sequential) and len(last): last = unwrapped(last[-1])
     if isinstance(last, (nn.Softmax, nn.Softmax2d, nn.Sigmoid)):
-        raise ValueError(f"a network must give logits, but this one ends in {type(last).__name__}: leave that layer out, "
-                         "as with model[:-1]")
+        raise ValueError(f"a network must give logits, but this one ends in {type(last).__name__}: leave that layer "
+                         "out, as with model[:-1]")
     return model
 
 def odd_scores(

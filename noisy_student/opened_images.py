@@ -101,10 +101,11 @@ class OpenedPool(OpenedImages):
         "Positions among the decoded unlabeled images. Raises ValueError for an item that is none of them."
         if isinstance(self.data.unlabeled.images, np.ndarray): return np.asarray(items, dtype=np.int64)
         if self._row_of is None: self._row_of = {os.path.abspath(o): j for j, o in enumerate(self.items())}
-        try: return np.array([self._row_of[os.path.abspath(o)] for o in self.where(items)], dtype=np.int64)
+        try: return np.array([self._row_of[os.path.abspath(o)] for o in self.where(list(items))], dtype=np.int64)
         except KeyError as e:
             raise ValueError(f"{e.args[0]} has a pseudo label but is not among the usable unlabeled images of these "
-                             "data: give the pool that was labeled; where it was moved, every file keeps its name") from None
+                             "data: give the pool that was labeled; where it was moved, every file keeps its "
+                             "name") from None
 
     def where(self, items: list[str] # Of a table of pseudo labels
              ) -> list[str]:

@@ -22,9 +22,10 @@ from .background_work import ahead
 from .columns import found_columns, found_suffix
 from .datasets import as_frame, check_files, image_files, is_table, pick_column, read_table
 from .datasets import Split, list_images, load_images
-from .files import did_you_mean, folders_beside, write_text
+from .files import did_you_mean, write_text
 from .network import Network, evaluating
 from .precision import half_of
+from .tables import data_beside
 
 # %% ../nbs/05l_predictions.ipynb #f8565925
 def named_images(
@@ -55,8 +56,7 @@ def named_images(
 
 def _listed(path): # the images of a folder or an archive; any other file is itself
     if not os.path.exists(path) and '.tar/' not in str(path) and '.parquet/' not in str(path):
-        near = did_you_mean(path, [*folders_beside(path), *map(str, Path(path).parent.glob('*.csv'))])
-        raise FileNotFoundError(f"no folder or file {path}{near}")
+        raise FileNotFoundError(f"no folder or file {path}{did_you_mean(path, data_beside(path))}")
     if not os.path.isdir(path) and not is_archive(path): return [path]
     if found := list_images(path): return found
     raise ValueError(f"items must hold at least one image, but there is none in {path}")

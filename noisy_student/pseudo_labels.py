@@ -178,7 +178,8 @@ def relabel_pseudo_labels(
         raise PseudoLabelError(f"{path} holds positions in an array: give the array as items=")
     make_folder(out.parent)
     pool = [] if named and items is None else as_items(items)
-    if named and not isinstance(pool, list): raise PseudoLabelError(f"{path} holds names of files: give files as items=")
+    if named and not isinstance(pool, list):
+        raise PseudoLabelError(f"{path} holds names of files: give names of files as items=")
     if not named: check_pool(meta.get('pool'), pool, pq.read_table(path, columns=['item'])['item'].to_numpy().max())
     vocab = getattr(getattr(teacher, 'dls', None), 'vocab', None)
     t = Teacher(teacher, pool, meta['classes'] if vocab is None else vocab, size, mean, std, device)

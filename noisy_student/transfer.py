@@ -8,7 +8,7 @@ Docs: https://noisy-student.github.io/noisy_student/transfer.html.md"""
 __all__ = ['package_file', 'read_checkpoint', 'load_pretrained', 'load_body']
 
 # %% ../nbs/03m_transfer.ipynb #0b200003
-import argparse, datetime, re
+import argparse, datetime, pickle, re
 from importlib import metadata
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -45,6 +45,13 @@ _HARMLESS: list[Any] = [
     *(type(np.dtype(o)) for o in ('f2', 'f4', 'f8', 'i4', 'i8', 'u1', 'bool'))]
 _PLACES = ('state_dict_ema', 'model_ema', 'ema_state_dict', 'state_dict', 'model_state_dict', 'model')
 
+def _load(file):
+    "What is in it, if that does nothing"
+    try: return torch.load(file, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError: # more than tensors
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(file, map_location='cpu', weights_only=True)
+
 def _state_dict(found):
     "The weights of a training checkpoint, averaged ones first; what is one already as it is"
     while isinstance(found, dict) and (key := next((o for o in _PLACES if isinstance(found.get(o), dict)), None)):
@@ -61,16 +68,16 @@ def _bare(tensors):
 def read_checkpoint(
     weights: str | Path, # A safetensors, .pth or .pt file, or `package:NAME` for the file in an installed package
 ) -> tuple[dict[str, torch.Tensor], Path]: # Tensors by name, and the file they are from
-    """Read weights without running anything. Of a training checkpoint, as timm, fastai's `Learner.save`, torchvision and
-    Lightning write them, the averaged weights if there are any.
+    """Read weights without running anything. Of a training checkpoint, as timm, fastai's `Learner.save`, torchvision
+    and Lightning write them, the averaged weights if there are any.
 
-    Raises FileNotFoundError if there is no file, and ValueError if it is torn or holds more than tensors and settings."""
+    Raises FileNotFoundError if there is no file, and ValueError if it is torn or holds more than tensors and
+    settings."""
     weights = str(weights)
     file = package_file(weights[8:]) if weights.startswith('package:') else Path(weights)
     if not file.is_file(): raise FileNotFoundError(f"no weight file {file}")
     if file.suffix == '.safetensors': return load_tensors(file)[0], file
-    try:
-        with torch.serialization.safe_globals(_HARMLESS): found = torch.load(file, map_location='cpu', weights_only=True)
+    try: found = _load(file)
     except OSError as e: raise OSError(e.errno, f"cannot read {file}: {e.strerror}") from None
     except Exception as e: # of any kind, as a torn or hostile file may hold anything
         raise ValueError(f"{file} is refused: it is torn, or holds more than tensors ({type(e).__name__}). Save the "
