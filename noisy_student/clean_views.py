@@ -131,6 +131,7 @@ class _FastaiView(_View):
     def _load(self, o): # by the user's own loader
         try:
             self.dl = self._dl([self._item(o)])
+            self.dl.before_iter() # which tells the transforms that this is no training
             item = self.dl.do_item(0)
             return BadImage(o, "the teacher's dls skip it") if item is None else item
         except PseudoLabelError: raise

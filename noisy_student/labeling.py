@@ -54,11 +54,10 @@ class _NoisedTeacher(nn.Module):
     def state_dict(self, *args, **kwargs): return self.model.state_dict(*args, **kwargs)
 
 # %% ../nbs/08d_labeling.ipynb #ae000008
-# whether the first item of a table is one of these
+# whether a table is of these images and no others
 def _speaks_of(file, names):
-    try: first = pq.ParquetFile(file).read_row_group(0, ['item'])['item'][:1].to_pylist()
-    except (pa.ArrowException, OSError): return True # empty or damaged: labeling sees to it
-    return not first or first[0] in names
+    try: return names.issuperset(pq.read_table(file, columns=['item'])['item'].to_pylist())
+    except (pa.ArrowException, OSError): return True # damaged: labeling sees to it
 
 class Labeling:
     "Labels the pool of a run and selects from the labels."
@@ -107,8 +106,10 @@ class Labeling:
         if not isinstance(images, np.ndarray): images, names = opened.images('unlabeled').images, list(opened.items())
         out = folder/'pseudo_labels'
         old = [] if rank() else sorted(out.glob('part-*'))
-        if set(old) - set(out.glob(f'part-*-of-{world():05d}-*')) or old and names and not _speaks_of(old[0], names):
-            shutil.rmtree(out) # begun by another number of processes or elsewhere, and not selected from
+        known = None if names is None else set(names)
+        if (set(old) - set(out.glob(f'part-*-of-{world():05d}-*'))
+                or known is not None and not all(_speaks_of(o, known) for o in old)):
+            shutil.rmtree(out) # begun by another number of processes, or before the images moved; not selected from
         barrier()
         bs = 256 if a.device.type == 'cpu' else None # on a GPU as many as fit
         predict_pseudo_labels(self.teacher(k), images, out, rank(), world(), names=names, temperature=r.temperature,
