@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from .archives import is_archive
-from .inputs import as_images, utf8_names
+from .inputs import as_images, utf8_names, whole_name
 from .splits import Split
 from .label_table import PseudoLabelError
 
@@ -32,9 +32,9 @@ def as_items(items: Any # File names (list, array, column), uint8 images (N, H, 
         except ValueError as e: raise PseudoLabelError(str(e)) from None
     if not len(items): raise PseudoLabelError("no unlabeled images: items is empty")
     if isinstance(items, list):
-        spelled = [os.path.abspath(o) for o in items]
-        if len(set(spelled)) < len(items):
-            twice = Counter(spelled).most_common(1)[0][0]
+        names = [whole_name(o) for o in items]
+        if len(set(names)) < len(items):
+            twice = Counter(names).most_common(1)[0][0]
             raise PseudoLabelError(f"{twice} is listed twice: list every image once")
     if is_streamed(items) and not all(map(is_archive, items)):
         raise PseudoLabelError(f"{items[0]} and other names are archives, but "

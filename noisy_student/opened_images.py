@@ -8,7 +8,7 @@ Docs: https://noisy-student.github.io/noisy_student/opened_images.html.md"""
 __all__ = ['Rows', 'OpenedImages', 'OpenedPool', 'leaks_of', 'Opened']
 
 # %% ../nbs/08a_opened_images.ipynb #ab000003
-import os, warnings
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ from .progress import StageProgress
 from .pseudo_labels import PseudoLabels
 from .run_warnings import leak_warnings
 from .rundir import RunDir
-from .same_data import moved_names
+from .same_data import Whereabouts, fingerprint # noqa: F401, it is public here too
 
 # %% ../nbs/08a_opened_images.ipynb #ab000006
 class Rows:
@@ -89,7 +89,7 @@ class OpenedImages:
 class OpenedPool(OpenedImages):
     "The same, and which of them a table of pseudo labels speaks of."
     _row_of: dict[str, int] | None = None # By name
-    _moved: tuple[tuple, list[str]] | None = None # Names of a table, and those they have now: one warning for each
+    _where: Whereabouts | None = None # They are
 
     def items(self) -> np.ndarray | list[str]: # (n,)
         "What the decoded unlabeled images are called in tables: positions in the array, or names."
@@ -100,19 +100,14 @@ class OpenedPool(OpenedImages):
             ) -> np.ndarray: # int64 (n,)
         "Positions among the decoded unlabeled images. Raises ValueError for an item that is none of them."
         if isinstance(self.data.unlabeled.images, np.ndarray): return np.asarray(items, dtype=np.int64)
-        if self._row_of is None: self._row_of = {os.path.abspath(o): j for j, o in enumerate(self.items())}
-        try: return np.array([self._row_of[os.path.abspath(o)] for o in self.where(list(items))], dtype=np.int64)
+        if self._row_of is None or self._where is None:
+            self._row_of = {str(o): j for j, o in enumerate(self.items())}
+            self._where = Whereabouts(self._row_of)
+        try: return np.array([self._row_of[o] for o in self._where(list(items))], dtype=np.int64)
         except KeyError as e:
             raise ValueError(f"{e.args[0]} has a pseudo label but is not among the usable unlabeled images of these "
                              "data: give the pool that was labeled; where it was moved, every file keeps its "
                              "name") from None
-
-    def where(self, items: list[str] # Of a table of pseudo labels
-             ) -> list[str]:
-        "Their names now. Raises KeyError for an item that is gone."
-        old = tuple(items)
-        if self._moved is None or self._moved[0] != old: self._moved = old, moved_names(items, self.items())
-        return self._moved[1]
 
     def selected(self, selection: PseudoLabels # From the pool
                 ) -> Rows: # uint8 (n, H, W, C)

@@ -31,7 +31,7 @@ from .label_filters import Default, ShareCuts, check_share, histogram, read_cuts
 from .label_filters import threshold_filter
 from .label_table import PseudoLabelError, batches, is_text, make_folder, make_table, write_table
 from .models import model_hash
-from .same_data import moved_names
+from .same_data import Whereabouts
 from .label_pool import as_items, is_streamed
 from .label_queries import connect, count_probs
 from .selection import PseudoLabels, Selection, check_pool, open_selection, read_selection, selected_by
@@ -195,28 +195,28 @@ def relabel_pseudo_labels(
         warnings.warn(f"after relabeling no image has the class {', '.join(gone[:10])}{', ...' if gone[10:] else ''}")
     return Selection(out, summary)
 
-# a selection as a stream of tables with new labels; pool: an array, or of no use where items are names
+# a selection as a stream of tables with new labels; pool: an array, or files, of which none means: where they were
 def _relabeled(t, path, pool, bs, meta, progress):
     done, total = 0, pq.read_metadata(path).num_rows
+    where = Whereabouts(pool) if isinstance(pool, list) and pool else None
     rows = min(2**17, 2**24 // len(t.classes)) if isinstance(pool, list) else 8192
     for c in batches(path, max(1, rows // bs) * bs, ['item', 'copies']):
         # sorted, as the images of an archive are then read together, and its table of contents once
         items = c['item'].to_numpy(zero_copy_only=False)
+        if where: items = _names_now(items, where)
         order = np.argsort(items, kind='stable')
-        names = _names_now(items, pool) if isinstance(pool, list) else items
-        chunk = names[order].tolist() if isinstance(pool, list) else pool.take(items[order], axis=0)
+        chunk = items[order].tolist() if isinstance(pool, list) else pool.take(items[order], axis=0)
         tick = progress and (lambda n: progress(done + n, total))
         probs, _, bad = probabilities(t, chunk, 0, len(chunk), bs, meta['temperature'], tick)
         if bad: raise PseudoLabelError(f"a selected image can no longer be read: {': '.join(bad[0])}. Put it back "
                                        "or select again")
         done += len(chunk)
         probs[order] = probs.copy()
-        item = pa.array(names, pa.string()) if isinstance(pool, list) else c['item']
-        yield make_table(item, probs, meta, copies=c['copies'])
+        yield make_table(pa.array(items), probs, meta, copies=c['copies'])
 
-# of files, in `pool` if they are there
-def _names_now(items, pool):
-    try: return np.array(moved_names(items.tolist(), pool) if pool else items, dtype=object)
+# of files, in the pool
+def _names_now(items, where):
+    try: return np.array(where(items.tolist()), dtype=object)
     except KeyError as e:
         raise PseudoLabelError(f"{e.args[0]} was selected, and is not among the images given: give the pool that was "
                                "labeled") from None

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .inputs import as_images, class_names, whole_numbers
+from .inputs import as_images, class_names, whole_name, whole_numbers
 
 # %% ../nbs/01a_splits.ipynb #3732470e
 @dataclass
@@ -50,9 +50,11 @@ def _check_names(splits):
     for name in ('labeled', 'unlabeled', 'valid', 'test'):
         split = getattr(splits, name)
         if split is None or isinstance(split.images, np.ndarray): continue
+        names = [whole_name(o) for o in split.images]
+        if len(set(names)) == len(names): continue
         seen: dict[str, int] = {}
-        for i, f in enumerate(split.images):
-            if (j := seen.setdefault(os.path.abspath(f), i)) == i: continue
+        for i, f in enumerate(names):
+            if (j := seen.setdefault(f, i)) == i: continue
             labels = [] if split.labels is None else [splits.classes[split.labels[o]] for o in (j, i)]
             if labels and labels[0] == labels[1]: continue
             what = f" with the labels {labels[0]!r} and {labels[1]!r}" if labels else ''
