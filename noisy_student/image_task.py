@@ -70,10 +70,9 @@ class ImageRounds(Task):
     def train(self, k, learn, role):
         r, stage = self.learners.recipe_of(k), f'round {k}: training the {role}'
         if k < r.head_rounds: return self.heads.history(learn, f'{stage}, its classifier alone'), 0.
-        epochs = r.teacher_epochs if role == 'teacher' and r.teacher_epochs else r.epochs
         progress = StageProgress(self.tell, f'{stage} {self.arch(k)} (batches)')
         cbs = [*self.timing.keep(k), *self.setup.cbs(k, self.dir.round(k))]
-        return fit_resumably(learn, epochs, r, self.dir.round(k), progress, cbs)
+        return fit_resumably(learn, r.epochs_of(role), r, self.dir.round(k), progress, cbs)
 
     def save(self, k, learn):
         if not rank(): self.learners.network(k, learn).save(self.dir.weights(k))

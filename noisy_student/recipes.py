@@ -92,6 +92,16 @@ class Recipe:
         shares = shares_of(self.share)
         return shares[min(k, len(shares)) - 1]
 
+    def epochs_of(self, role: str # 'teacher', the first one, or 'student'
+                 ) -> int:
+        "For how many epochs it trains."
+        return self.teacher_epochs if role == 'teacher' and self.teacher_epochs else self.epochs
+
+    def noise_of(self, role: str # 'teacher', the first one, or 'student'
+                ) -> Noise:
+        "The noise it trains under."
+        return self.teacher_noise if role == 'teacher' and self.teacher_noise is not None else self.noise
+
     def stairs(self, epochs: int # Of this round
               ) -> dict: # `every` and `warmup` of `staircase`
         "Length of the stairs and of the warm-up in a training of so many epochs."

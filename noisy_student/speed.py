@@ -102,7 +102,7 @@ class Speed:
             r, kinds, step = self.recipe, {}, {}
             for k in range(r.head_rounds, r.rounds + 1):
                 if (kind := (self.learners.arch(k), k > 0)) not in kinds:
-                    noise = r.teacher_noise if not k and r.teacher_noise is not None else r.noise
+                    noise = r.noise_of('student' if k else 'teacher')
                     kinds[kind] = self.step_seconds(k, self._any_selection() if k and not r.on_the_fly else None, noise)
                 step[k] = kinds[kind]
             self.speed = step, self.label_rate()
