@@ -17,7 +17,7 @@ if TYPE_CHECKING: import pandas as pd
 from .efficientnets import EFFICIENTNETS
 from .files import did_you_mean
 from .noise import Noise
-from .setting_ranges import check_settings, shares_of
+from .setting_ranges import check_ranges, shares_of
 
 # %% ../nbs/06d_recipes.ipynb #3cf08c70
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Recipe:
         words = {'hub': True, 'none': False} # those of the command line
         object.__setattr__(self, 'pretrained', words.get(self.pretrained, self.pretrained))
         if isinstance(self.share, list): object.__setattr__(self, 'share', tuple(self.share)) # as JSON has it
-        check_settings(self)
+        check_ranges(self)
 
     @property
     def rate(self) -> float:
