@@ -88,26 +88,32 @@ def _tables_kernel(
         mean = tl.minimum(n // 256, 255)
         if not REFERENCE:
             total = tl.zeros((BLOCK,), tl.int32)
-            for start in range(0, n, BLOCK):
+            start = 0
+            while start < n:
                 i = start + tl.arange(0, BLOCK)
                 total += _luma(x, i // w * row + i % w * column, i < n, channel, C)
+                start += BLOCK
             mean = ((2 * tl.sum(total.to(tl.int64)) + n) // (2 * n)).to(tl.int32)
         value = _blend(mean.to(tl.float32), level.to(tl.float32), factor)
     elif op == _AUTOCONTRAST:
         low, high = tl.full((BLOCK,), 255, tl.int32), tl.zeros((BLOCK,), tl.int32)
-        for start in range(0, n, BLOCK):
+        start = 0
+        while start < n:
             i = start + tl.arange(0, BLOCK)
             pixels = _load(x, c * channel + i // w * row + i % w * column, i < n)
             low, high = tl.minimum(low, tl.where(i < n, pixels, 255)), tl.maximum(high, pixels)
+            start += BLOCK
         lo, hi = tl.min(low), tl.max(high)
         if lo < hi: # a single value stays
             scale = tl.full((), 255., tl.float64) / (hi - lo).to(tl.float64)
             value = _byte(level.to(tl.float64) * scale - lo.to(tl.float64) * scale)
     elif op == _EQUALIZE:
         count = tl.zeros((256,), tl.int32)
-        for start in range(0, n, BLOCK):
+        start = 0
+        while start < n:
             i = start + tl.arange(0, BLOCK)
             count += tl.histogram(_load(x, c * channel + i // w * row + i % w * column, i < n), 256)
+            start += BLOCK
         count -= tl.where(level == 0, tl.cdiv(n, BLOCK) * BLOCK - n, 0) # what lies beyond the image counted as 0
         last = tl.max(tl.where(count > 0, level, 0))
         step = (n - tl.sum(tl.where(level == last, count, 0))) // 255
