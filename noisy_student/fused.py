@@ -28,16 +28,22 @@ def _plan(draws, size, reference):
     """What the kernels know of each draw: (n, B, 11) int64.
 
     The operation and its family; its argument, a whole number or the bits of a float32; Cutout's center, row and
-    column; and where a pixel comes from in 16.16 fixed point: x and y per column, x and y per row, x and y of the
-    corner."""
+    column; and where a pixel of a geometric operation comes from in 16.16 fixed point: x and y per column, x and y
+    per row, x and y of the corner."""
     op, v, center = draws
+    plan = np.zeros((*op.shape, _PLAN.value), np.int64)
+    plan[..., 0], plan[..., 1], plan[..., 3:5] = op, FAMILY[op], center
+    plan[..., 2] = v.astype(np.float32).view(np.int32)
     def drew(*names): return np.isin(op, [OPS.index(o) for o in names])
-    whole = [(drew('Posterize'), 0xff << 8 - posterize_bits(v, reference)),
-             (drew('Solarize'), solarize_threshold(v, reference).clip(0, 256)),
-             (drew('SolarizeAdd', 'Cutout'), np.trunc(v).clip(-2**24, 2**24))]
-    argument = np.select(*zip(*whole), v.astype(np.float32).view(np.int32)) # float64 holds all of these exactly
-    plan = [op[..., None], FAMILY[op][..., None], argument[..., None], center, *source_matrices(op, v, size)]
-    return np.concatenate(plan, -1).astype(np.int64)
+    i = drew('Posterize')
+    plan[i, 2] = 0xff << 8 - posterize_bits(v[i], reference)
+    i = drew('Solarize')
+    plan[i, 2] = solarize_threshold(v[i], reference).clip(0, 256)
+    i = drew('SolarizeAdd', 'Cutout')
+    plan[i, 2] = np.trunc(v[i]).clip(-2**24, 2**24)
+    i = FAMILY[op] == FAMILIES.index('geometry')
+    plan[i, 5:] = np.concatenate(source_matrices(op[i], v[i], size), -1)
+    return plan
 
 # %% ../nbs/02b_fused.ipynb #59bc5c05
 @triton.jit

@@ -11,7 +11,7 @@ __all__ = ['OP_TABLE', 'OPS', 'PAPER_OPS', 'KERAS_OPS', 'PIL_OPS', 'FAMILIES', '
 
 # %% ../nbs/02a_image_ops.ipynb #01b00003
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -21,34 +21,62 @@ from PIL import Image, ImageEnhance, ImageOps
 class Op(NamedTuple):
     "One row of the table of operations"
     family: str # The kernel that carries it out on a batch
-    argument: Callable # (M = magnitude/10, translate in px, cutout in px) -> unsigned argument
+    slope: float | str # The unsigned argument at M = 10, less `offset`; or which distance in px that is
+    offset: float = 0. # The argument at M = 0
     signed: bool = False # Does a fair coin decide the argument's sign?
     limits: tuple | None = None # The argument is an integer (truncated), sane between these two
 
 
-OP_TABLE = { # in the reference's order          its argument at M = 10, M = 27
-    'AutoContrast': Op('stretch',   lambda m, t, c: 0 * m), # has none
-    'Equalize':     Op('equalize',  lambda m, t, c: 0 * m), # has none
-    'Invert':       Op('value',     lambda m, t, c: 0 * m), # has none
-    'Rotate':       Op('geometry',  lambda m, t, c: 30 * m, signed=True), # 30, 81 degrees
-    'Posterize':    Op('value',     lambda m, t, c: 4 * m, limits=(1, 8)), # 4, 10 bits stay (8: identity)
-    'Solarize':     Op('value',     lambda m, t, c: 256 * m, limits=(0, 256)), # 256, 691 and above is inverted
-    'Color':        Op('color',     lambda m, t, c: 1.8 * m + .1), # 1.9, 4.96 (1: identity, at M = 5)
-    'Contrast':     Op('contrast',  lambda m, t, c: 1.8 * m + .1),
-    'Brightness':   Op('value',     lambda m, t, c: 1.8 * m + .1),
-    'Sharpness':    Op('sharpness', lambda m, t, c: 1.8 * m + .1),
-    'ShearX':       Op('geometry',  lambda m, t, c: .3 * m, signed=True), # .3, .81 px per row
-    'ShearY':       Op('geometry',  lambda m, t, c: .3 * m, signed=True),
-    'TranslateX':   Op('geometry',  lambda m, t, c: t * m, signed=True), # 100, 270 px of 224; 4, 10.8 px of 32
-    'TranslateY':   Op('geometry',  lambda m, t, c: t * m, signed=True),
-    'SolarizeAdd':  Op('value',     lambda m, t, c: 110 * m, limits=(0, math.inf)), # 110, 297 where below 128
-    'Cutout':       Op('cutout',    lambda m, t, c: c * m, limits=(0, math.inf)), # half side 40, 108 px; 4, 10 px
+OP_TABLE = { # in the reference's order                           its argument at M = 10, M = 27
+    'AutoContrast': Op('stretch',   0.), # has none
+    'Equalize':     Op('equalize',  0.), # has none
+    'Invert':       Op('value',     0.), # has none
+    'Rotate':       Op('geometry',  30., signed=True), # 30, 81 degrees
+    'Posterize':    Op('value',     4., limits=(1, 8)), # 4, 10 bits stay (8: identity)
+    'Solarize':     Op('value',     256., limits=(0, 256)), # 256, 691 and above is inverted
+    'Color':        Op('color',     1.8, .1), # 1.9, 4.96 (1: identity, at M = 5)
+    'Contrast':     Op('contrast',  1.8, .1),
+    'Brightness':   Op('value',     1.8, .1),
+    'Sharpness':    Op('sharpness', 1.8, .1),
+    'ShearX':       Op('geometry',  .3, signed=True), # .3, .81 px per row
+    'ShearY':       Op('geometry',  .3, signed=True),
+    'TranslateX':   Op('geometry',  'translate', signed=True), # 100, 270 px of 224; 4, 10.8 px of 32
+    'TranslateY':   Op('geometry',  'translate', signed=True),
+    'SolarizeAdd':  Op('value',     110., limits=(0, math.inf)), # 110, 297 where below 128
+    'Cutout':       Op('cutout',    'cutout', limits=(0, math.inf)), # half side 40, 108 px; 4, 10 px
 }
 OPS = tuple(OP_TABLE) # all 16, of the reference implementation
 PAPER_OPS = OPS[:14] # the list in the paper
 KERAS_OPS = tuple(o for o in PAPER_OPS if o != 'Invert') # the Keras study's
 
 # %% ../nbs/02a_image_ops.ipynb #21897981
+# The table as columns, for many draws at once
+_SLOPE = np.array([0. if isinstance(o.slope, str) else o.slope for o in OP_TABLE.values()])
+_OFFSET = np.array([o.offset for o in OP_TABLE.values()])
+_IS_WHOLE = np.array([o.limits is not None for o in OP_TABLE.values()])
+_LOW, _HIGH = np.array([o.limits or (-math.inf, math.inf) for o in OP_TABLE.values()]).T
+
+
+def op_arguments(
+    op: np.ndarray, # Indices into `OPS`
+    m: np.ndarray | float, # Magnitudes of the same shape, or one for all, 0 or more
+    size: int, # Shorter side of the images, px
+    reference: bool = False, # Leave Posterize and Solarize unclamped, as in google-research/noisystudent
+    translate: float | None = None, # Px that Translate moves at m=10; None: by `size`
+    cutout: float | None = None, # Px of Cutout's half side at m=10; None: by `size`
+) -> np.ndarray: # float64, as `op`
+    "`op_argument` of many operations at once."
+    by_size = size / 8 if size <= 64 else min(size, 224) / 224
+    px = dict(translate=by_size if size <= 64 else 100 * by_size, cutout=by_size if size <= 64 else 40 * by_size)
+    px |= {k: v for k, v in dict(translate=translate, cutout=cutout).items() if v is not None}
+    slope = _SLOPE.copy()
+    for i, o in enumerate(OP_TABLE.values()):
+        if isinstance(o.slope, str): slope[i] = px[o.slope]
+    arg = slope[op] * (np.asarray(m, dtype=np.float64) / 10) + _OFFSET[op]
+    whole = np.trunc(arg)
+    return np.where(_IS_WHOLE[op], whole if reference else np.clip(whole, _LOW[op], _HIGH[op]), arg)
+
+
 def op_argument(
     name: str, # One of `OPS`
     m: float | np.ndarray, # Magnitude, 0 or more; 10 is the end of the scale, and larger ones go on
@@ -62,15 +90,10 @@ def op_argument(
     Source: `_parse_policy_info` and `level_to_arg` of the reference. `size >= 224`: 100 px and 40 px,
     `size <= 64`: an eighth of it, in between in proportion to 224. Raises ValueError for an unknown name."""
     check_ops([name])
-    scale = min(size, 224) / 224
-    default_translate, default_cutout = (size / 8, size / 8) if size <= 64 else (100 * scale, 40 * scale)
-    op = OP_TABLE[name]
-    arg = op.argument(np.asarray(m, dtype=np.float64) / 10,
-                      default_translate if translate is None else translate,
-                      default_cutout if cutout is None else cutout)
-    if op.limits: arg = np.trunc(arg) if reference else np.clip(np.trunc(arg), *op.limits)
+    op = np.full(np.shape(m), OPS.index(name))
+    arg = op_arguments(op, m, size, reference, translate, cutout)
     if np.ndim(m): return arg
-    return int(arg) if op.limits else float(arg)
+    return int(arg) if OP_TABLE[name].limits else float(arg)
 
 
 def check_ops(

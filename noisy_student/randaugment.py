@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from .kernels import apply_op, augment, check_batch # apply_op is public here too
-from .image_ops import Draws, KERAS_OPS, OPS, PAPER_OPS, SIGNED, apply_pil, check_ops, op_argument
+from .image_ops import Draws, KERAS_OPS, OPS, PAPER_OPS, SIGNED, apply_pil, check_ops, op_arguments
 
 _all_ = ['apply_op', 'KERAS_OPS', 'OPS', 'PAPER_OPS']
 
@@ -78,13 +78,10 @@ class _Policy(DisplayedTransform):
         "Fresh `Draws` for `batch_size` images."
         u = torch.rand(self.n, batch_size, 5, dtype=torch.float64, generator=self._generator()).numpy()
         op = np.array([OPS.index(o) for o in self.ops])[(u[..., 0] * len(self.ops)).astype(int)]
-        m = np.full(op.shape, self.m * (self.progress if self.schedule in ('linear', 'growing') else 1.))
-        if self.schedule in ('random', 'growing'): m *= u[..., 1]
-        value = np.empty(op.shape)
-        for k in np.unique(op):
-            i = op == k
-            value[i] = op_argument(OPS[k], m[i], min(size), self.reference, self.translate, self.cutout)
-        value[SIGNED[op] & (u[..., 2] < .5)] *= -1
+        m = self.m * (self.progress if self.schedule in ('linear', 'growing') else 1.)
+        if self.schedule in ('random', 'growing'): m = m * u[..., 1]
+        value = op_arguments(op, m, min(size), self.reference, self.translate, self.cutout)
+        np.negative(value, out=value, where=SIGNED[op] & (u[..., 2] < .5))
         return Draws(op, value, (u[..., 3:] * size).astype(int))
 
     def __call__(self, x, split_idx=..., **kwargs):
