@@ -30,20 +30,20 @@ def _plan(draws, size, reference):
     The operation and its family; its argument, a whole number or the bits of a float32; Cutout's center, row and
     column; and where a pixel of a geometric operation comes from in 16.16 fixed point: x and y per column, x and y
     per row, x and y of the corner."""
-    op, v, center = draws
-    plan = np.zeros((*op.shape, _PLAN.value), np.int64)
-    plan[..., 0], plan[..., 1], plan[..., 3:5] = op, FAMILY[op], center
-    plan[..., 2] = v.astype(np.float32).view(np.int32)
-    def drew(*names): return np.isin(op, [OPS.index(o) for o in names])
+    op, v, center = draws.op.ravel(), draws.value.ravel(), draws.center.reshape(-1, 2)
+    plan = np.zeros((len(op), _PLAN.value), np.int64)
+    plan[:, 0], plan[:, 1], plan[:, 3:5] = op, FAMILY[op], center
+    plan[:, 2] = v.astype(np.float32).view(np.int32)
+    def drew(*names): return np.flatnonzero(np.isin(OPS, names)[op])
     i = drew('Posterize')
     plan[i, 2] = 0xff << 8 - posterize_bits(v[i], reference)
     i = drew('Solarize')
     plan[i, 2] = solarize_threshold(v[i], reference).clip(0, 256)
     i = drew('SolarizeAdd', 'Cutout')
     plan[i, 2] = np.trunc(v[i]).clip(-2**24, 2**24)
-    i = FAMILY[op] == FAMILIES.index('geometry')
+    i = np.flatnonzero(FAMILY[op] == FAMILIES.index('geometry'))
     plan[i, 5:] = np.concatenate(source_matrices(op[i], v[i], size), -1)
-    return plan
+    return plan.reshape(*draws.op.shape, -1)
 
 # %% ../nbs/02b_fused.ipynb #59bc5c05
 @triton.jit

@@ -21,7 +21,8 @@ from .rundir import RunDir
 # Settings that older runs do not know
 _SINCE = ('share', 'share_of', 'head_rounds', 'body_lr', 'freeze_norm', 'class_weights', 'choose_by', 'student_lr')
 # Packages whose versions are written down, with the module of each
-_VERSIONS = dict(noisy_student='noisy_student', torch='torch', fastai='fastai', timm='timm', numpy='numpy', pillow='PIL')
+_VERSIONS = dict(noisy_student='noisy_student', torch='torch', fastai='fastai', timm='timm', numpy='numpy',
+                 pillow='PIL')
 
 # A source tree, or a library copied onto the path, has no metadata: then the code says it
 def _version(package, module):
