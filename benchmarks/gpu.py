@@ -1,6 +1,6 @@
 """Everything that wants a GPU, in one command: right, fast, good. For a machine that is lent for a quarter of an hour.
 
-    python benchmarks/gpu.py speed          # tests marked gpu, benchmarks of speed: 340 s
+    python benchmarks/gpu.py speed          # kernels, tests marked gpu, benchmarks of speed: 340 s
     python benchmarks/gpu.py cifar10        # two whole runs on CIFAR-10, and torch.compile: 560 s
     python benchmarks/gpu.py step label     # some parts
     python benchmarks/gpu.py speed cifar10 --device cpu --quick    # a rehearsal without a GPU: a moment each
@@ -23,6 +23,7 @@ COMMAND_LINE = "import sys; from noisy_student.cli import main; sys.exit(main())
 SMALL = ["--seconds", ".1", "--models", "resnet9_24", "resnet9_64"]
 PARTS = {  # name: (limit in seconds, script or options of Python, what --quick adds)
     "speed": {
+        "kernels": (150, ["kernels.py", "--seconds", "1"], ["--quick"]),
         "tests": (150, ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", MARKED], []),
         "randaugment": (60, ["randaugment.py", "--seconds", "6"], ["--seconds", ".1"]),
         "step": (110, ["step.py", "--seconds", "2"], ["--seconds", ".1", "--models", "resnet9_8", "resnet9_64"]),
