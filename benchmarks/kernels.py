@@ -15,11 +15,8 @@ without a GPU for sm_90 (H100, H200). `bytes_at_once` is the widest read and wri
 `host`: microseconds of the host's part of a batch, drawing and the eleven numbers per image, against the same with a
 loop over operations (`loop`), which is checked to give the same bits. The clock of `common.py`.
 
-`conversion`: microseconds of RandAugment and the conversion of bytes to floats, in this order (`on bytes`) and the other
-(`on floats`); on a CPU with torch's operations, and the same bits.
-
-`conversion`: microseconds of RandAugment and the conversion of bytes to floats, in this order (`on bytes`) and the other
-(`on floats`); on a CPU with torch's operations, and the same bits.
+`conversion`: microseconds of RandAugment and the conversion of bytes to floats, in this order (`on bytes`) and the
+other (`on floats`); on a CPU with torch's operations, and the same bits.
 
 `speed`, on a GPU only: images per second of the kernels (`fused`) and of torch's operations (`groups`) with two
 operations, draws made before, and the share of the bandwidth of a copy that they reach if every byte is read and
@@ -200,20 +197,6 @@ def conversion(device: str, budget: float) -> Iterator[list[dict]]:
                     microseconds=round(v.pop("seconds") * 1e6, 1), **v) for k, v in rows.items()]
 
 
-def conversion(device: str, budget: float) -> Iterator[list[dict]]:
-    "Floats out of bytes, RandAugment after the conversion and before it."
-    for side, batch in BATCHES:
-        x = images((batch, side, side, 3), torch.uint8, True, np.random.default_rng(0)).to(device)
-        tfm = BatchRandAugment(2, 10, seed=0)
-        draws = tfm.draw(batch, (side, side))
-        fs = {"on floats": lambda: tfm.apply(x.float().div_(255), draws),
-              "on bytes": lambda: tfm.apply(x, draws).float().div_(255)}
-        if device == "cpu": assert torch.equal(*(f() for f in fs.values()))
-        rows = in_turns(fs, device, budget, "on floats")
-        yield [dict(device=device, case="conversion", size=side, batch=batch, candidate=k,
-                    microseconds=round(v.pop("seconds") * 1e6, 1), **v) for k, v in rows.items()]
-
-
 def speed(device: str, budget: float) -> Iterator[list[dict]]:
     "Images per second on the device."
     from noisy_student.fused import augment
@@ -239,7 +222,6 @@ def cases(a) -> Iterator[list[dict]]:
     yield from equal(a.device)
     yield from compiled(a.device) if a.device == "cuda" else compiled_elsewhere()
     if a.device == "cuda": yield from speed(a.device, a.seconds)
-    yield from conversion(a.device, a.seconds)
     yield from conversion(a.device, a.seconds)
     yield from host(a.seconds)
     if a.device == "cpu":
