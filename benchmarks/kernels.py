@@ -8,9 +8,10 @@ on the CPU; `different` counts the images that are not equal in every pixel, and
 if a kernel cannot be compiled. On a CPU Triton's interpreter carries the kernels out; there one step of bfloat16 is
 allowed, since it cuts float32 off where a GPU rounds.
 
-`compiled`: registers and bytes on the stack of a thread (spilled registers are there), shared memory of a program, and
-the share of a multiprocessor's 64 warps that the registers leave, read from the binary for the device's capability;
-without a GPU for sm_90 (H100, H200). `bytes_at_once` is the widest read and write of image memory of a thread.
+`_tables_kernel`, `_pixels_kernel`: as they were launched at first and as they are now for 224 px, registers and bytes on
+the stack of a thread (spilled registers are there), shared memory of a program, and the share of a multiprocessor's 64
+warps that the registers leave, read from the binary for the device's capability; without a GPU for sm_90 (H100, H200).
+`bytes_at_once` is the widest read and write of memory by a thread.
 
 `host`: microseconds of the host's part of a batch, drawing and the eleven numbers per image, against the same with a
 loop over operations (`loop`), which is checked to give the same bits. The clock of `common.py`.
@@ -85,20 +86,21 @@ def equal(device: str) -> Iterator[list[dict]]:
                             kernels="compiled" if device == "cuda" else "interpreted")]
 
 
-def resources(kernel, read: str, write: str, nhwc: bool, capability: int) -> dict:
+def resources(kernel, launch: dict, read: str, write: str, nhwc: bool, capability: int) -> dict:
     "What a kernel is compiled to, as it is launched for images whose sides are divisible by 16."
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     names = inspect.signature(kernel.fn).parameters
     one = ("channel", "out_channel") if nhwc else ("column", "out_column")
-    constants = {k: v for k, v in dict(C=3, BLOCK=1024, REFERENCE=False, **dict.fromkeys(one, 1)).items() if k in names}
+    given = dict(C=3, BLOCK=launch["BLOCK"], REFERENCE=False, **dict.fromkeys(one, 1))
+    constants = {k: v for k, v in given.items() if k in names}
     pointers = dict(x=read, out=write, tables="*u8", plan="*i64")
     types = {o: pointers.get(o, "constexpr" if o in constants else "i32") for o in names}
     even = ("h", "w", "batch", "row", "out_batch", "out_row", *(() if nhwc else ("channel", "out_channel")))
     attrs = {(i,): [["tt.divisibility", 16]] for i, o in enumerate(names) if o in pointers or o in even}
     made = triton.compile(ASTSource(kernel, types, constants, attrs), GPUTarget("cuda", capability, 32),
-                          dict(enable_fp_fusion=False))
+                          dict(enable_fp_fusion=False, num_warps=launch["num_warps"]))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(made.asm["cubin"])
         f.flush()
@@ -118,11 +120,14 @@ def compiled(device: str) -> Iterator[list[dict]]:
     "Each kernel, for two dtypes and both memory formats."
     from noisy_student import fused
     capability = 10 * torch.cuda.get_device_capability()[0] if device == "cuda" else 90
-    for kernel in (fused._tables_kernel, fused._pixels_kernel):
+    tables, pixels = fused._tables_kernel, fused._pixels_kernel
+    (large, ours), before = fused._launches(224 * 224), dict(BLOCK=1024, num_warps=4)
+    for kernel, launch in ((tables, before), (tables, large), (pixels, before), (pixels, ours)):
         for dtype, pointer in ((torch.uint8, "*u8"), (torch.float32, "*fp32")):
             for nhwc in (False, True):
-                yield [dict(device=f"sm_{capability}", case=kernel.fn.__name__, candidate=case_name(dtype, nhwc),
-                            **resources(kernel, pointer, pointer, nhwc, capability))]
+                name = f"{case_name(dtype, nhwc)}, {launch['BLOCK']} px by {launch['num_warps']} warps"
+                yield [dict(device=f"sm_{capability}", case=kernel.fn.__name__, candidate=name,
+                            **resources(kernel, launch, pointer, pointer, nhwc, capability))]
 
 
 def compiled_elsewhere() -> Iterator[list[dict]]:

@@ -176,21 +176,27 @@ def _pixels_kernel(
             _store(out, to + c * out_channel, tl.load(tables + c * 256 + value), some)
 
 # %% ../nbs/02b_fused.ipynb #1b830f7b
+def _launches(n): # pixels of an image
+    "How the two kernels are launched: pixels of a program, 8 and 4 to a thread, since registers run out with more"
+    block = 4096 if n > 4096 else 1024 # an image's own table is made by one program, in steps of so many
+    return dict(BLOCK=block, num_warps=block // 256), dict(BLOCK=1024, num_warps=8)
+
 def augment(
     x: Tensor, # (B, 1 or 3, H, W), uint8, or float32, float16 or bfloat16 in [0, 1], of any strides, on a GPU
     draws: Draws, # Of `BatchRandAugment.draw`, for B images
     reference: bool = False, # Wrap large arguments as google-research/noisystudent does
 ) -> Tensor: # As `x`
     "`x` after the operations in `draws`, in the dtype and the memory format of `x`; the host waits for nothing."
-    (b, c, h, w), block = x.shape, 1024
+    b, c, h, w = x.shape
+    whole, part = _launches(h * w)
     plans = torch.from_numpy(_plan(draws, (h, w), reference))
     if x.is_cuda: plans = plans.pin_memory().to(x.device, non_blocking=True)
     tables = torch.empty(b, c, 256, dtype=torch.uint8, device=x.device)
     with torch.cuda.device_of(x): # Triton launches on the current one
         for plan, dtype in zip(plans, [torch.uint8] * (len(plans) - 1) + [x.dtype]):
             out, where = torch.empty_like(x, dtype=dtype), (h, w, *x.stride())
-            _tables_kernel[b, c](x, tables, plan, *where, C=c, REFERENCE=reference, BLOCK=block, enable_fp_fusion=False)
-            _pixels_kernel[b, triton.cdiv(h * w, block)](x, out, tables, plan, *where, *out.stride(), C=c, BLOCK=block,
-                                                         enable_fp_fusion=False)
+            _tables_kernel[b, c](x, tables, plan, *where, C=c, REFERENCE=reference, enable_fp_fusion=False, **whole)
+            _pixels_kernel[b, triton.cdiv(h * w, part['BLOCK'])](x, out, tables, plan, *where, *out.stride(), C=c,
+                                                                 enable_fp_fusion=False, **part)
             x = out
     return x
