@@ -8,10 +8,10 @@ on the CPU; `different` counts the images that are not equal in every pixel, and
 if a kernel cannot be compiled. On a CPU Triton's interpreter carries the kernels out; there one step of bfloat16 is
 allowed, since it cuts float32 off where a GPU rounds.
 
-`_tables_kernel`, `_pixels_kernel`: as they were launched at first and as they are now for 224 px, registers and bytes on
-the stack of a thread (spilled registers are there), shared memory of a program, and the share of a multiprocessor's 64
-warps that the registers leave, read from the binary for the device's capability; without a GPU for sm_90 (H100, H200).
-`bytes_at_once` is the widest read and write of memory by a thread.
+`_tables_kernel`, `_pixels_kernel`: as they were launched at first and as they are now for 224 px, registers and bytes
+on the stack of a thread (spilled registers are there), shared memory of a program, and the share of a multiprocessor's
+64 warps that the registers leave, read from the binary for the device's capability; without a GPU for sm_90 (H100,
+H200). `bytes_at_once` is the widest read and write of memory by a thread.
 
 `host`: microseconds of the host's part of a batch, drawing and the eleven numbers per image, against the same with a
 loop over operations (`loop`), which is checked to give the same bits. The clock of `common.py`.
