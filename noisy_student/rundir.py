@@ -155,6 +155,11 @@ class RunDir(Rounds):
         if not len(s): raise ValueError(f"no round of {self.path} is finished: call fit() first")
         return s
 
+    def has_begun(self, what: str = '**/*' # Pattern of a file in the folder of a round
+                 ) -> bool: # Also where rounds are those of its folds
+        "Whether a round has such a file."
+        return any(f.is_file() for o in ('', 'fold_*/') for f in self.path.glob(f'{o}round_*/{what}'))
+
     @property
     def about(self) -> dict:
         "All of run.json; empty where there is none that can be read."
