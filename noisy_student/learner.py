@@ -67,13 +67,14 @@ def _copy_dl(dl, tfms):
     return new
 
 def _on_bytes(tfms):
-    "RandAugment before the conversion to floats, unless something in between changes the pixels."
-    floats, noise = IntToFloatTensor.order, BatchRandAugment.order
-    if any(floats < o.order < noise for o in tfms): return tfms
+    "RandAugment before the conversion to floats, unless something else comes in between."
+    late = BatchRandAugment.order
+    by = late - IntToFloatTensor.order + 2 # what follows it, a square that is cut out, still does
+    if any(late - by < o.order < late and not isinstance(o, IntToFloatTensor) for o in tfms): return tfms
     def early(o):
-        if not isinstance(o, BatchRandAugment) or o.order < noise: return o
+        if not isinstance(o, BatchRandAugment) or o.order < late: return o
         o = copy.copy(o) # the loader that was given keeps its own
-        o.order += floats - noise - 2 # and what follows it, a square that is cut out, still follows
+        o.order -= by
         return o
     return [early(o) for o in tfms]
 

@@ -80,8 +80,8 @@ class DropBranch(nn.Module):
         if drawn is None: return drop_branch(x, self.survival, self.per, self.scale) if self.training else x
         (n, kept, rows), factor = drawn, 1 / self.survival if self.scale == 'train' else 1.
         if kept == n: return x * factor
-        if len(x) != len(rows) or len(rows) == n: x = _take(x, rows := rows[:kept]) # all images were in the branch
-        return _put(x, rows, kept, n, factor)
+        if len(x) == len(rows) < n: return _put(x, rows, kept, n, factor)
+        return _put(_take(x, rows[:kept]), rows[:kept], kept, n, factor) # all images were in the branch
 
     def extra_repr(self): return f'survival={self.survival:.4f}, per={self.per}, scale={self.scale}'
 
@@ -132,8 +132,10 @@ def _put(x, rows, kept, n, factor):
 
 def _rounded_up(kept, n):
     "`kept` and behind it dropped rows from all over the batch of n, to a multiple of n/32, of 8 or more"
-    multiple = max(8, n // 32)
-    more = min(-len(kept) % multiple, n - len(kept))
-    dropped = torch.ones(n, dtype=torch.bool).index_fill_(0, kept, False).nonzero().squeeze(1)
-    return torch.cat([kept, dropped[torch.arange(more) * len(dropped) // max(more, 1)]])
+    more = min(-len(kept) % max(8, n // 32), n - len(kept))
+    if not more: return kept
+    is_dropped = np.ones(n, dtype=bool)
+    is_dropped[kept.numpy()] = False
+    dropped = np.flatnonzero(is_dropped)
+    return torch.cat([kept, torch.from_numpy(dropped[np.arange(more) * len(dropped) // more])])
 

@@ -99,6 +99,18 @@ def test_kernels_that_do_not_work_are_named_and_replaced(monkeypatch, fails):
                         **kw: x if a[:1] == (torch.device('cuda:0'),) else to(x, *a, **kw))
     kernels._fused.cache_clear()
     with pytest.warns(UserWarning, match='C compiler' if fails else 'wrong'):
-        assert kernels._fused(torch.device('cuda:0'), torch.float32) is None
+        assert kernels._fused(torch.device('cuda:0'), torch.float32, False) is None
     kernels._fused.cache_clear()
 
+
+
+def test_what_is_tried_once_is_launched_as_all_others_of_its_kind():
+    "Small images and large ones are two kinds, each compiled for itself"
+    fused = pytest.importorskip('noisy_student.fused')
+    kinds = {}
+    for h, w in ((1, 1), (32, 32), (64, 64), (64, 65), (224, 224), (800, 600)):
+        x = torch.empty(0, 3, h, w)
+        tried, _ = kernels._trial(torch.uint8, kernels._is_large(x))
+        assert fused._launches(h * w) == fused._launches(tried[0, 0].numel())
+        kinds[kernels._is_large(x)] = fused._launches(h * w)
+    assert kinds[False] != kinds[True]

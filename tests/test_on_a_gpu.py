@@ -40,7 +40,7 @@ def place(request):
         yield "cpu" if request.param == "cpu" else "cuda"
 
 
-def fused(place, dtype):
+def fused(place, dtype, is_large):
     "The kernels; on a GPU those that RandAugment takes there, and a fallback is an error"
     pytest.importorskip("triton", reason="Triton is not made for this system")
     from noisy_student.fused import augment
@@ -50,12 +50,12 @@ def fused(place, dtype):
     kernels._fused.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert kernels._fused(torch.device("cuda", 0), dtype) is augment
+        assert kernels._fused(torch.device("cuda", 0), dtype, is_large) is augment
     return augment
 
 
 def check_kernels(place, dtype, n, h, w, c, nhwc):
-    augment, rng = fused(place, dtype), np.random.default_rng(0)
+    augment, rng = fused(place, dtype, h * w > 4096), np.random.default_rng(0)
     for reference in (False, True) if place == "cuda" and w == 32 else (False,):
         tfm = BatchRandAugment(2, 27, ops=OPS, schedule="random", seed=n, reference=reference)
         draws = tfm.draw(n, (h, w))

@@ -179,7 +179,6 @@ def test_many_draws_at_once_are_those_one_by_one():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_device_equals_host_and_never_synchronizes():
     for size in (32, 96):
         batch, _ = images(size, size, 3)
