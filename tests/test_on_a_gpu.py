@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from pretended_gpu import PretendedGPU
+from test_leaks import smooth
 from test_pretended_gpu import CLASSES, DATA, IMAGES, Plug, learner, run
 
 from noisy_student import batch_ops, kernels
 from noisy_student.checkpoints import RunState
 from noisy_student.fitting import fit_resumably, splitter
+from noisy_student.leaks import find_leaks
 from noisy_student.learner import Noise
 from noisy_student.losses import SoftLabelCrossEntropy
 from noisy_student.models import create_model
@@ -209,6 +211,17 @@ def test_an_interrupted_training_ends_the_same(place, tmp_path, monkeypatch):
     a, b = weights("a", 1), weights("b", 2)
     for k in a: torch.testing.assert_close(b[k], a[k], rtol=1e-3, atol=1e-4)
     if place == "cpu": assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_leaks_are_those_that_numpy_finds(place, monkeypatch):
+    pool, held, rng = smooth(700, 16), smooth(600, 16, seed=1), np.random.default_rng(0)
+    held[:40] = np.minimum(pool[:40], 250) + rng.integers(0, 6, (40, 16, 16, 3), dtype=np.uint8)
+    held[40:45] = pool[40:45]
+    found = find_leaks(pool, held, device=place)
+    assert len(found) >= 45 and set(found.kind) == {"identical", "re-encoded"}
+    def near(a, b_signs): return np.flatnonzero((np.where(a > 0, 1, -1) @ b_signs.cpu().numpy().astype(int)) >= 48)
+    monkeypatch.setattr("noisy_student.leaks._near", near)
+    assert find_leaks(pool, held).equals(found)
 
 
 def test_labels_are_those_of_the_cpu(place, tmp_path):
