@@ -56,7 +56,7 @@ def variants(full: Recipe # With its architectures
 def _images_of(r, n_labeled, k, epochs):
     "That round k of a recipe trains on in so many epochs."
     steps = r.steps or -(-n_labeled // r.bs)
-    return epochs * steps * r.bs * (1 + (r.ratio or 0) if k else 1)
+    return epochs * steps * (r.bs + (round(r.bs * (r.ratio or 0)) if k else 0))
 
 def n_images(r: Recipe, # Settings
              n_labeled: int # Labeled images

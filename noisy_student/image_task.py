@@ -115,7 +115,8 @@ class ImageTask(ImageRounds):
                  *more # More arguments of a subclass
                 ) -> 'ImageTask':
         "All that a run with one network per round needs."
-        opened = Opened(setup.data, setup.size, directory, tell, bool(setup.recipe.rounds) or setup.given is not None)
+        opened = Opened(setup.data, setup.size, directory, tell, bool(setup.recipe.rounds) or setup.given is not None,
+                        setup.device)
         learners = Learners(opened, setup.recipe, setup.networks, setup.archs, setup.seed, setup.device, setup.metrics)
         return cls(setup, learners, Heads(learners, tell), Timing(learners, setup.limit), tell, *more)
 

@@ -17,7 +17,7 @@ from .checks import CHOOSE_BY
 
 # %% ../nbs/06c_setting_ranges.ipynb #d8000006
 SCHEDULES = ('one-cycle', 'staircase', 'plateau') # Of the learning rate
-OPTIMIZERS = ('adamw', 'adam', 'rmsprop') # Of module `training`, known without torch
+OPTIMIZERS = ('adamw', 'adam', 'rmsprop', 'sgd') # Of module `training`, known without torch
 
 def _is(value, kind):
     numbers = {int: Integral, float: Real}
@@ -31,9 +31,9 @@ def shares_of(share: float | tuple | list | None # One, or one per student
 _Range = tuple[str, str, Callable[[Any], bool]] # Setting, what it must be, whether a value is
 
 def _ranges() -> list[_Range]:
-    at_least = dict(rounds=0, epochs=1, teacher_epochs=1, steps=1, bs=1, ratio=1, accumulate=1, lr_per=1, warmup=0,
+    at_least = dict(rounds=0, epochs=1, teacher_epochs=1, steps=1, bs=1, accumulate=1, lr_per=1, warmup=0,
                     wd=0, size=1, unlabeled_weight=0, pad=0, rotate=0, zoom=1, cutout=0, head_rounds=0)
-    above = dict(lr=0, temperature=0, decay_every=0)
+    above = dict(lr=0, temperature=0, decay_every=0, ratio=0)
     one_of: dict[str, tuple] = dict(
         optimizer=OPTIMIZERS, schedule=SCHEDULES, wd_on=('weights', 'shortcuts'), init=('scratch', 'teacher'),
         relabel=('all', 'selected'), share_of=('pool', 'class'), class_weights=('balanced', 'sqrt'),
@@ -56,6 +56,9 @@ def _check_together(r):
                          "None")
     if r.bs % r.accumulate:
         raise ValueError(f"bs={r.bs} cannot be split into accumulate={r.accumulate} equal parts")
+    if r.ratio is not None and (r.bs // r.accumulate * r.ratio) % 1:
+        raise ValueError(f"ratio={r.ratio} must make a whole number of pseudo-labeled images per batch, got "
+                         f"{r.bs // r.accumulate * r.ratio:g} for {r.bs // r.accumulate} labeled ones")
     if r.ratio is None and (r.label_smoothing or r.unlabeled_weight is not None):
         raise ValueError("ratio=None shuffles labeled and pseudo-labeled images into one pile: label_smoothing and "
                          "unlabeled_weight, which tell them apart, must be 0 and None")

@@ -17,6 +17,7 @@ from fastai.callback.core import Callback, CancelFitException
 
 from .checkpoints import seeded
 from .learner import Noise
+from .network import images_at_once
 from .run_learners import Learners
 from .precision import fast
 from .pseudo_labels import PseudoLabels
@@ -89,7 +90,8 @@ class Speed:
             warnings.simplefilter('ignore')
             learn = a.new(0, None, Noise.none())
         images = a.opened.images('labeled').images
-        images = np.concatenate([images] * -(-64 // len(images)))[:64]
+        n = 64 if a.device.type == 'cpu' else images_at_once(a.device, images.shape[1]) # few would time Python
+        images = np.concatenate([images] * -(-n // len(images)))[:n]
         network = a.network(0, learn)
         network.scores(images)
         begun = time.perf_counter()

@@ -528,3 +528,19 @@ def test_a_run_is_named_after_its_data():
     from noisy_student.rundir import run_folder
     names = dict(photos="photos", **{"photos.v2": "photos.v2", "a/b/": "b", "t.csv": "t", "T.CSV": "T"})
     for given, name in names.items(): assert run_folder(None, given) == Path("runs")/name
+
+
+def test_libraries_without_metadata_are_asked_themselves(tmp_path, monkeypatch):
+    "As in a source tree that nobody installed; one that does not say its version stops nobody"
+    import noisy_student, timm
+    from importlib.metadata import PackageNotFoundError
+    from noisy_student import run_file
+    from noisy_student.rundir import RunDir
+    def nowhere(name): raise PackageNotFoundError(name)
+    monkeypatch.setattr(run_file, "version", nowhere)
+    monkeypatch.delattr(timm, "__version__")
+    with (run := RunDir(tmp_path / "run")).alone(): run_file.write_run(run, dict(seed=0))
+    versions = run.about["versions"]
+    assert versions["noisy_student"] == noisy_student.__version__ and versions["timm"] == "unknown"
+    import PIL, torch
+    assert (versions["torch"], versions["pillow"]) == (str(torch.__version__), PIL.__version__)
