@@ -149,7 +149,8 @@ def in_options(
         if (flag := flag_of(name)) in flags.get(): return f'{flag} {value}'.rstrip()
         return f'--set {name}={value}' if name in settings and '--set' in flags.get() else m[0]
     settings = [f.name for f in fields(Recipe)]
-    return re.sub(r"""(?<!--set )(?<![-\w.'"])([a-z]\w*)=('[^']*'|"[^"]*"|[^\s,;:)]*)""", option, text)
+    said = re.sub(r"""(?<!--set )(?<![-\w.'"/\\])([a-z]\w*)=('[^']*'|"[^"]*"|[^\s,;:)]*)""", option, text)
+    return re.sub(r'(--[\w-]+(?: \S+)?) \(\1\)', r'\1', said) # where the option stood beside the argument
 
 def error_text(
     e: BaseException, # What was raised

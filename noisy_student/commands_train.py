@@ -35,10 +35,10 @@ def run_settings(
 ) -> dict: # Fields of `Recipe` that were given
     "Settings of the command line. Raises ValueError for names and values that cannot be."
     base = get_recipe('default' if recipe == 'auto' else recipe) # an unknown name ends here
-    found = given(**options)
-    if noise is not None: found['noise'] = noise_named(noise, base.noise)
-    found |= settings_of(more or [], found.get('noise', base.noise))
-    if recipe == 'auto': check_settings(found)
+    found, known = given(**options), None if recipe == 'auto' else base.noise
+    if noise is not None: found['noise'] = noise_named(noise, known)
+    found |= settings_of(more or [], found.get('noise', known))
+    if recipe == 'auto': check_settings({k: v for k, v in found.items() if not isinstance(v, dict)})
     else: get_recipe(base, **found)
     return found
 

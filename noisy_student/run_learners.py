@@ -43,10 +43,16 @@ class RoundSettings:
                  archs: list[str], # Names, teacher first; the last one serves all further rounds
                  seed: int, # Of the run
                  device: torch.device, # Where it trains
-                 metrics: list | None = None # More fastai metrics beside accuracy
+                 metrics: list | None = None, # More fastai metrics beside accuracy
+                 given: bool = False # Whether round 0 is a student already, of pseudo labels made elsewhere
                 ):
-        self.opened, self.recipe, self.networks, self.archs = opened, recipe, networks, archs
+        self.opened, self.recipe, self.networks, self.archs, self.given = opened, recipe, networks, archs, given
         self.data, self.dir, self.seed, self.device, self.metrics = opened.data, opened.dir, seed, device, metrics or []
+        self._stats: dict[str, tuple[list[float], list[float]]] = {}
+
+    def role_of(self, k: int # Round
+               ) -> str: # 'teacher' or 'student'
+        return 'student' if k or self.given else 'teacher'
 
     def arch(self, k: int # Round
             ) -> str: # Name of its architecture
@@ -63,6 +69,11 @@ class RoundSettings:
     def stats(self, k: int # Round
              ) -> tuple[list[float], list[float]]: # Mean and standard deviation per channel
         "Those of the pretraining, or of (some of) the labeled images."
+        key = self.arch(k) if self.recipe.pretrained else ''
+        if key not in self._stats: self._stats[key] = self._stats_of(k)
+        return self._stats[key]
+
+    def _stats_of(self, k):
         images = self.opened.images('labeled').images
         if self.recipe.pretrained:
             with torch.device('meta'): model = create_model(self.networks[self.arch(k)], len(self.data.classes))
