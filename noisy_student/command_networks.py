@@ -85,5 +85,5 @@ def about_run(
 ) -> dict[str, Any]: # Its run.json; empty: it belongs to no run
     "What is known of the run that a network belongs to. Raises ValueError for a run.json that is damaged."
     for folder in [path, *path.resolve().parents[:2]]:
-        if (folder/'run.json').exists(): return unsealed(folder/'run.json')
+        if (folder/'run.json').exists(): return read_about(folder)
     return {}

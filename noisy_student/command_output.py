@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .files import unsealed
 from .progress import Log, in_words
 
 
@@ -110,9 +109,9 @@ def print_run(
 ) -> None:
     "Write the rounds of a run to stdout, and which one to use."
     from noisy_student.run_warnings import chance_warnings
-    from noisy_student.rundir import best_round
+    from noisy_student.rundir import best_round, read_about
     path = Path(path)
-    about, best = unsealed(path/'run.json'), best_round(rows)
+    about, best = read_about(path), best_round(rows)
     by = about['config']['recipe'].get('choose_by', 'accuracy')
     def weights(k): return str(path/f'round_{k}'/'model.safetensors')
     if as_json:

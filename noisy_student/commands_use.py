@@ -45,7 +45,8 @@ def _alike(file): return did_you_mean(file, folders_beside(file))
 
 def _names_without_suffix(model):
     "Whether the table that a run was trained on names its images so; the file that is written does, too."
-    try: return bool((unsealed(Path(model)/'run.json').get('source') or {}).get('table', {}).get('suffix'))
+    from noisy_student.rundir import read_about
+    try: return bool(((read_about(model).get('source') or {}).get('table') or {}).get('suffix'))
     except (OSError, ValueError, AttributeError): return False
 
 # %% ../nbs/12i_commands_use.ipynb #12i00008

@@ -70,7 +70,7 @@ def _networks(run, device):
         if not run: raise ValueError("there is no network to evaluate")
         return {k: as_network(v, device=device) for k, v in run.items()}, None
     base = Path(getattr(run, 'path', run))
-    rounds = sorted(int(o.parent.name.removeprefix('round_')) for o in base.glob('round_*/metrics.json'))
+    rounds = RunDir(base).there('metrics.json')
     if not rounds: raise ValueError(f"{base} holds no finished round: give the directory of a run, or networks by name")
     return {k: as_network(base/f'round_{k}', device=device) for k in rounds}, base
 

@@ -8,17 +8,19 @@ Docs: https://noisy-student.github.io/noisy_student/images.html.md"""
 __all__ = ['MAX_PIXELS', 'ImageFileError', 'BadImage', 'load_image', 'Decoded', 'square', 'new_array', 'load_images']
 
 # %% ../nbs/01c_images.ipynb #af9804a6
-import errno, hashlib, json, os, warnings
+import errno, hashlib, itertools, json, os, threading, warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .archives import ArchiveError, open_item, split_item
-from .files import file_sha256, into_place, write_text
+from .files import InUseError, file_sha256, into_place, locked, sealed, unsealed, write_text
+from .reading import open_regular, read_json
 
 
 # %% ../nbs/01c_images.ipynb #f2f2830e
@@ -37,12 +39,33 @@ class BadImage(NamedTuple):
     reason: str # What is wrong with it
 
 # %% ../nbs/01c_images.ipynb #ffd0746d
+# The decoders that are used: those that read a picture and do nothing else. EPS would start a program, Ghostscript
+FORMATS = ('PNG', 'JPEG', 'MPO', 'GIF', 'BMP', 'DIB', 'TIFF', 'WEBP', 'AVIF', 'JPEG2000', 'PPM', 'TGA', 'PCX', 'SGI',
+           'HEIF') # the last one where a package has registered it
+
+def open_image(
+    file: BinaryIO, # From `open_item`
+) -> Image.Image: # Not decoded yet
+    "The one way to open an image: by a decoder of `FORMATS`. Raises what Pillow raises, such as `UnidentifiedImageError`."
+    Image.init()
+    return Image.open(file, formats=[o for o in FORMATS if o in Image.OPEN])
+
+_LARGE = 1 << 24 # pixels from which on one image is decoded at a time
+_large = threading.Lock()
+
+def _to_8_bits(img):
+    "16-bit grey is scaled to 8 bits instead of being clipped, as Pillow would; a band of rows at a time."
+    step = max(1, (1 << 20) // max(1, img.width))
+    def band(y): return np.asarray(img.crop((0, y, img.width, min(y + step, img.height))), dtype=np.float64)
+    starts = range(0, img.height, step)
+    scale = 257 if img.mode != 'F' and max((band(y).max(initial=0) for y in starts), default=0) > 255 else 1
+    out = np.empty((img.height, img.width), np.uint8)
+    for y in starts: out[y:y + step] = np.clip(np.nan_to_num(band(y) / scale).round(), 0, 255)
+    return Image.fromarray(out)
+
 def _to_rgb(img):
-    "RGB; 16-bit grey is scaled to 8 bits instead of being clipped, as Pillow would."
-    if img.mode.startswith(('I', 'F')):
-        a = np.asarray(img, dtype=np.float64)
-        if img.mode != 'F': a = a / 257 if a.max(initial=0) > 255 else a
-        img = Image.fromarray(np.clip(np.nan_to_num(a).round(), 0, 255).astype(np.uint8))
+    "RGB, upright or not."
+    if img.mode.startswith(('I', 'F')): img = _to_8_bits(img)
     return (img if img.mode == 'RGB' else img.convert('RGBA').convert('RGB') if img.mode in ('P', 'PA')
             else img.convert('RGB'))
 
@@ -56,18 +79,20 @@ def load_image(path: str | Path, # An image file of any format and mode that Pil
         with open_item(path) as f:
             if not f.read(1): raise fail("the file is empty")
             f.seek(0)
-            img = Image.open(f)
+            img = open_image(f)
             if img.width * img.height > max_pixels:
                 raise fail(f"{img.width} x {img.height} pixels are more than the limit of {max_pixels:,}: make it "
                            "smaller")
             if size: img.draft('RGB', (2 * size, 2 * size))
-            return _to_rgb(ImageOps.exif_transpose(img))
+            with _large if img.width * img.height > _LARGE else nullcontext():
+                img.load() # without a copy where nothing is to be turned
+                return _to_rgb(img if img.getexif().get(0x0112, 1) == 1 else ImageOps.exif_transpose(img))
     except ImageFileError: raise
     except ArchiveError as e: raise fail(str(e)) from None
     except FileNotFoundError: raise fail("dangling link" if Path(path).is_symlink() else "no such file") from None
     except IsADirectoryError: raise fail("is a folder, not an image") from None
     except PermissionError: raise fail("no permission to read it") from None
-    except UnidentifiedImageError: raise fail("not an image, or of a format Pillow does not know") from None
+    except UnidentifiedImageError: raise fail("not an image, or of a format that is not read") from None
     except Image.DecompressionBombError:
         raise fail(f"more pixels than the limit of {max_pixels:,}: make it smaller") from None
     except MemoryError: raise fail("too large for this machine's memory") from None
@@ -80,6 +105,7 @@ class Decoded(NamedTuple):
     images: np.ndarray # uint8 (n, size, size, C); memory-mapped where there is a cache
     good: np.ndarray # int64 (n,): position in `items` of every row of `images`
     bad: list[BadImage] # What was left out, and why
+    digest: str | None = None # SHA-256 of the pixels; None where there is no cache
 
 def square(img: Image.Image, # Any size
            size: int # Side of the result in pixels
@@ -133,35 +159,76 @@ def _cache_key(items, size):
         except OSError: h.update(f"{o}\0missing\n".encode(errors='surrogateescape'))
     return h.hexdigest()[:16]
 
-def _read_cache(file, meta):
+_SHAPE = {'bad': [[str]], 'bad_rows': [int]} # of what is noted beside an array
+
+def _read_cache(file, meta, n, size):
     "What `_fill_cache` returned, None if it has to be made (again)."
     if not (file.exists() and meta.exists()): return None
     try:
-        d = json.loads(meta.read_text())
+        d = read_json(meta, {**_SHAPE, 'sha256?': str, 'pixels?': str})
         known = d.pop('sha256', None)
-        if known in (None, file_sha256(file, json.dumps(d))): return d
-    except (ValueError, AttributeError, TypeError): pass # no JSON, or not ours
+        if _is_array(file, (max(n, 1), size, size, 3)) and known in (None, file_sha256(file, json.dumps(d))): return d
+    except (ValueError, OSError): pass # no JSON, or not ours
     warnings.warn(f"{file} or {meta.name} has been altered since it was written: the images are decoded again")
+
+@contextmanager
+def _part_of(file):
+    "The name to decode to: one that can be gone on with, or while another process decodes the same, one of its own."
+    own = file.with_suffix(f'.{os.getpid()}-{threading.get_ident()}.part')
+    try:
+        with locked(file.with_name('.lock')): yield file.with_suffix('.part')
+    except InUseError:
+        try: yield own
+        finally: own.unlink(missing_ok=True); _notes(own).unlink(missing_ok=True)
+
+def _notes(part): return part.with_suffix('.part.json')
+
+def _is_array(file, shape):
+    "Whether a `.npy` file holds images of this shape."
+    try:
+        with open_regular(file): a = np.load(file, mmap_mode='r', allow_pickle=False)
+    except (OSError, ValueError, EOFError): return False
+    return a.shape == shape and a.dtype == np.uint8
+
+def _begun(part, shape):
+    "What an interrupted decoding left: array and notes, as far as the pixels are those that were written."
+    try:
+        d = unsealed(_notes(part), {**_SHAPE, 'sums': [{'done': int, 'rows': int, 'sha256': str}]})
+        if not _is_array(part, shape): raise ValueError
+        out = np.lib.format.open_memmap(part, mode='r+')
+    except (OSError, ValueError): return new_array(part, shape), dict(done=0, bad=[], bad_rows=[]), []
+    starts = [0, *(o['rows'] for o in d['sums'])]
+    same = (_digest(out[a:o['rows']]) == o['sha256'] for a, o in zip(starts, d['sums']))
+    sums = d['sums'][:sum(itertools.takewhile(bool, same))]
+    if len(sums) < len(d['sums']): warnings.warn(f"{part} is damaged: some images are decoded again")
+    done = sums[-1]['done'] if sums else 0
+    rows = [i for i in d['bad_rows'] if i < done]
+    return out, dict(done=done, bad=[BadImage(*o) for o in d['bad'][:len(rows)]], bad_rows=rows), sums
+
+def _digest(images): return hashlib.sha256(np.ascontiguousarray(images)).hexdigest()
 
 def _fill_cache(items, size, file, meta, progress):
     "Write the array under a temporary name and rename it when complete; goes on where it was interrupted."
-    part, notes, shape = file.with_suffix('.part'), file.with_suffix('.part.json'), (max(len(items), 1), size, size, 3)
-    def state(done, good, bad): return dict(done=done, bad=bad, bad_rows=sorted(set(range(done)) - set(good)))
-    def note(done, good, bad): out.flush(); write_text(notes, json.dumps(state(done, good, bad)))
+    shape = (max(len(items), 1), size, size, 3)
+    def state(done, good, bad): return dict(bad=bad, bad_rows=sorted(set(range(done)) - set(good)))
+    def note(done, good, bad):
+        rows = sums[-1]['rows'] if sums else 0
+        sums.append(dict(done=done, rows=len(good), sha256=_digest(out[rows:len(good)])))
+        out.flush(); write_text(_notes(part), sealed(dict(state(done, good, bad), sums=sums)))
+    part = None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        try: out, begun = np.lib.format.open_memmap(part, mode='r+'), json.loads(notes.read_text())
-        except (OSError, ValueError): out, begun = new_array(part, shape), dict(done=0, bad=[], bad_rows=[])
-        begun['bad'] = [BadImage(*o) for o in begun['bad']]
-        _, good, bad = _decode_all(items, size, out, progress, **begun, note=note)
-        out.flush()
-        d = {k: v for k, v in state(len(items), good.tolist(), bad).items() if k != 'done'}
-        d['sha256'] = file_sha256(part, json.dumps(d))
-        write_text(meta, json.dumps(d))
-        into_place(part, file); notes.unlink(missing_ok=True)
-        return d
+        with _part_of(file) as part:
+            out, begun, sums = _begun(part, shape)
+            _, good, bad = _decode_all(items, size, out, progress, **begun, note=note)
+            out.flush()
+            pixels = hashlib.sha256(''.join(o['sha256'] for o in sums).encode()).hexdigest()
+            d = dict(state(len(items), good.tolist(), bad), pixels=pixels)
+            write_text(meta, json.dumps(dict(d, sha256=file_sha256(part, json.dumps(d)))))
+            into_place(part, file); _notes(part).unlink(missing_ok=True)
+            return d
     except OSError as e:
-        if file.parent.is_dir(): part.unlink(missing_ok=True); notes.unlink(missing_ok=True)
+        if part and file.parent.is_dir(): part.unlink(missing_ok=True); _notes(part).unlink(missing_ok=True)
         why = os.strerror(e.errno) if e.errno else e
         raise OSError(e.errno, f"cannot write the image cache in {file.parent}: {why}") from None
 
@@ -180,9 +247,10 @@ def load_images(
     if cache is None: return _decode_all(items, size, np.empty((len(items), size, size, 3), np.uint8), progress)
     file = Path(cache)/f"images-{size}-{_cache_key(items, size)}.npy"
     meta = file.with_suffix('.json')
-    if not (d := _read_cache(file, meta)): d = _fill_cache(items, size, file, meta, progress)
+    if not (d := _read_cache(file, meta, len(items), size)): d = _fill_cache(items, size, file, meta, progress)
     bad = [BadImage(*o) for o in d['bad']]
     dropped = {o for o in d['bad_rows']}
     good = np.array([i for i in range(len(items)) if i not in dropped], dtype=np.int64)
-    return Decoded(np.load(file, mmap_mode='r', allow_pickle=False)[:len(good)] if len(good)
-                   else np.empty((0, size, size, 3), np.uint8), good, bad)
+    images = (np.load(file, mmap_mode='r', allow_pickle=False)[:len(good)] if len(good)
+              else np.empty((0, size, size, 3), np.uint8))
+    return Decoded(images, good, bad, d.get('pixels'))

@@ -11,9 +11,9 @@ __all__ = ['SELECTION', 'write_run', 'config_of', 'flat', 'check_config']
 import platform
 from importlib.metadata import version
 
-from .files import sealed, unsealed
+from .files import sealed
 from .models import resolved
-from .rundir import RunDir
+from .rundir import RunDir, read_about
 
 
 # %% ../nbs/07c_run_file.ipynb #f1000006
@@ -37,7 +37,7 @@ def config_of(directory: RunDir, # Of a run
     file = directory.path/'run.json'
     if not file.exists(): return None
     try:
-        config = unsealed(file)['config']
+        config = read_about(directory.path)['config']
         config['recipe'] = {**{k: v for k, v in defaults.items() if k in _SINCE}, **config['recipe']}
         return config
     except (ValueError, KeyError, TypeError):

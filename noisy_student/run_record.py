@@ -18,7 +18,7 @@ from .datasets import Splits
 from .files import altered, unsealed
 from .label_table import batches
 from .pseudo_labels import selected_by, share_cuts
-from .rundir import RunDir
+from .rundir import RunDir, Rounds, read_about, read_csv
 
 # %% ../nbs/07d_run_record.ipynb #b1000006
 BINS = 200 # Of confidence, 0..1
@@ -110,12 +110,13 @@ def _count_labels(folder, K, truth):
 
 # %% ../nbs/07d_run_record.ipynb #b100000c
 def read_table(file: Path, # CSV
-               remedy: str # What to do if it is damaged
+               remedy: str, # What to do if it is damaged
+               columns: list[str] # That it must have
               ) -> pd.DataFrame:
     "A table whose checksum, if there is one, is right. Raises ValueError, naming file and remedy, if it is not."
     try:
         if altered(file.parent, [file.name]): raise ValueError
-        return pd.read_csv(file)
+        return read_csv(file, columns)
     except (OSError, ValueError): raise ValueError(f"{file} is damaged: {remedy}") from None
 
 def things_in(config: dict # Settings of a run
@@ -154,22 +155,26 @@ class RunRecord:
         "What `noisy-student evaluate --robustness` has measured. Raises ValueError for a damaged table."
         if not (file := self.path/'robustness.csv').exists(): return None
         remedy = "remove it, or measure again with noisy-student evaluate --robustness"
-        return read_table(file, remedy).set_index('round')
+        return read_table(file, remedy, ['round', 'accuracy', 'low', 'high']).set_index('round')
 
     @property
     def suspects(self) -> pd.DataFrame | None: # A row per label, most suspicious first; None if they were not searched
         "Given labels that `NoisyStudent.suspects` found in the latest round. Raises ValueError for a damaged table."
-        files = self.path.glob('suspects/round_*/suspects.csv')
-        last = max(files, key=lambda o: int(o.parent.name.split('_')[1]), default=None)
-        if last is None: return None
-        table = read_table(last, "remove it, or call suspects() again")
+        searched = Rounds(self.path/'suspects')
+        if not (there := searched.there('suspects.csv')): return None
+        table = read_table(searched.round(there[-1])/'suspects.csv', "remove it, or call suspects() again",
+                           ['kind', 'item', 'label', 'predicted', 'quality'])
         return table[table.kind == 'labeled']
 
 # %% ../nbs/07d_run_record.ipynb #b100000d
+LEAKS = {'searched': [str], 'found': [{
+    'pile': str, 'position': int, 'item': (str, int), 'also_in': str, 'other': (str, int), 'kind': str,
+    'difference': (float, None)}]} # The shape of leaks.json
+
 def _found_leaks(path):
     "Those of a run, or of all its folds, where positions count within a fold and mean nothing for the run."
     files = [o for o in (path/'leaks.json', *sorted(path.glob('fold_*/leaks.json'))) if o.exists()]
-    found = [o for f in files for o in unsealed(f)['found']]
+    found = [o for f in files for o in unsealed(f, LEAKS)['found']]
     if len(files) < 2: return found
     named = [o for o in found if isinstance(o['item'], str)]
     return list({(o['pile'], o['item'], o['also_in'], o['other']): o for o in named}.values())
@@ -179,14 +184,14 @@ def read_run(path: str | Path, # Run directory
             ) -> RunRecord:
     "Read a run directory, in memory that does not grow with the pool. Raises ValueError if it is none."
     path, again = Path(path), "fit(), or noisy-student run, makes it again"
-    try: about = unsealed(path/'run.json')
+    try: about = read_about(path)
     except (OSError, ValueError):
         raise ValueError(f"{path} is not the directory of a run: there is no readable run.json in it") from None
     done = RunDir(path).metrics
     if [o['round'] for o in done] != list(range(len(done))):
         raise ValueError(f"{path}: a round before the last one has no metrics.json: {again}")
     folders = {o['round']: path/f"round_{o['round']}" for o in done}
-    history = {k: read_table(f/'history.csv', again) for k, f in folders.items()}
+    history = {k: read_table(f/'history.csv', again, ['epoch']) for k, f in folders.items()}
     K, truth = len(about['config']['classes']), Truth(data)
     labels = {k: _count_labels(f, K, truth) for k, f in folders.items() if (f/'selected.parquet').exists()}
     try: leaks = _found_leaks(path)

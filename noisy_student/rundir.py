@@ -19,23 +19,41 @@ import pandas as pd
 
 from .distributed import first_rank_first, rank, write_once
 from .files import altered, locked, unsealed, write_sums
+from .reading import open_parquet, open_regular, read_json
 from .round_scores import accuracy_error
+from .weights import load_tensors
 
 
 # %% ../nbs/07b_rundir.ipynb #e1000006
+def _is_share(o): return isinstance(o, (int, float)) and 0 <= o <= 1
+
+_SCORES = ('score', 'score_error', 'valid_balanced_accuracy', 'valid_f1', 'valid_log_loss', 'seconds',
+           'labeling_seconds')
+_METRICS = {
+    'round': int, 'valid_accuracy': _is_share, **{f'{o}?': (float, None) for o in _SCORES},
+    **{f'{o}?': (_is_share, None) for o in ('test_accuracy', 'pseudo_label_accuracy')},
+    **{f'{o}?': (int, None) for o in ('parameters', 'labeled', 'pseudo_labeled', 'worse_than')},
+    **{f'{o}?': (str, None) for o in ('role', 'arch', 'verdict')}} # Of metrics.json
+_RUN = {
+    'config': {
+        'classes': [str], 'archs?': [str], 'seed?': int, 'size?': int, 'folds?': (int, None), 'y_name?': str,
+        'recipe': {'rounds?': int, 'choose_by?': str, 'pretrained?': (bool, str, None), 'threshold?': (float, None)}},
+    'sizes?': ({'labeled?': int, 'unlabeled?': int, 'valid?': int, 'test?': int}, None), 'threads?': int,
+    'device?': str, 'source?': ({'table?': ({'suffix?': (str, None)}, None)}, None), 'speed?': (float, None),
+    'versions?': {str: str}, 'python?': str} # Of run.json
+
+def read_about(path: str | Path # Run directory
+              ) -> dict: # config, versions, sizes, and more
+    "All of run.json. Raises FileNotFoundError; ValueError, naming the file, if it is not what was written."
+    return unsealed(Path(path)/'run.json', _RUN)
+
 def read_metrics(folder: Path # round_K of a run
                 ) -> dict: # metrics.json
     "The figures of a finished round. Raises ValueError, naming the file, if they are not what was written."
-    def is_number(o): return isinstance(o, (int, float))
-    try:
-        if 'metrics.json' in altered(folder, ['metrics.json']): raise ValueError
-        d = dict(json.loads((folder/'metrics.json').read_text()))
-        # what the best round is chosen by
-        if folder.name != f"round_{d['round']}" or not 0 <= d['valid_accuracy'] <= 1: raise ValueError
-        if not all(is_number(d[o]) for o in ('score', 'score_error') if o in d): raise ValueError
-        return d
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder/'metrics.json'} is damaged: fit(), or noisy-student run, makes it again") from None
+    file, remedy = folder/'metrics.json', "fit(), or noisy-student run, makes it again"
+    d = read_json(file, _METRICS, remedy)
+    if folder.name == f"round_{d['round']}" and file.name not in altered(folder, [file.name]): return d
+    raise ValueError(f"{file} is damaged: {remedy}")
 
 def best_round(rounds: list[dict] # Their metrics, at least one; figures of test images never choose
               ) -> int: # Its number
@@ -51,6 +69,16 @@ def best_round(rounds: list[dict] # Their metrics, at least one; figures of test
 
 
 # %% ../nbs/07b_rundir.ipynb #e1000009
+def read_csv(file: Path, # A table of a run
+             columns: list[str] # That it must have
+            ) -> pd.DataFrame: # With a row at least
+    "Read a table. Raises ValueError, naming the file, for a damaged one, OSError where it cannot be read."
+    try:
+        with open_regular(file) as f: table = pd.read_csv(f)
+        if not len(table) or not {*columns} <= {*table}: raise ValueError
+    except (ValueError, OverflowError, RecursionError): raise ValueError(f"{file} is damaged") from None
+    return table
+
 RESULTS = ('model.safetensors', 'history.csv', 'selected.parquet', 'answers.safetensors', 'oof.csv',
            'metrics.json') # Of a round
 
@@ -61,6 +89,10 @@ def of_round(things: Sequence[_T], # For the first rounds, at least one
             ) -> _T:
     "The thing of a round: the last one serves all further rounds."
     return things[min(k, len(things) - 1)]
+
+_WHOLE: dict[str, Any] = { # Raise ValueError or OSError for a result that is torn
+    'model.safetensors': load_tensors, 'answers.safetensors': load_tensors, 'selected.parquet': open_parquet,
+    'history.csv': lambda f: read_csv(f, ['epoch']), 'oof.csv': lambda f: read_csv(f, ['item'])}
 
 class Rounds:
     "The folders of the rounds of a run."
@@ -76,6 +108,12 @@ class Rounds:
                ) -> Path:
         "Its trained network."
         return self.round(k)/'model.safetensors'
+
+    def there(self, name: str # Of a file of a round
+             ) -> list[int]: # Sorted
+        "The rounds that have it; a copy of a folder, such as `round_1 (copy)`, is no round."
+        found = (re.fullmatch(r'round_(0|[1-9]\d{0,5})', o.name) for o in self.path.glob('round_*'))
+        return sorted(k for k in (int(m[1]) for m in found if m) if (self.round(k)/name).exists())
 
     def is_done(self, k: int # Round
                ) -> bool:
@@ -105,17 +143,26 @@ class Rounds:
         bad = altered(folder)
         if self.is_done(k) and 'metrics.json' not in bad:
             try: read_metrics(folder)
-            except ValueError: bad.append('metrics.json')
+            except (ValueError, OSError): bad.append('metrics.json')
+        if self.is_done(k) and not (folder/'SHA256SUMS').exists(): bad += self._holes(folder, bad)
         for name in bad:
             warnings.warn(f"{folder/name} is missing or not what was written: round {k} makes it again")
             (folder/name).unlink(missing_ok=True)
         if bad: self.reopen(k)
 
+    # Results of a round without checksums that are not there or not whole: a crash of the machine may leave any of them
+    def _holes(self, folder, known):
+        def is_whole(name):
+            try: _WHOLE[name](folder/name); return True
+            except (ValueError, OSError): return False
+        there = [o for o in _WHOLE if (folder/o).exists()]
+        return [o for o in {*there, 'model.safetensors', 'history.csv'} if o not in known and not is_whole(o)]
+
     def plan(self, k: int # Round
             ) -> dict: # steps, step_seconds, limit; empty before anything was decided
         "What was decided about its length. Raises ValueError, naming the file, if it is not what was written."
         file = self.round(k)/'plan.json'
-        try: return unsealed(file)
+        try: return unsealed(file, {'steps?': (int, None), 'step_seconds?': (float, None), 'limit?': (float, None)})
         except (FileNotFoundError, NotADirectoryError): return {}
         except ValueError: raise ValueError(f"{file} is damaged: remove the folder {file.parent}") from None
 
@@ -132,8 +179,7 @@ class RunDir(Rounds):
     @property
     def metrics(self) -> list[dict]:
         "All figures of the finished rounds. Raises ValueError, naming the file, if they are not what was written."
-        rows = [read_metrics(f.parent) for f in self.path.glob('round_*/metrics.json')]
-        rows.sort(key=lambda r: r['round'])
+        rows = [read_metrics(self.round(k)) for k in self.there('metrics.json')]
         n = (self.about.get('sizes') or {}).get('valid') # None if run.json does not say
         if not n or all('score' in r for r in rows): return rows
         def scored(p): return {} if p is None else dict(score=p, score_error=accuracy_error(p, n))
@@ -158,7 +204,7 @@ class RunDir(Rounds):
     @property
     def about(self) -> dict:
         "All of run.json; empty where there is none that can be read."
-        try: return unsealed(self.path/'run.json')
+        try: return read_about(self.path)
         except (OSError, ValueError): return {}
 
     def write(self, name: str, # Of a file in the directory, with its folder
@@ -180,7 +226,7 @@ class RunDir(Rounds):
         with nullcontext() if rank() else locked(self.path/'.lock'): yield
 
     def _check_is_ours(self): # before anything is put into it
-        own = ('.lock', '.lock.txt', 'cache', 'skipped.csv') # a plan decodes the images
+        own = ('.lock', '.lock.txt', 'cache', 'skipped.csv', 'images.json') # a plan decodes the images
         if (self.path/'run.json').exists() or not self.path.is_dir(): return
         if any(o.name not in own and o.suffix != '.tmp' for o in self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty and holds no run (there is no run.json in it): choose another "

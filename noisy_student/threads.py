@@ -9,7 +9,8 @@ __all__ = ['wait_passively', 'spinning', 'keep_memory']
 
 # %% ../nbs/00b_threads.ipynb #20e9884a
 import ctypes, functools, os, sys
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 
 # %% ../nbs/00b_threads.ipynb #42b3a32e
 _VARIABLES = ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')
@@ -41,6 +42,19 @@ def spinning(
     return (f"training takes {cpu_seconds / expected:.1f} times the CPU time that it should: {threads} threads wait "
             "for each other by spinning, on cores that other processes use. Set OMP_WAIT_POLICY=PASSIVE before Python "
             "starts, or use fewer threads with torch.set_num_threads")
+
+# %% ../nbs/00b_threads.ipynb #aa000004
+@contextmanager
+def compute_threads(
+    n: int | None, # How many compute inside, from 1 on; None: as many as now
+) -> Iterator[None]:
+    "Sums are added up in an order that depends on the number of threads, so it belongs to a result. Afterwards as before."
+    import torch
+    before = torch.get_num_threads()
+    if n is not None and n != before: torch.set_num_threads(n)
+    try: yield
+    finally:
+        if torch.get_num_threads() != before: torch.set_num_threads(before)
 
 # %% ../nbs/00b_threads.ipynb #aa000002
 @functools.lru_cache(1)
