@@ -24,6 +24,7 @@ from .distributed import rank, world
 from .files import into_place
 from .models import load_tensors, save_tensors
 from .locks_and_signals import Stopped
+from .reading import parse_json
 from .training_state import pack, random_state, seeded, set_random_state, unpack
 
 _all_ = ['seeded', 'unpack'] # public here too
@@ -45,8 +46,9 @@ class Checkpoint:
             if not file.exists(): continue
             try:
                 tensors, meta = load_tensors(file)
-                return put_back(unpack(json.loads(meta['skeleton']), tensors)) # type: ignore[arg-type]
-            except (ValueError, KeyError) as e: warnings.warn(f"{e}; training goes on from an earlier point")
+                skeleton = parse_json(meta.get('skeleton', ''), dict, file)
+                return put_back(unpack(skeleton, tensors)) # type: ignore[arg-type]
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as e: warnings.warn(f"{e}; training goes on from an earlier point")
 
     def save(self,
         state: dict, # As `pack` takes it

@@ -13,7 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import did_you_mean, folders_beside, unsealed
+from .files import did_you_mean, folders_beside
+from .rundir import read_about
 
 if TYPE_CHECKING: from noisy_student.network import Network
 

@@ -14,7 +14,6 @@ from typing import Annotated, Optional
 
 import typer
 
-from .files import unsealed
 from .command_options import DeviceOpt, JsonOpt, option
 from .command_output import print_run, print_table, records, show_progress, to_stderr
 from .command_inputs import data_of_run, load_data

@@ -14,7 +14,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .files import did_you_mean, folders_beside, unsealed
+from .files import did_you_mean, folders_beside
 from .command_options import DeviceOpt, ImageColumnOpt, ImagesOpt, JsonOpt, ModelArg, SuffixOpt, given, option
 from .command_output import show_progress, to_stderr
 from .command_inputs import flag_of

@@ -27,6 +27,7 @@ from .models import model_hash
 from .network import Network
 from .robustness import ALEXNET_ERRORS, corruption_error, fgsm, flip_rate, flip_rates, mce, mean_error, mfr, pgd
 from .rounds import NoisyStudent, load_model
+from .rundir import RunDir
 
 # %% ../nbs/10c_evaluation.ipynb #e9100001
 _all_ = ['ALEXNET_ERRORS', 'corruption_error', 'fgsm', 'flip_rate', 'mce', 'pgd']
