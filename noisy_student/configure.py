@@ -21,7 +21,7 @@ from PIL import Image
 from .archives import ArchiveError, open_item
 from .auto import Facts, auto_recipe, check_settings
 from .checkpoints import seeded
-from .images import MAX_PIXELS, open_image
+from .image_files import MAX_PIXELS, open_image
 from .learner import Noise
 from .models import arch_name, create_model, default_arch, find_weights, n_parameters
 from .recipes import Recipe, get_recipe

@@ -12,6 +12,7 @@ import errno, os, re, signal, socket, threading, time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -25,7 +26,8 @@ def locked(
 ) -> Iterator[None]:
     """Inside, no other process is. Raises `InUseError` at once if one is, or if it cannot be known; a folder that cannot be
     written is not locked."""
-    owner, lock = file.with_name(file.name + '.txt'), FileLock(str(file))
+    owner = file.with_name(file.name + '.txt')
+    lock: Any = FileLock(str(file))
     try: file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise OSError(e.errno, f"cannot write {file.parent}: {e.strerror}") from None
     try: lock.acquire(timeout=0)

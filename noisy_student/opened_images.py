@@ -71,7 +71,7 @@ class OpenedImages:
             cache = None if isinstance(split.images, np.ndarray) else self.dir.path/'cache'
             with first_rank_first():
                 d = load_images(split.images, self.size, cache, StageProgress(self.tell, f'decoding {name} images'))
-            if d.digest: self._compare(name, d.digest)
+            if digest := getattr(d, 'digest', None): self._compare(name, digest)
             if d.bad: self._complain(name, d, len(split))
             self.decoded[name] = d
         return self.decoded[name]
