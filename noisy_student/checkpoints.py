@@ -48,7 +48,9 @@ class Checkpoint:
                 tensors, meta = load_tensors(file)
                 skeleton = parse_json(meta.get('skeleton', ''), dict, file)
                 return put_back(unpack(skeleton, tensors)) # type: ignore[arg-type]
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as e: warnings.warn(f"{e}; training goes on from an earlier point")
+            # another state than is wanted, in any way
+            except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as e:
+                warnings.warn(f"{e}; training goes on from an earlier point")
 
     def save(self,
         state: dict, # As `pack` takes it

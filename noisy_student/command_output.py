@@ -69,8 +69,8 @@ def to_stderr(
 
 # %% ../nbs/12b_command_output.ipynb #12b00007
 def open_streams() -> None:
-    """Make standard streams that can be written to: a closed one leads nowhere (its number would be that of the next file
-    that is opened), and a character that a terminal does not know is written as its code."""
+    """Make standard streams that can be written to: a closed one leads nowhere (its number would be that of the next
+    file that is opened), and a character that a terminal does not know is written as its code."""
     for fd, name in enumerate(('stdin', 'stdout', 'stderr')):
         try: os.fstat(fd)
         except OSError: _to_nowhere(fd)

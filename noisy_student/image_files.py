@@ -41,7 +41,7 @@ FORMATS = ('PNG', 'JPEG', 'MPO', 'GIF', 'BMP', 'DIB', 'TIFF', 'WEBP', 'AVIF', 'J
 def open_image(
     file: BinaryIO, # From `open_item`
 ) -> Image.Image: # Not decoded yet
-    "The one way to open an image: by a decoder of `FORMATS`. Raises what Pillow raises, such as `UnidentifiedImageError`."
+    "The one way to open an image: by a decoder of `FORMATS`. Raises whatever Pillow raises for what is none."
     Image.init()
     return Image.open(file, formats=[o for o in FORMATS if o in Image.OPEN])
 

@@ -32,8 +32,8 @@ class PseudoLabelError(ValueError):
 # What a file says of itself: as it is, and as JSON
 _TEXT = 'sha256 teacher version precision'.split()
 _LEFT_OUT = ([[str]], None)
-_JSON: dict = dict(classes=[str], temperature=float, view=lambda o: True, pool=(str, None), num_shards=int, part_size=int,
-                   items=(str, int, None), skipped=_LEFT_OUT, left_out=_LEFT_OUT, threshold=(float, None),
+_JSON: dict = dict(classes=[str], temperature=float, view=lambda o: True, pool=(str, None), num_shards=int,
+                   part_size=int, items=(str, int, None), skipped=_LEFT_OUT, left_out=_LEFT_OUT, threshold=(float, None),
                    strict=bool, per_class=(int, str, None), binned=(bool, int, None), seed=(int, None),
                    share=(float, None), share_of=str, class_thresholds=([float], None))
 _IS = pa.types
@@ -77,9 +77,10 @@ def open_table(path: str | Path, # A parquet file
     except (ValueError, OSError) as e:
         raise PseudoLabelError(f"{e}: if it is one of pseudo labels, make it again") from e
     for o in found.schema_arrow:
-        if o.name in _TYPES and not any(f(o.type) for f in _TYPES[o.name]):
-            raise PseudoLabelError(f"{path}: its column {o.name} must be of another type, got {o.type}: if it is one of "
-                                   "pseudo labels, make it again")
+        kind = o.type.value_type if pa.types.is_dictionary(o.type) else o.type
+        if o.name in _TYPES and not any(f(kind) for f in _TYPES[o.name]):
+            raise PseudoLabelError(f"{path}: its column {o.name} must be of another type, got {o.type}: if it is one "
+                                   "of pseudo labels, make it again")
     return found
 
 # %% ../nbs/05a_label_table.ipynb #e3c52d12
@@ -125,7 +126,7 @@ def _rows(path, bs, columns=None):
     for b in table.iter_batches(bs, columns=columns):
         for i, column in enumerate(b.columns):
             if not pa.types.is_dictionary(column.type): continue
-            if column.null_count: raise PseudoLabelError(f"{path} has rows without an item: remove it, and make it again")
+            if column.null_count: raise PseudoLabelError(f"{path} has rows without an item: make it again")
             longest = pc.max(pc.binary_length(column.dictionary)).as_py() or 0
             if longest > _LONGEST: raise PseudoLabelError(f"{path} has a name of {longest:,} bytes: refused")
             b = b.set_column(i, b.schema.names[i], column.dictionary_decode())
@@ -136,7 +137,7 @@ def _check_values(path, cols):
         if name not in cols or not len(c := cols[name]): continue
         low, most = pc.min(c).as_py(), pc.max(c).as_py()
         if c.null_count or not least <= low <= most <= (1 if name == 'confidence' else 2**31 - 1):
-            raise PseudoLabelError(f"{path}: its column {name} must be from {least} on, got {low} to {most}: make it again")
+            raise PseudoLabelError(f"{path}: its column {name} must be from {least} on, got {low} to {most}")
 
 # the checksum of a table that is read or written batch by batch, whatever the batches
 class _Content:
@@ -174,7 +175,7 @@ def write_table(tables: Iterable[pa.Table], # Of one schema
 def _check_probs(batch, k): # raises ValueError
     cols = dict(zip(batch.schema.names, batch.columns))
     flat = cols['probs'].flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-    if cols['probs'].null_count or len(flat) != batch.num_rows * k: raise ValueError(f"not {k} probabilities in every row")
+    if cols['probs'].null_count or len(flat) != batch.num_rows * k: raise ValueError(f"not {k} probabilities a row")
     p = flat.reshape(-1, k)
     if not (np.isfinite(p).all() and (p >= 0).all() and (p.sum(1) > 0).all()): raise ValueError("no probabilities")
     if batch.num_rows and pc.max(cols['label']).as_py() >= k: raise ValueError(f"a label that is not below {k}")

@@ -24,8 +24,8 @@ class InUseError(OSError):
 def locked(
     file: Path, # The lock file, in the folder to be written
 ) -> Iterator[None]:
-    """Inside, no other process is. Raises `InUseError` at once if one is, or if it cannot be known; a folder that cannot be
-    written is not locked."""
+    """Inside, no other process is. Raises `InUseError` at once if one is, or if it cannot be known; a folder that cannot
+    be written is not locked."""
     owner = file.with_name(file.name + '.txt')
     lock: Any = FileLock(str(file))
     try: file.parent.mkdir(parents=True, exist_ok=True)
@@ -63,8 +63,8 @@ def _claim(file, owner):
         who = _named(owner)
         own = re.fullmatch(r'process (\d+) on (.*) since .*', who)
         if not own or own[2] != socket.gethostname():
-            raise InUseError(f"{file.parent} may be in use by {who or 'another process'}: its file system has no locks, so "
-                             f"that cannot be known. If nobody writes there, remove {owner}")
+            raise InUseError(f"{file.parent} may be in use by {who or 'another process'}: its file system has no locks, "
+                             f"so that cannot be known. If nobody writes there, remove {owner}")
         if int(own[1]) == os.getpid() or _is_alive(int(own[1])): raise _in_use(file, who)
         owner.unlink(missing_ok=True)
     raise _in_use(file, 'another process')

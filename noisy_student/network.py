@@ -159,8 +159,8 @@ def load_network(file: str | Path, # A file that `Network.save` wrote
         raise ValueError(f"{file} was not written by noisy_student: it does not say its architecture")
     classes, mean, std, size = (parse_json(meta[k], o, f'{file}: its {k}') for k, o in _HEADER.items())
     if not 1 <= len(mean) == len(std) or not classes:
-        raise ValueError(f"{file} must name classes, and a mean and a deviation per channel, got {len(classes)} classes, "
-                         f"{len(mean)} means and {len(std)} deviations")
+        raise ValueError(f"{file} must name classes, and a mean and a deviation per channel, got {len(classes)} "
+                         f"classes, {len(mean)} means and {len(std)} deviations")
     n = _networks_in(tensors)
     make = lambda: create_model(meta['arch'] if arch is None else arch, len(classes), len(mean))
     try:

@@ -83,8 +83,9 @@ class OpenedImages:
         if (old := seen.get(f'{name}-{self.size}', digest)) == digest and f'{name}-{self.size}' in seen: return
         begun = any(self.dir.path.glob('round_*/*')) or any(self.dir.path.glob('fold_*/round_*/*'))
         if old != digest and begun:
-            warnings.warn(f"the {name} images have changed since {self.dir.path} was begun: same names and sizes, other "
-                          "pixels. What was learned from the earlier ones stays in it: start over in another folder")
+            warnings.warn(f"the {name} images have changed since {self.dir.path} was begun: same names and sizes, "
+                          "other pixels. What was learned from the earlier ones stays in it: start over in another "
+                          "folder")
         else: self.dir.write('images.json', sealed({**seen, f'{name}-{self.size}': digest}))
 
     def all_given(self) -> None:

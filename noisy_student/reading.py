@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 def open_regular(
     file: str | Path, # Any name
 ) -> BinaryIO: # Open for reading
-    """Open a file, and never wait for one that only looks like it. Raises OSError, naming the file, for a pipe, device or
-    socket, and where there is no such file."""
+    """Open a file, and never wait for one that only looks like it. Raises OSError, naming the file, for a pipe, device
+    or socket, and where there is no such file."""
     fd = os.open(file, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0))
     try:
         if stat.S_ISREG(mode := os.fstat(fd).st_mode): return open(fd, 'rb')
@@ -70,8 +70,8 @@ def parse_json(
     source: object, # What it is called in errors
     remedy: str = '', # What to do
 ) -> Any: # What it says
-    """The one reader of JSON that others may have made. Raises ValueError, naming the source, if it is none or of another
-    shape."""
+    """The one reader of JSON that others may have made. Raises ValueError, naming the source, if it is none or of
+    another shape."""
     more = f': {remedy}' if remedy else ''
     try:
         text = text.decode() if isinstance(text, bytes) else text
@@ -98,8 +98,8 @@ def open_parquet(
     file: str | Path, # A parquet file
     **kwargs: Any, # To `pyarrow.parquet.ParquetFile`
 ) -> Any: # A `ParquetFile`
-    """Open a parquet file whose table of contents can be. Raises ValueError, naming the file, for a damaged one, OSError
-    where it cannot be read."""
+    """Open a parquet file whose table of contents can be. Raises ValueError, naming the file, for a damaged one,
+    OSError where it cannot be read."""
     import pyarrow.parquet as pq
     check_regular(file)
     try:

@@ -48,7 +48,7 @@ def spinning(
 def compute_threads(
     n: int | None, # How many compute inside, from 1 on; None: as many as now
 ) -> Iterator[None]:
-    "Sums are added up in an order that depends on the number of threads, so it belongs to a result. Afterwards as before."
+    "Sums depend on the number of threads in their last bits, so it belongs to a result. Afterwards as before."
     import torch
     before = torch.get_num_threads()
     if n is not None and n != before: torch.set_num_threads(n)
