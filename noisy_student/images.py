@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from .archives import split_item
 from .files import InUseError, file_sha256, into_place, locked, sealed, unsealed, write_text
 from .image_files import MAX_PIXELS, BadImage, ImageFileError, load_image
-from .reading import open_regular, read_json
+from .reading import open_array, read_json
 
 _all_ = ['MAX_PIXELS', 'ImageFileError', 'BadImage', 'load_image'] # public here too
 
@@ -115,9 +115,8 @@ def _notes(part): return part.with_suffix('.part.json')
 
 def _is_array(file, shape):
     "Whether a `.npy` file holds images of this shape."
-    try:
-        with open_regular(file): a = np.load(file, mmap_mode='r', allow_pickle=False)
-    except (OSError, ValueError, EOFError): return False
+    try: a = open_array(file)
+    except (OSError, ValueError): return False
     return a.shape == shape and a.dtype == np.uint8
 
 def _begun(part, shape):

@@ -33,9 +33,10 @@ class PseudoLabelError(ValueError):
 _TEXT = 'sha256 teacher version precision'.split()
 _LEFT_OUT = ([[str]], None)
 _JSON: dict = dict(classes=[str], temperature=float, view=lambda o: True, pool=(str, None), num_shards=int,
-                   part_size=int, items=(str, int, None), skipped=_LEFT_OUT, left_out=_LEFT_OUT, threshold=(float, None),
+                   part_size=int, items=(str, int, None), skipped=_LEFT_OUT, left_out=_LEFT_OUT,
+                   threshold=(float, None),
                    strict=bool, per_class=(int, str, None), binned=(bool, int, None), seed=(int, None),
-                   share=(float, None), share_of=str, class_thresholds=([float], None))
+                   share=(float, None), share_of=str, class_thresholds=([(float, None)], None))
 _IS = pa.types
 _NUMBERS = dict(label=(_IS.is_integer,), confidence=(_IS.is_floating,), copies=(_IS.is_integer,))
 _LISTS = (_IS.is_list, _IS.is_large_list, _IS.is_fixed_size_list)
@@ -67,6 +68,7 @@ def read_metadata(path: Path # A parquet file
     try:
         text = {k.decode(): v.decode() for k, v in raw.items() if k.decode(errors='replace') in (*_TEXT, *_JSON)}
         return {k: v if k in _TEXT else parse_json(v, _JSON[k], f'{path}: its {k}', again) for k, v in text.items()}
+    except UnicodeDecodeError: raise PseudoLabelError(f"{path} has metadata that are no text: {again}") from None
     except ValueError as e: raise PseudoLabelError(str(e)) from None
 
 def open_table(path: str | Path, # A parquet file
@@ -78,7 +80,7 @@ def open_table(path: str | Path, # A parquet file
         raise PseudoLabelError(f"{e}: if it is one of pseudo labels, make it again") from e
     for o in found.schema_arrow:
         kind = o.type.value_type if pa.types.is_dictionary(o.type) else o.type
-        if o.name in _TYPES and not any(f(kind) for f in _TYPES[o.name]):
+        if o.name in _TYPES and found.metadata.num_rows and not any(f(kind) for f in _TYPES[o.name]):
             raise PseudoLabelError(f"{path}: its column {o.name} must be of another type, got {o.type}: if it is one "
                                    "of pseudo labels, make it again")
     return found

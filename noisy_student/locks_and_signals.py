@@ -8,7 +8,7 @@ Docs: https://noisy-student.github.io/noisy_student/locks_and_signals.html.md"""
 __all__ = ['InUseError', 'locked', 'Stopped', 'stoppable']
 
 # %% ../nbs/00f_locks_and_signals.ipynb #4ab10003
-import errno, os, re, signal, socket, threading, time
+import errno, os, re, signal, socket, sys, threading, time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +24,8 @@ class InUseError(OSError):
 def locked(
     file: Path, # The lock file, in the folder to be written
 ) -> Iterator[None]:
-    """Inside, no other process is. Raises `InUseError` at once if one is, or if it cannot be known; a folder that cannot
-    be written is not locked."""
+    """Inside, no other process is. Raises `InUseError` at once if one is, or if it cannot be known; a folder that
+    cannot be written is not locked."""
     owner = file.with_name(file.name + '.txt')
     lock: Any = FileLock(str(file))
     try: file.parent.mkdir(parents=True, exist_ok=True)
@@ -63,8 +63,8 @@ def _claim(file, owner):
         who = _named(owner)
         own = re.fullmatch(r'process (\d+) on (.*) since .*', who)
         if not own or own[2] != socket.gethostname():
-            raise InUseError(f"{file.parent} may be in use by {who or 'another process'}: its file system has no locks, "
-                             f"so that cannot be known. If nobody writes there, remove {owner}")
+            raise InUseError(f"{file.parent} may be in use by {who or 'another process'}: its file system has no "
+                             f"locks, so that cannot be known. If nobody writes there, remove {owner}")
         if int(own[1]) == os.getpid() or _is_alive(int(own[1])): raise _in_use(file, who)
         owner.unlink(missing_ok=True)
     raise _in_use(file, 'another process')
@@ -84,13 +84,27 @@ class Stopped(KeyboardInterrupt):
         super().__init__('stopped; the same call goes on from here')
         self.code = 128 + sig
 
+def _is_importing(frame, outside):
+    "Whether a module is being loaded: some of those that are written in C++ end the process when that is interrupted."
+    while frame and frame is not outside:
+        if frame.f_code.co_filename.startswith('<frozen importlib'): return True
+        frame = frame.f_back
+    return False
+
+def _again_soon(sig):
+    again = threading.Timer(.05, signal.raise_signal, [sig])
+    again.daemon = True
+    again.start()
+
 @contextmanager
 def stoppable(
     defer: bool = False, # Note the first signal instead of raising at once
 ) -> Iterator[list[int]]: # The signals that were noted
     "Yields the list of signals that were noted; raises `Stopped` on a signal, at the latest in the end."
     asked: list[int] = []
+    outside = sys._getframe(2) # who says `with`
     def handler(sig, frame):
+        if _is_importing(frame, outside): return _again_soon(sig)
         asked.append(sig)
         if len(asked) > defer: raise Stopped(sig)
     main = threading.current_thread() is threading.main_thread()

@@ -8,6 +8,7 @@ Docs: https://noisy-student.github.io/noisy_student/run_record.html.md"""
 __all__ = ['BINS', 'LEAKS', 'RoundLabels', 'Truth', 'read_table', 'things_in', 'RunRecord', 'read_run', 'short', 'item_name']
 
 # %% ../nbs/07d_run_record.ipynb #b1000003
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -111,12 +112,13 @@ def _count_labels(folder, K, truth):
 # %% ../nbs/07d_run_record.ipynb #b100000c
 def read_table(file: Path, # CSV
                remedy: str, # What to do if it is damaged
-               columns: list[str] # That it must have
+               columns: list[str], # That it must have
+               numbers: Sequence[str] # Those that hold numbers
               ) -> pd.DataFrame:
     "A table whose checksum, if there is one, is right. Raises ValueError, naming file and remedy, if it is not."
     try:
         if altered(file.parent, [file.name]): raise ValueError
-        return read_csv(file, columns)
+        return read_csv(file, columns, numbers)
     except (OSError, ValueError): raise ValueError(f"{file} is damaged: {remedy}") from None
 
 def things_in(config: dict # Settings of a run
@@ -155,7 +157,8 @@ class RunRecord:
         "What `noisy-student evaluate --robustness` has measured. Raises ValueError for a damaged table."
         if not (file := self.path/'robustness.csv').exists(): return None
         remedy = "remove it, or measure again with noisy-student evaluate --robustness"
-        return read_table(file, remedy, ['round', 'accuracy', 'low', 'high']).set_index('round')
+        needed = ['round', 'accuracy', 'low', 'high']
+        return read_table(file, remedy, needed, [*needed, 'n', 'ece']).set_index('round')
 
     @property
     def suspects(self) -> pd.DataFrame | None: # A row per label, most suspicious first; None if they were not searched
@@ -163,10 +166,11 @@ class RunRecord:
         searched = Rounds(self.path/'suspects')
         if not (there := searched.there('suspects.csv')): return None
         table = read_table(searched.round(there[-1])/'suspects.csv', "remove it, or call suspects() again",
-                           ['kind', 'item', 'label', 'predicted', 'quality'])
+                           ['kind', 'item', 'label', 'predicted', 'quality'], ['confidence', 'quality'])
         return table[table.kind == 'labeled']
 
 # %% ../nbs/07d_run_record.ipynb #b100000d
+_EPOCH = ('epoch', 'train_loss', 'valid_loss', 'accuracy') # Columns of history.csv
 LEAKS = {'searched': [str], 'found': [{
     'pile': str, 'position': int, 'item': (str, int), 'also_in': str, 'other': (str, int), 'kind': str,
     'difference': (float, None)}]} # The shape of leaks.json
@@ -191,7 +195,7 @@ def read_run(path: str | Path, # Run directory
     if [o['round'] for o in done] != list(range(len(done))):
         raise ValueError(f"{path}: a round before the last one has no metrics.json: {again}")
     folders = {o['round']: path/f"round_{o['round']}" for o in done}
-    history = {k: read_table(f/'history.csv', again, ['epoch']) for k, f in folders.items()}
+    history = {k: read_table(f/'history.csv', again, ['epoch'], _EPOCH) for k, f in folders.items()}
     K, truth = len(about['config']['classes']), Truth(data)
     labels = {k: _count_labels(f, K, truth) for k, f in folders.items() if (f/'selected.parquet').exists()}
     try: leaks = _found_leaks(path)

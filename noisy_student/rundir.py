@@ -25,7 +25,7 @@ from .weights import load_tensors
 
 
 # %% ../nbs/07b_rundir.ipynb #e1000006
-def _is_share(o): return isinstance(o, (int, float)) and 0 <= o <= 1
+def _is_share(o): return type(o) in (int, float) and 0 <= o <= 1
 
 _SCORES = ('score', 'score_error', 'valid_balanced_accuracy', 'valid_f1', 'valid_log_loss', 'seconds',
            'labeling_seconds')
@@ -34,12 +34,14 @@ _METRICS = {
     **{f'{o}?': (_is_share, None) for o in ('test_accuracy', 'pseudo_label_accuracy')},
     **{f'{o}?': (int, None) for o in ('parameters', 'labeled', 'pseudo_labeled', 'worse_than')},
     **{f'{o}?': (str, None) for o in ('role', 'arch', 'verdict')}} # Of metrics.json
+_SOURCE = {'name': str, 'labels?': (int, None), 'unlabeled?': (str, [str], None), 'seed?': (int, None),
+           'recipe?': (str, None), 'table?': ({str: (str, None)}, None)}
 _RUN = {
     'config': {
         'classes': [str], 'archs?': [str], 'seed?': int, 'size?': int, 'folds?': (int, None), 'y_name?': str,
         'recipe': {'rounds?': int, 'choose_by?': str, 'pretrained?': (bool, str, None), 'threshold?': (float, None)}},
     'sizes?': ({'labeled?': int, 'unlabeled?': int, 'valid?': int, 'test?': int}, None), 'threads?': int,
-    'device?': str, 'source?': ({'table?': ({'suffix?': (str, None)}, None)}, None), 'speed?': (float, None),
+    'device?': str, 'source?': (_SOURCE, None), 'speed?': (float, None),
     'versions?': {str: str}, 'python?': str} # Of run.json
 
 def read_about(path: str | Path # Run directory
@@ -70,12 +72,14 @@ def best_round(rounds: list[dict] # Their metrics, at least one; figures of test
 
 # %% ../nbs/07b_rundir.ipynb #e1000009
 def read_csv(file: Path, # A table of a run
-             columns: list[str] # That it must have
+             columns: list[str], # That it must have
+             numbers: Sequence[str] = () # Those that, where they are there, hold numbers
             ) -> pd.DataFrame: # With a row at least
     "Read a table. Raises ValueError, naming the file, for a damaged one, OSError where it cannot be read."
     try:
         with open_regular(file) as f: table = pd.read_csv(f)
         if not len(table) or not {*columns} <= {*table}: raise ValueError
+        if any(table[o].dtype.kind not in 'iuf' for o in numbers if o in table): raise ValueError
     except (ValueError, OverflowError, RecursionError): raise ValueError(f"{file} is damaged") from None
     return table
 
