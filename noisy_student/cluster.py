@@ -69,8 +69,7 @@ def label_on_ray(
     cores. Raises ImportError without Ray, `PseudoLabelError` and OSError as `predict_pseudo_labels` does."""
     try: import ray
     except ImportError:
-        raise ImportError("labeling on a cluster needs Ray: pip install '.[ray]' in the clone of "
-                          "noisy_student") from None
+        raise ImportError("labeling on a cluster needs Ray: pip install 'ray[data]'") from None
     if not isinstance(items, list):
         raise PseudoLabelError("a cluster labels files: items must be a list of names, not an array")
     if not isinstance(teacher, nn.Module):

@@ -7,9 +7,9 @@ Docs: https://noisy-student.github.io/noisy_student/command_options.html.md"""
 # %% auto #0
 __all__ = ['DataArg', 'ModelArg', 'LabelsOpt', 'SizeOpt', 'PretrainedOpt', 'EpochsOpt', 'RecipeOpt', 'SeedOpt', 'DeviceOpt',
            'AutoBatchOpt', 'BatchOpt', 'JsonOpt', 'ImagesOpt', 'ImageColumnOpt', 'LabelColumnOpt', 'ValidColumnOpt',
-           'GroupColumnOpt', 'SuffixOpt', 'RoundsOpt', 'ThresholdOpt', 'TimeLimitOpt', 'BsOpt', 'LrOpt', 'StepsOpt',
-           'RatioOpt', 'ShareOpt', 'NoiseOpt', 'FoldsOpt', 'ForceOpt', 'SetOpt', 'help_of', 'option', 'noise_named',
-           'parse_value', 'weights_named', 'settings_of', 'given']
+           'GroupColumnOpt', 'SuffixOpt', 'CsvOpt', 'ColumnsOpt', 'LikeOpt', 'RoundsOpt', 'ThresholdOpt',
+           'TimeLimitOpt', 'BsOpt', 'LrOpt', 'StepsOpt', 'RatioOpt', 'ShareOpt', 'NoiseOpt', 'FoldsOpt', 'ForceOpt',
+           'SetOpt', 'help_of', 'option', 'noise_named', 'parse_value', 'weights_named', 'settings_of', 'given']
 
 # %% ../nbs/12c_command_options.ipynb #736b19a9
 import os, re
@@ -96,6 +96,13 @@ LabelColumnOpt = Annotated[Optional[str], option('tables.from_df.label', 'NAME',
 ValidColumnOpt = Annotated[Optional[str], option('tables.from_df.valid', 'NAME')]
 GroupColumnOpt = Annotated[Optional[str], option('tables.from_df.group', 'NAME')]
 SuffixOpt = Annotated[Optional[str], option('tables.from_df.suffix', 'TEXT')]
+
+CsvOpt = Annotated[Optional[str], typer.Option('--csv', metavar='FILE', show_default=False, help=(
+    "Write the predictions to this file, a row per image, as competitions want it."))]
+ColumnsOpt = Annotated[Optional[str], _text(
+    "Headers of that file: of image and label, such as id,label, or of image and classes. Default: image,label.",
+    'NAME,NAME')]
+LikeOpt = Annotated[Optional[str], option('predictions.write_submission.like', 'FILE')]
 
 RoundsOpt = Annotated[Optional[int], option('recipes.Recipe.rounds', 'N', min=0, default=_RECIPES)]
 ThresholdOpt = Annotated[Optional[float], option('recipes.Recipe.threshold', 'X', min=0, max=1, default=_RECIPES)]

@@ -6,16 +6,18 @@ Docs: https://noisy-student.github.io/noisy_student/command_output.html.md"""
 
 # %% auto #0
 __all__ = ['show_progress', 'plain_warnings', 'to_stderr', 'open_streams', 'flush_output', 'print_table', 'records', 'print_run',
-           'error_text']
+           'flag_of', 'in_options', 'error_text']
 
 # %% ../nbs/12b_command_output.ipynb #30cea588
-import json, os, sys, time, warnings
+import json, os, re, sys, time, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from .progress import Log, in_words
+from .recipes import Recipe
 
 
 # %% ../nbs/12b_command_output.ipynb #ee9f4a7e
@@ -57,7 +59,7 @@ def plain_warnings(
         warnings.filterwarnings('always', module=r'noisy_student(\.|$)')
         # torch's C++, in the name of who called it
         warnings.filterwarnings('ignore', message=r'(?s).*Triggered internally at')
-        warnings.showwarning = lambda message, *_, **__: write(f"warning: {' '.join(str(message).split())}")
+        warnings.showwarning = lambda message, *_, **__: write(f"warning: {' '.join(in_options(str(message)).split())}")
         yield
 
 def to_stderr(
@@ -152,9 +154,31 @@ def print_run(
     for o in chance_warnings(rows[-1], about): print(o)
 
 # %% ../nbs/12b_command_output.ipynb #12b00004
+_COLUMNS = ('image', 'label', 'valid', 'group') # Arguments that are columns of a table
+_OPTIONS = ('suffix', 'images', 'unlabeled', 'device', 'seed', 'recipe', 'time_limit', 'folds', 'rounds', 'epochs',
+            'size', 'threshold', 'pretrained', 'bs', 'lr', 'steps', 'ratio', 'share', 'noise', 'like', 'columns')
+
+def flag_of(
+    name: str, # Of an argument in Python
+) -> str:
+    "The option of the command line that is this argument."
+    if name == 'folder': return '--images'
+    return f"--{name.replace('_', '-')}{'-column' if name in _COLUMNS else ''}"
+
+def in_options(
+    text: str, # Such as "folds=5, but ..."
+) -> str: # Such as "--folds 5, but ..."
+    "A message in which arguments are options, as somebody at a command line gives them."
+    def option(m):
+        name, value = m[1], m[2].strip('\'"')
+        if name in _COLUMNS + _OPTIONS: return f'{flag_of(name)} {value}'.rstrip()
+        return f'--set {name}={value}' if name in settings else m[0]
+    settings = [f.name for f in fields(Recipe)]
+    return re.sub(r"""(?<!--set )(?<![-\w.'"])([a-z]\w*)=('[^']*'|"[^"]*"|[^\s,;:)]*)""", option, text)
+
 def error_text(
     e: BaseException, # What was raised
 ) -> str:
     "What went wrong, for people: \"no space left\" says more than \"[Errno 28]\"."
-    if not isinstance(e, OSError) or not e.strerror: return str(e)
+    if not isinstance(e, OSError) or not e.strerror: return in_options(str(e))
     return f"{e.filename}: {e.strerror}" if e.filename else e.strerror

@@ -35,7 +35,8 @@ def _accuracy(t, split, name, progress):
 def _trained_by_all(path, splits):
     "Whether a run with folds knows the validation images, all of which trained."
     from noisy_student.opened_images import fingerprint
-    from noisy_student.rundir import RunDir, read_about, read_csv
+    from noisy_student.reading import read_csv
+    from noisy_student.rundir import RunDir, read_about
     try: config = read_about(path)['config']
     except (OSError, ValueError, KeyError): return False
     if not config.get('folds'): return False

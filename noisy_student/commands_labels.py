@@ -37,7 +37,7 @@ def label(
     device: DeviceOpt = None,
     ray: Annotated[bool, typer.Option('--ray', help=(
         "Spread the work over the Ray cluster of $RAY_ADDRESS, else over the cores of this machine. All workers must "
-        "see POOL and DIR under the same names. Needs pip install '.[ray]' in the clone of noisy_student."))] = False,
+        "see POOL and DIR under the same names. Needs pip install 'ray[data]'."))] = False,
 ):
     """Let a trained network label a pool of images, without noise. If POOL is DATA, --labels, --recipe and --seed say
     which of its images are unlabeled, as in run.

@@ -15,13 +15,16 @@ from typing import Annotated, Optional
 import typer
 
 from .auto import check_settings
-from .command_options import (AutoBatchOpt, BsOpt, DataArg, DeviceOpt, EpochsOpt, FoldsOpt, ForceOpt, GroupColumnOpt,
-    ImageColumnOpt, ImagesOpt, JsonOpt, LabelColumnOpt, LabelsOpt, LrOpt, NoiseOpt, PretrainedOpt, RatioOpt, RecipeOpt,
-    RoundsOpt, SeedOpt, SetOpt, ShareOpt, SizeOpt, StepsOpt, SuffixOpt, ThresholdOpt, TimeLimitOpt, ValidColumnOpt,
-    given, noise_named, option, settings_of, weights_named)
+from .command_options import (
+    AutoBatchOpt, BsOpt, ColumnsOpt, CsvOpt, DataArg, DeviceOpt, EpochsOpt, FoldsOpt, ForceOpt, GroupColumnOpt,
+    ImageColumnOpt, ImagesOpt, JsonOpt, LabelColumnOpt, LabelsOpt, LikeOpt, LrOpt, NoiseOpt, PretrainedOpt, RatioOpt,
+    RecipeOpt, RoundsOpt, SeedOpt, SetOpt, ShareOpt, SizeOpt, StepsOpt, SuffixOpt, ThresholdOpt, TimeLimitOpt,
+    ValidColumnOpt, given, noise_named, option, settings_of, weights_named)
 from .command_output import print_run, records, show_progress, to_stderr
 from .recipes import get_recipe
 from .command_inputs import DATA, DEFAULT_ARCHS, FOLDER, load_data, selected_items, source_of
+from .command_networks import open_network
+from .command_predictions import check_file, named_items, predicted, require_files, write_predictions
 
 # %% ../nbs/12f_commands_train.ipynb #12f00006
 def run_settings(
@@ -41,7 +44,7 @@ def run_settings(
 
 # %% ../nbs/12f_commands_train.ipynb #12f00009
 def _fit(name, data, out, archs, recipe, seed, device, as_json, settings, pseudo=None, source=None, **how):
-    "Train, and print what came out."
+    "Train, and print what came out: the run directory, None in further processes."
     from noisy_student.distributed import rank
     from noisy_student.rounds import NoisyStudent
     from noisy_student.rundir import run_folder
@@ -59,9 +62,10 @@ def _fit(name, data, out, archs, recipe, seed, device, as_json, settings, pseudo
                 to_stderr(f"finished: round {r['round']}, {r['role']} {r['arch']}, validation accuracy "
                           f"{100 * r['valid_accuracy']:.1f} %")
             raise
-    if rank(): return
+    if rank(): return None
     print_run(out, rows, as_json)
     if not as_json and (page := Path(out)/'report.html').exists(): print(f"report: {page}")
+    return out
 
 # %% ../nbs/12f_commands_train.ipynb #12f00011
 _ARCH = "Architecture: a timm name, or resnet9_24 for pictures of 8 to 64 px (24 is its width)"
@@ -85,6 +89,10 @@ def run(
     time_limit: TimeLimitOpt = None, folds: FoldsOpt = None, force: ForceOpt = False,
     images: ImagesOpt = None, image_column: ImageColumnOpt = None, label_column: LabelColumnOpt = None,
     valid_column: ValidColumnOpt = None, group_column: GroupColumnOpt = None, suffix: SuffixOpt = None,
+    predict: Annotated[Optional[list[str]], typer.Option(metavar='IMAGE', show_default=False, help=(
+        "Then label these, into the file of --csv: a folder, an archive, an image or a .csv file that names them; may "
+        "be repeated."))] = None,
+    csv: CsvOpt = None, columns: ColumnsOpt = None, like: LikeOpt = None,
     auto_batch: AutoBatchOpt = False, as_json: JsonOpt = False,
 ):
     """Train a teacher and its noised students, and show the accuracy of every round.
@@ -93,9 +101,14 @@ def run(
     Examples: 100 labels, two students; a table of images, in two hours
       noisy-student run digits --labels 100 --rounds 2
       noisy-student run train.csv --images photos --time-limit 2h
+      noisy-student run train.csv --images train_images --unlabeled test_images --predict test_images --csv mine.csv
 
     Can be interrupted: the same command goes on where it stopped.
     """
+    if bool(predict) != bool(csv): raise ValueError("--predict and --csv go together: which images, and which file")
+    check_file(csv, columns, like)
+    wanted = named_items(predict, {}) if predict else {}
+    if isinstance(files := wanted.get('items'), list): require_files(files)
     recipe = recipe or DATA.get(data, FOLDER).recipe
     settings = run_settings(recipe, more, noise, rounds=rounds, epochs=epochs, teacher_epochs=epochs, size=size,
                             threshold=threshold, pretrained=weights_named(pretrained), bs=bs, lr=lr, steps=steps,
@@ -104,7 +117,13 @@ def run(
                   suffix=suffix)
     source = source_of(data, labels, unlabeled, seed, recipe, table)
     how = given(auto_batch=auto_batch or None, time_limit=time_limit, folds=folds, force=force or None)
-    _fit(data, load_data(**source), out, arch, recipe, seed, device, as_json, settings, source=source, **how)
+    splits = load_data(**source)
+    if wanted and not isinstance(files, list): # a table whose files may be elsewhere, which training shall not wait for
+        from noisy_student.predictions import named_images
+        named_images(files)
+    made = _fit(data, splits, out, arch, recipe, seed, device, as_json, settings, source=source, **how)
+    if not csv or made is None: return
+    write_predictions(predicted(open_network(made, device), wanted), made, csv, columns, like)
 
 # %% ../nbs/12f_commands_train.ipynb #12f00013
 def train(

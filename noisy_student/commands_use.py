@@ -10,44 +10,15 @@ __all__ = ['predict', 'export']
 # %% ../nbs/12i_commands_use.ipynb #12i00003
 import json
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
-from .files import did_you_mean, folders_beside
-from .command_options import DeviceOpt, ImageColumnOpt, ImagesOpt, JsonOpt, ModelArg, SuffixOpt, given, option
-from .command_output import show_progress, to_stderr
-from .command_inputs import flag_of
+from .command_options import (ColumnsOpt, CsvOpt, DeviceOpt, ImageColumnOpt, ImagesOpt, JsonOpt, LikeOpt,
+                                           ModelArg, SuffixOpt, given)
+from .command_output import to_stderr
 from .command_networks import open_network, require_model
-
-# %% ../nbs/12i_commands_use.ipynb #12i00006
-def _named_items(items, table):
-    "Arguments of `predict_table`."
-    from noisy_student.archives import is_archive
-    from noisy_student.folders import list_images
-    if len(items) == 1 and items[0].lower().endswith('.csv'):
-        if not Path(items[0]).is_file(): raise FileNotFoundError(f"no file {items[0]}{_alike(items[0])}")
-        return dict(items=items[0], **table)
-    if table:
-        raise ValueError(f"{', '.join(map(flag_of, table))} can be given with one .csv file only, got "
-                         f"{', '.join(items)}: leave it out")
-    if odd := [o for o in items if o.lower().endswith('.csv')]:
-        raise ValueError(f"a .csv file must be alone, got {', '.join(items)}: predict {odd[0]} by itself")
-    files = [f for o in items for f in (list_images(o) if Path(o).is_dir() or is_archive(o) else [o])]
-    if not files: raise ValueError(f"no image in {', '.join(items)}")
-    return dict(items=files)
-
-def _require_files(files): # one of them; the others are named in a warning
-    if not any(Path(f).exists() or '.tar/' in f or '.parquet/' in f for f in files):
-        raise FileNotFoundError(f"{files[0]}: no such file{_alike(files[0])}")
-
-def _alike(file): return did_you_mean(file, folders_beside(file))
-
-def _names_without_suffix(model):
-    "Whether the table that a run was trained on names its images so; the file that is written does, too."
-    from noisy_student.rundir import read_about
-    try: return bool(((read_about(model).get('source') or {}).get('table') or {}).get('suffix'))
-    except (OSError, ValueError, AttributeError): return False
+from .command_predictions import check_file, named_items, predicted, require_files, write_predictions
 
 # %% ../nbs/12i_commands_use.ipynb #12i00008
 def predict(
@@ -55,12 +26,7 @@ def predict(
     items: Annotated[list[str], typer.Argument(metavar='IMAGE', help=(
         "Image files, folders or archives of them, or one .csv file that names them."))],
     top: Annotated[int, typer.Option(metavar='K', min=1, help="How many classes to show per image.")] = 5,
-    csv: Annotated[Optional[str], typer.Option('--csv', metavar='FILE', show_default=False, help=(
-        "Write a row per image to this file, as competitions want it, and show none."))] = None,
-    columns: Annotated[Optional[str], typer.Option(metavar='NAME,NAME', show_default=False, help=(
-        "Headers of that file: of image and label, such as id,label, or of image and classes. "
-        "Default: image,label."))] = None,
-    like: Annotated[Optional[str], option('predictions.write_submission.like', 'FILE')] = None,
+    csv: CsvOpt = None, columns: ColumnsOpt = None, like: LikeOpt = None,
     images: ImagesOpt = None, image_column: ImageColumnOpt = None, suffix: SuffixOpt = None,
     device: DeviceOpt = None, as_json: JsonOpt = False,
 ):
@@ -72,22 +38,14 @@ def predict(
       noisy-student predict runs/mine photo.jpg --top 3
       noisy-student predict runs/mine test_images --csv submission.csv --like sample_submission.csv
     """
-    for o, v in (('--columns', columns), ('--like', like)):
-        if v and not csv: raise ValueError(f"{o} is about the file that --csv writes: give --csv FILE")
-    if like and not Path(like).is_file():
-        raise FileNotFoundError(f"no file {like}{did_you_mean(like, map(str, Path(like).parent.glob('*.csv')))}")
-    named = _named_items(items, given(folder=images, image=image_column, suffix=suffix))
+    check_file(csv, columns, like)
+    named = named_items(items, given(folder=images, image=image_column, suffix=suffix))
     require_model(model)
-    if isinstance(files := named['items'], list): _require_files(files)
+    if isinstance(files := named['items'], list): require_files(files)
     t = open_network(model, device)
-    from noisy_student.predictions import class_columns, predict_table, write_submission
-    with show_progress() as progress:
-        table = predict_table(t, **named, progress=lambda done, total: progress('predicting (images)', done, total))
-    if table.label.isna().all(): raise ValueError("none of the images can be read: see the warning above")
-    if csv:
-        out = write_submission(table, csv, columns.split(',') if columns else None, like=like,
-                               stem=not like and _names_without_suffix(model))
-        return to_stderr(f"{out}: {len(table):,} images")
+    table = predicted(t, named)
+    if csv: return write_predictions(table, model, csv, columns, like)
+    from noisy_student.predictions import class_columns
     read = table[table.label.notna()]
     probs = read[class_columns(t.classes)].to_numpy()
     best = (-probs).argsort(1, kind='stable')[:, :top]
@@ -100,8 +58,8 @@ def predict(
 def export(
     model: ModelArg,
     out: Annotated[str, typer.Option(metavar='FILE', help=(
-        "File to write: .safetensors for timm, .onnx for everything else (needs pip install '.[export]' in the clone "
-        "of noisy_student)."))] = 'model.onnx',
+        "File to write: .safetensors for timm, .onnx for everything else (needs "
+        "pip install onnx onnxscript)."))] = 'model.onnx',
 ):
     """Write a trained network as weights for timm, or as ONNX with images (B, C, size, size) in and logits (B, K) out.
 

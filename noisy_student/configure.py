@@ -23,6 +23,7 @@ from .auto import Facts, auto_recipe, check_settings
 from .checkpoints import seeded
 from .image_files import MAX_PIXELS, open_image
 from .learner import Noise
+from .published_weights import NO_WEIGHTS
 from .models import arch_name, create_model, default_arch, find_weights, n_parameters
 from .recipes import Recipe, get_recipe
 from .splits import Splits
@@ -81,7 +82,7 @@ def _network(data, names, pretrained, size, device):
         if pretrained is not None: return names, pretrained, {}
         found = {find_weights(o) for o in names} if photographs else {None}
         weights = found.pop() if len(found) == 1 else None
-        why = ("ImageNet weights can be had" if weights else "no weights can be had here" if photographs
+        why = ("ImageNet weights can be had" if weights else NO_WEIGHTS if photographs
                else "the pictures are small, or no photographs")
         return names, weights or False, dict(pretrained=why)
     if isinstance(pretrained, str):

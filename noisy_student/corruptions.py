@@ -38,7 +38,7 @@ def _library(): # imagecorruptions as a private module: its functions, and `np`,
         if where is None: raise ImportError("No module named 'imagecorruptions'")
     except ImportError as e:
         raise ImportError(f"corrupting images needs imagecorruptions and what it needs ({e}): pip install "
-                          "'.[eval]' in the clone of noisy_student") from None
+                          "imagecorruptions") from None
     file = Path(where.submodule_search_locations[0])/'corruptions.py'
     def gaussian(x, sigma, multichannel=False, **kw): # blurs colors apart from each other
         return skimage.filters.gaussian(x, sigma=sigma, channel_axis=-1 if multichannel else None, **kw)

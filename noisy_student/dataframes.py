@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .columns import as_frame, bools, check_files, class_codes, group_codes, image_files, pick_column
+from .columns import (as_frame, bools, check_files, class_codes, found_columns, found_suffix, group_codes,
+                                   image_files, pick_column)
 from .files import did_you_mean, folders_beside
 from .folders import find_test
 from .unlabeled import pool_files, without_labeled
@@ -96,11 +97,11 @@ def _check_test(splits):
 def from_df(
     df: Any, # A row per image: a DataFrame of pandas, or of a library whose frames have `to_pandas`, such as polars
     folder: str | Path = '.', # Where the file names begin
-    image: str | int = 'image', # Column of file names, by name or number
-    label: str | int = 'label', # Column of labels: text, whole numbers or bools; empty or NaN for an unlabeled image
+    image: str | int = 'image', # Column of file names, by name or number; else that whose entries are files
+    label: str | int = 'label', # Of labels: text, whole numbers or bools; empty: unlabeled; else the one that is left
     valid: str | int | None = None, # Column of bools, True for validation images; None: a part is held out
     group: str | int | None = None, # Column of what belongs together, such as a patient; None: nothing does
-    suffix: str = '', # Put behind every file name, such as '.jpg'
+    suffix: str = '', # Put behind every file name, such as '.jpg'; '': none, or what makes all of them files
     unlabeled: str | Path | list[str] | pd.DataFrame | None = None, # More of them: folder, archive, files, table
     test: str | Path | pd.DataFrame | None = None, # A folder with class folders, or a table as `df`
     valid_pct: float | None = 0.2, # Share held out where `valid` is None, in [0, 1); 0 or None: nothing
@@ -109,11 +110,14 @@ def from_df(
     """Splits from a table. Raises ValueError or FileNotFoundError, naming the column, row or file, for a table that
     cannot be used."""
     df = as_frame(df)
+    image, label = found_columns(df, image, label, folder, suffix)
     codes, classes = class_codes(pick_column(df, label, 'label'))
     if len(classes) < 2:
         found = f"the one class {classes[0]!r}" if classes else "no label"
         raise ValueError(f"column {label!r} has {found}: at least 2 classes are needed")
-    files = image_files(pick_column(df, image, 'image'), folder, suffix)
+    names = pick_column(df, image, 'image')
+    suffix = suffix or found_suffix(names, folder)
+    files = image_files(names, folder, suffix)
     check_files(files, folder)
     flags = np.zeros(len(files), bool) if valid is None else bools(pick_column(df, valid, 'valid'))
     keep = _rows_once(files, codes, flags, classes)

@@ -49,7 +49,7 @@ def export_onnx(
     naming the file, if it cannot be written."""
     for o in ('onnx', 'onnxscript'):
         if find_spec(o) is None:
-            raise ImportError(f"ONNX export needs {o}: pip install '.[export]' in the clone of noisy_student")
+            raise ImportError(f"ONNX export needs {o}: pip install onnx onnxscript")
     model, file = _bare(model), Path(file)
     images = torch.zeros(2, c_in, size, size, device=next(model.parameters()).device)
     try:

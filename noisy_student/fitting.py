@@ -21,6 +21,7 @@ from fastai.learner import Learner
 from fastai.vision.augment import aug_transforms
 from torch import nn
 
+from .background_work import Behind
 from .checkpoints import RunState
 from .distributed import MeanGradients, rank, world
 from .models import split_head
@@ -86,14 +87,15 @@ def fit_resumably(
 ) -> tuple[list[dict], float]: # A dict per epoch, and the seconds that all of it took
     """Train, or resume from the last checkpoint. Raises what `RunState` raises: FloatingPointError if training
     diverged, `Stopped` on a signal."""
-    with stoppable(defer=True) as asked:
-        state = RunState(folder/'checkpoint'/'state.safetensors', progress, asked)
+    with stoppable(defer=True) as asked, Behind() as behind:
+        state = RunState(folder/'checkpoint'/'state.safetensors', progress, asked, behind)
         learn.create_opt()
         pair = [recipe.wd * (2 if recipe.wd_on == 'shortcuts' else 1), 0.] # of the groups that the splitter makes
         wd = pair * (len(learn.opt.hypers) // 2)
         start = state.load(learn) # also if no epoch is left: the average may still have to be taken
         with fast(_networks(learn), learn.dls.device, recipe.bf16), learn.no_bar(), learn.no_logging():
             _fit(learn, epochs, recipe, [state, *_callbacks(learn, recipe), *cbs], wd=wd, start_epoch=start)
+        state.files.wait()
         if not rank(): state.files.previous.unlink(missing_ok=True) # the last one holds the finished training
         return state.history, time.perf_counter() - state.begun
 

@@ -28,7 +28,7 @@ from .models import load_tensors, save_tensors
 from .rundir import read_metrics
 from .run_setup import Setup
 from .splits import Split, Splits
-from .time_limit import Timing
+from .time_limit import Timing, tell_plan
 
 
 # %% ../nbs/08l_folds.ipynb #77ded6d4
@@ -129,22 +129,31 @@ class Folds(ImageTask):
 
     def prepare(self, begun):
         if all(self.dir.is_done(k) for k in range(self.recipe.rounds + 1)): return
-        self.timing.tell(folds=True)
-        for o in (part.task.timing for part in self.parts):
-            o.opening = (time.perf_counter() - begun + self.timing.making) / len(self.parts)
-            o.reserve = self.timing.reserve / len(self.parts)
+        self.opened.all_given()
+        timings = [part.task.timing for part in self.parts]
+        def open_clocks(): # all folds share what was spent before the first one begins
+            for o in timings: o.opening = (time.perf_counter() - begun + self.timing.making) / len(timings)
+        open_clocks()
+        for o in timings: o.reserve = self.timing.reserve / len(timings)
+        if self.timing.is_told: tell_plan(self.plan(), self.timing.limit, sum(o.gone for o in timings))
+        open_clocks()
 
     def make(self, k):
         for part in self.parts: part.fit_to(k)
-        if not all(o.dir.is_done(k) for o in self.parts): return False # left out, for lack of time
+        if not all(o.dir.is_done(k) for o in self.parts): self.say_left_out(k); return False
         self._join(k)
         return True
 
     def end(self): pass
 
     def plan(self) -> pd.DataFrame: # round, stage, amount, seconds
-        table, n = self.parts[0].task.plan(), len(self.parts)
-        return table.assign(amount=table.amount + f', {n} times', seconds=table.seconds * n)
+        rows = pd.concat([part.task.plan() for part in self.parts])
+        if not len(rows): return rows
+        stages = rows.groupby(['round', 'stage'], sort=False)
+        table = stages.agg(amount=('amount', 'first'), times=('amount', 'size'), seconds=('seconds', 'sum'))
+        table = table.reset_index().sort_values('round', kind='stable', ignore_index=True)
+        table['amount'] += [f', {n} times' if n > 1 else '' for n in table.pop('times')]
+        return table
 
     def valid_probs(self, k): return load_tensors(self.dir.round(k)/'answers.safetensors')[0]['valid'].numpy()
 

@@ -43,7 +43,7 @@ class ImageRounds(Task):
                  tell: Callable[[str, int, int], None] # Called with (stage, done, total)
                 ):
         super().__init__(setup.data, setup.recipe, setup.archs, setup.seed, setup.device, learners.dir, tell)
-        self.setup, self.speed, self.opened = setup, setup.speed, learners.opened
+        self.setup, self.settled, self.opened = setup, setup.settled, learners.opened
         self.learners, self.heads, self.timing = learners, heads, timing
         self.labeling = Labeling(learners, heads, tell)
 
@@ -126,13 +126,13 @@ class ImageTask(ImageRounds):
         if self.recipe.rounds in todo: check_metrics(self.learners)
         self.timing.start(begun)
         self.opened.check_leaks()
-        if todo and not rank(): self.timing.tell()
+        if not todo: return
+        self.opened.all_given()
+        if not rank(): self.timing.tell()
 
     def make(self, k):
         if self.timing.is_left_out(k):
-            if not rank():
-                warnings.warn(f"round {k} is left out: there is no time for it in {duration(self.setup.limit or 0.)}; "
-                              f"with a longer time_limit and size={self.recipe.size} the run goes on")
+            if not rank(): self.say_left_out(k)
             return False
         while not self.dir.is_done(k):
             if torch.cuda.is_initialized(): gc.collect() # learners of earlier rounds hold its memory
@@ -143,6 +143,12 @@ class ImageTask(ImageRounds):
             if is_full: halve_batch(self.learners, k, self.setup.auto_batch)
             barrier()
         return True
+
+    def say_left_out(self, k: int # Round for which there is no time
+                    ) -> None:
+        "Warn of it."
+        warnings.warn(f"round {k} is left out: there is no time for it in {duration(self.setup.limit or 0.)}; with a "
+                      "longer time_limit the run goes on")
 
     def end(self): self.timing.complain()
 

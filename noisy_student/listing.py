@@ -71,9 +71,9 @@ def images_in(
 def describe_folder(
     folder: Path, # A folder
     n: int = 3, # How many of a kind to name, from 1 on
-) -> str: # Such as "2 folders (a, b), 31 images (x.jpg, ...), labels.csv (a table: use from_csv)"
+) -> str: # Such as "2 folders (a, b), 31 images (x.jpg, ...), labels.csv (a table, to be named itself)"
     "The content of a folder in words."
     named = [f"{len(o)} {what} ({', '.join(o[:n])}{', ...' if len(o) > n else ''})"
              for o, what in ((folders_in(folder), 'folders'), (sorted(images_in(folder)), 'images')) if o]
     tables = sorted(o.name for o in folder.iterdir() if o.suffix == '.csv')[:n]
-    return ', '.join([*named, *(f'{o} (a table: use from_csv)' for o in tables)]) or 'no image and no folder'
+    return ', '.join([*named, *(f'{o} (a table, to be named itself)' for o in tables)]) or 'no image and no folder'

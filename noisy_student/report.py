@@ -38,14 +38,13 @@ def _template() -> Template:
 
 # %% ../nbs/07i_report.ipynb #5c62463f
 def _subtitle(run):
-    "Networks, images, classes, and whether it is finished."
-    sizes, wanted = run.about.get('sizes') or {}, run.recipe.get('rounds', 0) + 1
+    "Networks, images, classes."
+    sizes = run.about.get('sizes') or {}
     splits = dict(labeled='labeled', unlabeled='unlabeled', valid='validation', test='test')
     counts = ', '.join(f'{sizes[k]:,} {v}' for k, v in splits.items() if sizes.get(k))
     parts = [' → '.join(dict.fromkeys(o['arch'] for o in run.metrics)), counts and f'{counts} {run.things}',
              f'{len(run.classes)} classes.']
-    state = '' if len(run.metrics) >= wanted else f' {len(run.metrics)} of {wanted} rounds are done.'
-    return '; '.join(filter(None, parts)) + state
+    return '; '.join(filter(None, parts))
 
 def report_html(run: RunRecord # From `read_run`
                ) -> str: # A whole page that needs nothing else

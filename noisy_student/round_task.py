@@ -28,7 +28,7 @@ from .rundir import RunDir, of_round
 # %% ../nbs/08h_round_task.ipynb #a6000006
 class Parts:
     "What a kind of data, such as images, has to say about its rounds."
-    speed: float | None = None # Of this machine, where the recipe depends on it
+    settled: dict = {} # What its settings were decided by, kept in run.json: a run that is resumed keeps them
 
     def __init__(self, data: Any, # labeled, unlabeled, valid, test and classes
                  recipe: Any, # Its settings

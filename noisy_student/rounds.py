@@ -113,8 +113,8 @@ class Loop(Results):
     def write_run(self, config: dict # As `config`
                  ) -> None:
         "Write run.json."
-        about = dict(device=str(self.task.device), sizes=self.task.sizes(), source=self.source, speed=self.task.speed,
-                     threads=self.dir.about.get('threads') or torch.get_num_threads())
+        about = dict(device=str(self.task.device), sizes=self.task.sizes(), source=self.source,
+                     threads=self.dir.about.get('threads') or torch.get_num_threads(), **self.task.settled)
         write_run(self.dir, config, **about)
 
     # What is wrong with a round that has just been made; a run that configured itself stops at chance level
@@ -228,8 +228,8 @@ class NoisyStudent(ImageLoop):
         directory, given = RunDir(run_folder(path, data)), open_data(data, seed=seed)
         setup = settle(
             given if folds is None else joined(given), archs, recipe, noise, seed=seed, device=device, limit=limit,
-            folds=folds, speed=directory.about.get('speed'), pseudo_labels=pseudo_labels, metrics=metrics,
-            auto_batch=auto_batch, cbs=cbs, settings=settings)
+            folds=folds, before=directory.about if directory.has_begun() else {}, pseudo_labels=pseudo_labels,
+            metrics=metrics, auto_batch=auto_batch, cbs=cbs, settings=settings)
         tell = (lambda *_: None) if rank() else progress or default_progress()
         task: Any = (ImageTask.assemble(setup, directory, tell) if folds is None
                      else Folds.assemble(setup, directory, tell, folds, fingerprint(given), Loop))

@@ -46,7 +46,6 @@ def config_of(directory: RunDir, # Of a run
 
 # %% ../nbs/07c_run_file.ipynb #f1000009
 SELECTION = ('threshold', 'per_class', 'strict', 'binned', 'share', 'share_of') # Settings that select pseudo labels
-_PARTS = ('', 'fold_*/') # where rounds are: a run with folds has some of each
 
 def flat(
     d: dict, # As run.json has them, with dictionaries in it
@@ -70,10 +69,9 @@ def check_config(directory: RunDir, # Of a run
     a, b = flat(old), flat(new)
     alike = ['archs'] if _networks(old) == _networks(new) else []
     diff = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and k not in alike]
-    def is_there(what): return any(f.is_file() for o in _PARTS for f in directory.path.glob(o + what))
     free = {'recipe.rounds'} if b['recipe.rounds'] > a['recipe.rounds'] else set()
-    if not is_there('round_*/selected.parquet'): free |= {f'recipe.{o}' for o in SELECTION}
-    if not is_there('round_*/**/*'): free = set(diff) # nothing has been made yet
+    if not directory.has_begun('selected.parquet'): free |= {f'recipe.{o}' for o in SELECTION}
+    if not directory.has_begun(): free = set(diff) # nothing has been made yet
     def describe(k):
         if k == 'data': return "data: other images or labels, by changed files, labels, seed or pool"
         return f"{k.removeprefix('recipe.')}: {a.get(k)} there, {b.get(k)} here"

@@ -45,6 +45,8 @@ class OpenedFold(Opened):
         rows = np.flatnonzero(self.held if name == 'valid' else ~self.held)
         return Decoded(self.whole.images('labeled').images[rows], np.arange(len(rows)), [])
 
+    def all_given(self): self.whole.all_given()
+
 class FoldLearners(Learners):
     "Its networks: one normalization for all folds, so that they can be one network, and answers that are kept."
     def __init__(self, whole: Learners, # Of the whole run
@@ -99,7 +101,7 @@ class _FoldTiming(Timing): # what is measured is measured once for all folds
         if k not in self.steps_of: self.steps_of[k] = super().step_seconds(k, selection, noise)
         return self.steps_of[k]
 
-    def tell(self, folds=False): pass # the whole run does
+    def tell(self): pass # the whole run does
 
 class FoldTask(ImageTask):
     "The rounds of a run without the labels of one fold. The run that it belongs to looks at all folds together."
@@ -110,7 +112,7 @@ class FoldTask(ImageTask):
                 ):
         s, held, folds = whole.setup, of == f, of.max() + 1
         data = replace(s.data, labeled=s.data.labeled[~held], valid=s.data.labeled[held])
-        setup = replace(s, data=data, limit=s.limit and s.limit / folds, reasons={}, speed=None)
+        setup = replace(s, data=data, limit=s.limit and s.limit / folds, reasons={}, settled={})
         directory, tell = RunDir(whole.dir.path/f'fold_{f}'), Within(whole.tell, f'fold {f + 1} of {folds}, ')
         learners = FoldLearners(whole.learners, OpenedFold(whole.opened, held, data, directory, tell))
         timing = _FoldTiming(first and first.timing, learners, setup.limit)
@@ -124,5 +126,6 @@ class FoldTask(ImageTask):
 
     def figures(self, k, scores): return valid_figures(self.true_labels('valid'), scores)
     def findings(self, k): return label_warnings(read_run(self.dir.path), k) if self.is_first else []
+    def say_left_out(self, k): pass # the run that it belongs to does
     def end(self): pass
 

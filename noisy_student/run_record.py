@@ -19,7 +19,8 @@ from .datasets import Splits
 from .files import altered, unsealed
 from .label_table import batches
 from .pseudo_labels import selected_by, share_cuts
-from .rundir import RunDir, Rounds, read_about, read_csv
+from .reading import read_csv
+from .rundir import RunDir, Rounds, read_about
 
 # %% ../nbs/07d_run_record.ipynb #b1000006
 BINS = 200 # Of confidence, 0..1

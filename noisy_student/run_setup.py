@@ -19,6 +19,7 @@ from fastai.learner import Metric
 from fastcore.foundation import L
 from torch import nn
 
+from .auto import duration
 from .configure import channels, configure, default_size
 from .datasets import Splits
 from .distributed import join, own_device, world
@@ -45,7 +46,7 @@ class Setup:
     given: PseudoLabels | None = None # Made elsewhere: round 0 is a student of that teacher
     limit: float | None = None # Seconds that all rounds may take together
     reasons: dict[str, str] = field(default_factory=dict) # Of the settings that were decided
-    speed: float | None = None # Pixels per second in training, where the recipe depends on it
+    settled: dict = field(default_factory=dict) # What the settings were decided by: `speed`, `settled_for`
     auto_batch: bool = False # Whether batches may be computed in parts
     cbs: Callable[[int, Path], list] = lambda k, folder: [] # More callbacks
 
@@ -79,6 +80,14 @@ def _check_given(given, data): # labels made elsewhere
         raise ValueError(f"the pseudo labels have the classes {', '.join(given.classes)}, but the data "
                          f"{', '.join(data.classes)}: they must be the same")
     given.check_pool(data.unlabeled.images)
+
+# What another time limit would have made of a run that has begun
+def _tell_kept(kept, other, first, limit):
+    def said(o): return 'no time_limit' if o is None else f'time_limit={duration(o)}'
+    a, b = kept.to_json(), other.to_json()
+    if names := [k for k in a if a[k] != b[k]]:
+        warnings.warn(f"the run goes on with the settings that were chosen for {said(first)} when it began; those for "
+                      f"{said(limit)} would be others ({', '.join(names)}): name another folder to have them")
 
 # Whether there are images for all that the recipe wants
 def _check_images(s):
@@ -127,7 +136,7 @@ def settle(
     device: str | torch.device | None = None, # None: a GPU if there is one
     limit: float | None = None, # Seconds that all rounds may take together
     folds: int | None = None, # Networks per round; None: one
-    speed: float | None = None, # Pixels per second in training, if an earlier process measured it
+    before: dict = {}, # run.json of the run that is to be resumed
     pseudo_labels: str | Path | Selection | None = None, # A selection made elsewhere
     metrics: Any = None, # fastai metrics
     auto_batch: bool = False, # Whether batches may be computed in parts
@@ -137,8 +146,12 @@ def settle(
     "Decide what is open, and look all of it through. Raises ValueError for settings or data that cannot work."
     device = own_device(device)
     _check_archs(archs)
-    found, made, reasons, speed = configure(data, archs, recipe, noise, device, limit and limit / (folds or 1), speed,
-                                            **settings)
+    def decide(limit):
+        return configure(data, archs, recipe, noise, device, limit and limit / (folds or 1), before.get('speed'),
+                         **settings)
+    first = before.get('settled_for', limit)
+    found, made, reasons, speed = decide(first)
+    if reasons and first != limit: _tell_kept(made, decide(limit).recipe, first, limit)
     names = [arch_name(o) for o in found]
     _check_recipe(made, names)
     if device.type == 'cuda' and not torch.cuda.is_available():
@@ -146,8 +159,8 @@ def settle(
     size, given = made.size or default_size(data, made.pretrained), None
     metrics = _metrics(metrics)
     if pseudo_labels is not None: _check_given(given := read_selection(pseudo_labels), data)
-    s = Setup(data, made, size, dict(zip(names, found)), names, seed, device, metrics, given, limit, reasons, speed,
-              auto_batch, cbs or (lambda k, folder: []))
+    s = Setup(data, made, size, dict(zip(names, found)), names, seed, device, metrics, given, limit, reasons,
+              dict(speed=speed, settled_for=first) if reasons else {}, auto_batch, cbs or (lambda k, folder: []))
     _check_images(s)
     join(device)
     _check_networks(s)

@@ -8,6 +8,7 @@ Docs: https://noisy-student.github.io/noisy_student/run_suspects.html.md"""
 __all__ = ['unseen_probs', 'find_suspects']
 
 # %% ../nbs/08j_run_suspects.ipynb #a9000003
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .auto import duration
 from .checkpoints import seeded
 from .dataloaders import mixed_dataloaders
 from .files import locked, stoppable, write_with_sum
@@ -60,14 +62,18 @@ def find_suspects(task: ImageTask, # Of a run, at least one round done
     ones whose label changed since the pool was labeled last.
 
     Raises ValueError before the first round is done or without a pool, ImportError without cleanlab."""
-    k = int(task.dir.finished()['round'].max())
+    last = task.dir.finished().iloc[-1]
+    k = int(last['round'])
     if not len(task.data.unlabeled) and not is_folded:
         raise ValueError("suspects are found by a network trained on unlabeled images alone, and there are none: name "
                          "a pool, or ask for folds=5")
     # before the training
     if find_spec('cleanlab') is None:
-        raise ImportError("finding suspects needs cleanlab: pip install '.[eval]' in the clone of noisy_student")
+        raise ImportError("finding suspects needs cleanlab: pip install cleanlab")
     folder = task.dir.path/'suspects'/f'round_{k}'
+    if not is_folded and not (folder/'suspects.csv').exists():
+        print("suspects: a network is trained without the labeled images, about as long as a student takes "
+              f"({duration(last.seconds)})", file=sys.stderr, flush=True)
     with locked(task.dir.path/'.lock'), stoppable():
         probs = task.valid_probs(k) if is_folded else unseen_probs(task, k, folder)
     ranked = rank_suspects(task.true_labels('labeled'), probs)

@@ -48,8 +48,7 @@ def rank_suspects(
         from cleanlab.filter import find_label_issues
         from cleanlab.rank import get_label_quality_scores
     except ImportError as e:
-        raise ImportError(f"ranking labels needs cleanlab ({e}): pip install '.[eval]' in the clone of "
-                          "noisy_student") from None
+        raise ImportError(f"ranking labels needs cleanlab ({e}): pip install cleanlab") from None
     labels, probs = _checked(labels, probs)
     n, k = probs.shape
     issue, quality = np.zeros(n, dtype=bool), np.ones(n) # what cleanlab refuses to compute for one class

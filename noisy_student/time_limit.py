@@ -45,10 +45,18 @@ class Clock(Speed):
         begun: float, # `time.perf_counter()` when the call began
     ) -> None:
         "The clock goes on where earlier calls stopped it."
-        self.begun = begun - self.making - float(self.learners.dir.summary.seconds.sum())
+        self.begun = begun - self.making - self.finished_seconds
+
+    @property
+    def finished_seconds(self) -> float: return float(self.learners.dir.summary.seconds.sum())
 
     @property
     def spent(self) -> float: return time.perf_counter() - self.begun # seconds of all rounds so far
+
+    @property
+    def gone(self) -> float:
+        "Seconds of the limit that nothing can be planned in; before `start` those of finished rounds."
+        return self.opening + (self.spent if self.begun else self.finished_seconds)
 
     def steps(
         self,
@@ -88,7 +96,7 @@ class Clock(Speed):
         later = sum(pool / rate for j in range(k + 1, r.rounds + 1) if j >= r.head_rounds)
         judged = self.held_out / rate * (r.rounds + 1 - k)
         # many steps in a row are a little slower than the few that were measured
-        return .96 * (self.limit - self.opening - self.spent - later - judged - self.reserve)
+        return .96 * (self.limit - self.gone - later - judged - self.reserve)
 
 # %% ../nbs/08f_time_limit.ipynb #af000010
 class Timing(Clock):
@@ -141,15 +149,17 @@ class Timing(Clock):
         "A row per stage. Writes nothing but decoded images."
         return plan_table(self)
 
-    def tell(
-        self,
-        folds: bool = False, # Whether the run has folds already
-    ) -> None:
-        "The plan in one line, on stderr, if there is a limit or somebody who reads what takes seconds to measure."
-        if self.limit is None and not (sys.stderr.isatty() or IN_NOTEBOOK): return
-        tell_plan(self.plan(), self.limit)
+    @property
+    def is_told(self) -> bool:
+        "Whether the plan is: it takes seconds to measure."
+        return self.limit is not None or sys.stderr.isatty() or IN_NOTEBOOK
+
+    def tell(self) -> None:
+        "The plan in one line, on stderr, and what folds would be good for."
+        if not self.is_told: return
+        tell_plan(self.plan(), self.limit, self.gone)
         data = self.learners.data
-        if not folds and (v := len(data.valid)) < 50 and len(data.labeled) < 500:
+        if (v := len(data.valid)) < 50 and len(data.labeled) < 500:
             print(f"{v} validation images tell an accuracy to within {200 * (.09 / v)**.5:.0f} points: folds=5 "
                   f"(--folds 5) judges by all {v + len(data.labeled)} labels, and trains on all of them",
                   file=sys.stderr, flush=True)
@@ -164,18 +174,22 @@ class Timing(Clock):
 def plan_table(
     clock: Clock, # Of the run
 ) -> pd.DataFrame: # round, stage, amount, seconds
-    "A row per stage that is still to come. Writes nothing but decoded images."
-    a, r, (step, rate) = clock.learners, clock.recipe, clock.measured()
-    n, rows = clock.pool, []
+    "A row per stage that is still to come, none of a finished run. Writes nothing but decoded images."
+    a, r = clock.learners, clock.recipe
+    rows: list[Stage] = []
+    todo = [k for k in range(r.rounds + 1) if not a.dir.is_done(k)]
+    if not todo: return pd.DataFrame(columns=Stage._fields)
+    (step, rate), n = clock.measured(), clock.pool
     features = min(n, MAX_FEATURES) + len(a.data.labeled)
-    labeling = {k: n / rate for k in range(1, r.rounds + 1) if not r.on_the_fly}
+    labeling = {k: n / rate for k in todo if k and not r.on_the_fly}
     for k in labeling:
         if k < r.head_rounds or k == r.head_rounds > 0: # their features are known
             labeling[k] = max(0, n - MAX_FEATURES) / rate + n / 5000
     judged = clock.held_out / rate
-    fixed = sum(labeling.values()) + judged * (r.rounds + 1) + (features / rate if r.head_rounds else 0)
+    gone = clock.gone
+    fixed = sum(labeling.values()) + judged * len(todo) + (features / rate if todo[0] < r.head_rounds else 0)
     trained = 0.
-    for k in range(r.rounds + 1):
+    for k in todo:
         new, name = [], f'student {k}' if k else 'teacher'
         if k in labeling: new.append(Stage(k, 'labeling', f'{n:,} images', labeling[k]))
         if k < r.head_rounds:
@@ -186,22 +200,25 @@ def plan_table(
             whole = epochs * (r.steps or -(-len(a.data.labeled) // r.bs))
             if clock.limit: # of what the rounds before it leave
                 planned = clock.steps(k)
-                whole = steps_for(clock.limit - fixed - trained, k, r, step[k]) if planned is None else planned
+                whole = steps_for(clock.limit - gone - fixed - trained, k, r, step[k]) if planned is None else planned
             if not whole: break # no time for it
             trained += whole * step[k]
             new.append(Stage(k, f'{name}: {a.arch(k)}', f'{whole:,} steps', whole * step[k]))
         rows += new + ([Stage(k, 'evaluation', f'{clock.held_out:,} images', judged)] if judged else [])
-    return pd.DataFrame(rows).round(dict(seconds=1))
+    return pd.DataFrame(rows, columns=Stage._fields).round(dict(seconds=1))
 
 def tell_plan(
     table: pd.DataFrame, # Of `plan_table`
     limit: float | None = None, # Seconds
+    gone: float = 0., # Seconds of it that are gone
 ) -> None:
     "One line on stderr, and a warning if the limit is too short for the least that a run takes."
+    if not len(table): return
     whole = table.seconds.sum()
     parts = table[table.stage != 'evaluation'].groupby('stage', sort=False).seconds.sum()
-    if limit and whole > 1.1 * limit:
-        warnings.warn(f"time_limit={duration(limit)} is less than the least that this run takes, {duration(whole)}: a "
-                      "smaller size, network or pool would fit")
-    print(f"plan: about {duration(whole)} ({', '.join(f'{k} {duration(v)}' for k, v in parts.items())})",
-          file=sys.stderr, flush=True)
+    if limit and gone + whole > 1.1 * limit:
+        warnings.warn(f"time_limit={duration(limit)} is less than the least that this run takes, "
+                      f"{duration(gone + whole)}: a smaller size, network or pool would fit")
+    stages = ', '.join(f'{k} {duration(v)}' for k, v in parts.items())
+    spent = f'; reading, measuring and finished rounds took {duration(gone)}' if gone >= 5 else ''
+    print(f'plan: about {duration(whole)} ({stages}){spent}', file=sys.stderr, flush=True)

@@ -243,8 +243,8 @@ def test_a_hopeless_run_of_two_classes_says_so_once(call, tmp_path):
     line = ['run', tmp_path/'d', '--out', tmp_path/'run', '--rounds', 2, '--threshold', .5, *SMALL]
     assert 'no better than chance' in call(*line, code=2)[1]
     out, err = call(*line, '--force')
-    low = ("threshold=0.5 filters nothing: with 2 classes the highest probability is always 0.5 or more; set a higher "
-           "one, such as 0.8, or 0 to keep every label")
+    low = ("--threshold 0.5 filters nothing: with 2 classes the highest probability is always 0.5 or more; set a "
+           "higher one, such as 0.8, or 0 to keep every label")
     assert err.count('filters nothing') == 1 and f'warning: {low}\n' in err and 'as a filter it does nothing' not in err
     chance = next(o for o in out.splitlines() if o.startswith('The last student '))
     assert re.search(r'no better than chance: .* of 6 validation images are right, 66\.7 % by always answering cat\. '
@@ -268,7 +268,7 @@ def test_progress_names_its_unit(folder, teacher, call, tmp_path):
 
 
 def test_settings_that_cannot_work(folder, teacher, mistake, tmp_path):
-    mistake(r"no pseudo label reaches threshold=1.0: the highest confidence is 0\.\d+; lower the threshold",
+    mistake(r"no pseudo label reaches --threshold 1.0: the highest confidence is 0\.\d+; lower the threshold",
             'run', folder, '--out', tmp_path/'high', '--threshold', '1', *SMALL)
     mistake(r"holds a run with other settings .*seed: 0 there, 5 here", 'train', folder, '--out', teacher, '--seed',
             '5', *SMALL)
@@ -312,11 +312,11 @@ def test_stages_on_odd_images(folder, teacher, call, mistake, tmp_path):
     rows = json.loads(call('select', labels, '--out', tmp_path/'share.parquet', '--share', '0.1', '--share-of', 'class',
                            '--json')[0])
     assert [o['passed'] for o in rows] == [-(-o['seen'] // 10) for o in rows] and all(o['share'] == .1 for o in rows)
-    mistake(r"share=0.1 and threshold=0.3 were both given", 'select', labels, '--out', tmp_path/'x.parquet', '--share',
-            '0.1', '--threshold', '0.3')
+    mistake(r"--share 0.1 and --threshold 0.3 were both given", 'select', labels, '--out', tmp_path/'x.parquet',
+            '--share', '0.1', '--threshold', '0.3')
     mistake(r"share must be in \(0, 1\], got 0.0", 'select', labels, '--out', tmp_path/'x.parquet', '--share', '0')
-    mistake(r"no pseudo label reaches threshold=1.0", 'select', labels, '--out', tmp_path/'none.parquet', '--threshold',
-            '1', '--strict')
+    mistake(r"no pseudo label reaches --threshold 1.0", 'select', labels, '--out', tmp_path/'none.parquet',
+            '--threshold', '1', '--strict')
     mistake(r"is not a selection", 'relabel', teacher, next(labels.glob('*.parquet')))
 
     before = pd.read_parquet(chosen)
@@ -468,3 +468,27 @@ def test_bench(call, mistake, monkeypatch):
     assert 'images per s' in out and '100 %' in out
     mistake('resnet9_4 cannot take images of 4 px', 'bench', '--arch', 'resnet9_4', '--size', 4, '--device', 'cpu')
     mistake('did you mean', 'bench', '--arch', 'resnet9x', '--device', 'cpu')
+
+
+def test_a_competition_in_one_command(call, mistake, tmp_path):
+    "From a table whose ids are file names without suffix to the file that the sample asks for, and nothing explained."
+    for part, n in (('train_images', 12), ('test_images', 5)):
+        (tmp_path/part).mkdir()
+        for i in range(n):
+            picture(((200, 60, 60), (60, 60, 200))[i % 2], seed=i).save(tmp_path/part/f'{part[:2]}{i}.png')
+    table = pd.DataFrame(dict(id=[f'tr{i}' for i in range(12)], color=['red', 'blue'] * 6))
+    table.to_csv(tmp_path/'t.csv', index=False)
+    order = [f'te{i}' for i in (3, 0, 4, 1)]
+    pd.DataFrame(dict(id=order, color='red')).to_csv(tmp_path/'sample.csv', index=False)
+    tests, out = tmp_path/'test_images', tmp_path/'s.csv'
+    line = ['run', tmp_path/'t.csv', '--images', tmp_path/'train_images', '--unlabeled', tests, '--out',
+            tmp_path/'run', '--rounds', 1, '--threshold', 0, '--force', *SMALL]
+    mistake(r"--predict and --csv go together", *line, '--csv', out)
+    mistake(r"nowhere.csv", *line, '--predict', tests, '--csv', out, '--like', 'nowhere.csv')
+    mistake(r"no such file", *line, '--predict', tmp_path/'tost_images', '--csv', out)
+    assert not (tmp_path/'run').exists()
+    call(*line, '--predict', tests, '--csv', out, '--like', tmp_path/'sample.csv')
+    written = pd.read_csv(out)
+    assert list(written) == ['id', 'color'] and list(written.id) == order and set(written.color) <= {'red', 'blue'}
+    call(*line, '--predict', tests, '--csv', tmp_path/'all.csv', '--columns', 'id,color')
+    assert set(pd.read_csv(tmp_path/'all.csv').id) == {f'te{i}' for i in range(5)}  # as the table names its images

@@ -60,6 +60,8 @@ def test_groups_stay_together_and_all_labels_judge(photos, tmp_path):
     df = pd.read_csv(photos/"table.csv")
     from noisy_student.tables import from_df
     ns = NoisyStudent(from_df(df, photos, group="group"), "resnet9_4", tmp_path/"run", folds=3, **SMALL)
+    plan = ns.plan()
+    assert plan.seconds.sum() > 0 and plan.amount.str.endswith(", 3 times").all() and set(plan["round"]) == {0, 1}
     ns.fit()
     oof = ns.oof()
     assert len(oof) == 24 and oof.item.is_unique
@@ -70,7 +72,7 @@ def test_groups_stay_together_and_all_labels_judge(photos, tmp_path):
     assert abs((oof.label == oof.predicted).mean() - ns.summary.valid_accuracy[ns.best]) < 1e-9
     assert (oof[["blue", "red"]].sum(axis=1) - 1).abs().max() < 1e-4
     assert len(ns.predict([str(photos/"30.png")])) == 1 and load_model(ns.path).classes == ["blue", "red"]
-    assert ns.plan().seconds.sum() > 0 and len(ns.learner(fold=2).get_preds()[0]) == (ns.of == 2).sum()
+    assert not len(ns.plan()) and len(ns.learner(fold=2).get_preds()[0]) == (ns.of == 2).sum()
     with pytest.raises(ValueError, match=r"fold must be in 0\.\.2"): ns.learner(fold=3)
 
 

@@ -149,8 +149,8 @@ def test_classes_named_like_columns(folder):
 @pytest.mark.parametrize("items, kwargs, text", [
     ([], {}, "at least one image"), (np.zeros((2, 8, 8), np.uint8), {}, "must be uint8"),
                                                  ("gone", {}, "no folder or file gone"),
-    (pd.DataFrame(dict(image=["0", "1"])), {}, 'add suffix=".png"'),
-                                                 (pd.DataFrame(dict(id=["0"])), {}, "no column 'image'"),
+    (pd.DataFrame(dict(image=["0", "gone"])), {}, 'add suffix=".png"'),
+                                                 (pd.DataFrame(dict(id=["x"])), {}, "no column 'image'"),
     (["0.png"], dict(bs=0), "bs must be at least 1")])
 def test_mistakes(folder, monkeypatch, items, kwargs, text):
     monkeypatch.chdir(folder)

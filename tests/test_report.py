@@ -169,6 +169,19 @@ def record(tmp_path, valid, test, sizes, rounds=1):
     return RunRecord(tmp_path, config, dict(config=config, sizes=sizes), pd.DataFrame(metrics), metrics, history, {})
 
 
+def test_a_run_that_was_cut_short_does_not_look_fine(tmp_path):
+    "It says which rounds are not there: not yet, or left out for lack of time."
+    from noisy_student.files import sealed
+    cut = record(tmp_path, [.9, .9], [.9, .9], dict(valid=1000), rounds=2)
+    assert run_warnings(cut)[0].startswith("2 of 3 rounds are done: fit(), or the same command")
+    page = report_html(cut)
+    assert "Nothing looks wrong" not in page and "2 of 3 rounds are done" in page
+    (tmp_path/"round_2").mkdir()
+    (tmp_path/"round_2"/"plan.json").write_text(sealed(dict(steps=0, limit=60.)))
+    assert run_warnings(cut)[0].startswith("2 of 3 rounds are done: round 2 is left out, as the time limit")
+    assert "Nothing looks wrong" in report_html(record(tmp_path, [.9, .9], [.9, .9], dict(valid=1000)))
+
+
 def test_a_gain_within_chance_is_no_praise(tmp_path):
     "The tile of the gain is green only where its interval is above zero."
     def tile(gain, n):

@@ -250,8 +250,10 @@ def stop_in(name):
     return stop
 
 
-def test_torn_checkpoint_is_noticed(tmp_path):
+def test_torn_checkpoint_is_noticed(tmp_path, monkeypatch):
+    from noisy_student.checkpoints import RunState
     from noisy_student.rounds import NoisyStudent
+    monkeypatch.setattr(RunState, "every", 0.)
     data, calls = miniature(), []
 
     def stop(*a):
@@ -473,13 +475,20 @@ def test_a_time_limit_leaves_out_what_does_not_fit(tmp_path, monkeypatch):
     monkeypatch.setattr(Timing, "step_seconds", lambda self, k, *a: 5. if k else real(self, k, *a))  # a slow student
     ns = run(20)
     assert set(ns.plan()["round"]) == {0}
-    with pytest.warns(UserWarning, match="no time for it in 20 s; with a longer time_limit and size=8"): s = ns.fit()
+    with pytest.warns(UserWarning, match="no time for it in 20 s; with a longer time_limit"): s = ns.fit()
     assert list(s["round"]) == [0] and not (tmp_path/"a"/"round_1"/"pseudo_labels").exists()
     assert (tmp_path/"a"/"report.html").exists()
     with pytest.warns(UserWarning, match="round 1 is left out"): run(20).fit()  # nothing new
     monkeypatch.undo()
     kept = (tmp_path/"a"/"round_0"/"model.safetensors").read_bytes()
+    with pytest.warns(UserWarning, match="chosen for time_limit=20 s when it began; those for .*=2.0 h"):
+        longer = run("2h")
+    assert longer.recipe == ns.recipe and NoisyStudent(miniature(), "resnet9_4", tmp_path/"b", time_limit="2h",
+                                                       pretrained=False, size=8).recipe != ns.recipe
+    ahead = run(40).plan()
+    assert set(ahead["round"]) == {1} and ahead.seconds.sum() < 40
     assert list(run(40).fit()["round"]) == [0, 1] and (tmp_path/"a"/"round_0"/"model.safetensors").read_bytes() == kept
+    assert not len(run(40).plan()) and list(run(40).plan().columns) == ["round", "stage", "amount", "seconds"]
 
 
 def test_a_time_limit_is_kept(tmp_path):

@@ -88,7 +88,7 @@ def test_mistakes(labels, probs, text):
 def test_without_cleanlab(monkeypatch):
     for name in [o for o in sys.modules if o.split(".")[0] == "cleanlab"]: monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "cleanlab", None)
-    with pytest.raises(ImportError, match=r"pip install '\.\[eval\]'"):
+    with pytest.raises(ImportError, match=r"pip install cleanlab"):
         rank_suspects(np.array([0]), np.ones((1, 1)))
 
 

@@ -85,7 +85,7 @@ def test_labels(home, labels, classes):
      "1 rows of the table have no file name, the first is row 11"),
     (dict(image=["0.png"] * N),
      r"1 files have several rows with different labels, the first is .*0.png \('a' and 'b'\)"),
-    (dict(image=list(range(N))), 'add suffix=".png"'),
+    (dict(image=[*range(N - 1), 'gone']), 'add suffix=".png"'),
                                           (dict(image=[f"gone/{i}.png" for i in range(N)]), "12 of 12 image files"),
     (dict(label=["a"] * (N - 1) + ["b"]), "class 'b' in the table has one image")])
 def test_mistakes(home, change, text):
@@ -246,7 +246,7 @@ def test_what_is_not_used_is_said(tmp_path):
     assert f"{tmp_path/'test'} has 2 images and no class folders" in seen[1] and "unlabeled=" in seen[1]
     (tmp_path/"train").rename(tmp_path/"photos")
     (tmp_path/"labels.csv").write_text("image,label\n")
-    with pytest.raises(ValueError, match=r"has 1 class folder.*labels.csv \(a table: use from_csv\)"):
+    with pytest.raises(ValueError, match=r"has 1 class folder.*labels.csv \(a table, to be named itself\)"):
         from_folder(tmp_path)
 
 
