@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .files import did_you_mean, folders_beside
-from .rundir import read_about
 
 if TYPE_CHECKING: from noisy_student.network import Network
 
@@ -85,6 +84,7 @@ def about_run(
     path: Path, # A run directory, a folder or a file in it
 ) -> dict[str, Any]: # Its run.json; empty: it belongs to no run
     "What is known of the run that a network belongs to. Raises ValueError for a run.json that is damaged."
+    from noisy_student.rundir import read_about
     for folder in [path, *path.resolve().parents[:2]]:
         if (folder/'run.json').exists(): return read_about(folder)
     return {}

@@ -37,8 +37,12 @@ def locked(
     except OSError as e:
         if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS): yield; return # what is to be written will say so
         lock = None
-    if lock is None: _claim(file, owner)
-    else: owner.write_text(_me())
+    try:
+        if lock: owner.write_text(_me())
+        else: _claim(file, owner)
+    except BaseException:
+        if lock: lock.release()
+        raise
     try: yield
     finally:
         owner.unlink(missing_ok=True)
@@ -71,10 +75,11 @@ def _claim(file, owner):
     raise _in_use(file, 'another process')
 
 def _is_alive(pid):
+    if os.name != 'posix': return True # not known; there, os.kill would end it
     try: os.kill(pid, 0)
     except ProcessLookupError: return False
     except OSError: pass # it is there, and somebody else's
-    return os.name == 'posix'
+    return True
 
 # %% ../nbs/00f_locks_and_signals.ipynb #0a1c47f3
 class Stopped(KeyboardInterrupt):

@@ -98,7 +98,7 @@ def read_json(
 
 
 # %% ../nbs/00da_reading.ipynb #da000010
-_ROWS_PER_BYTE = 1000 # A run of equal values takes a few bytes; a pool of so many has none worth a look
+_ROWS_PER_BYTE = 100 # A run of equal values takes a few bytes; a pool of so many has none worth a look
 
 def open_parquet(
     file: str | Path, # A parquet file

@@ -47,6 +47,8 @@ def config_of(directory: RunDir, # Of a run
 # %% ../nbs/07c_run_file.ipynb #f1000009
 SELECTION = ('threshold', 'per_class', 'strict', 'binned', 'share', 'share_of') # Settings that select pseudo labels
 
+_NAMED = 12 # Settings, at most, that a message names
+
 def flat(
     d: dict, # As run.json has them, with dictionaries in it
     pre: str = '', # Before each name
@@ -74,10 +76,10 @@ def check_config(directory: RunDir, # Of a run
     if not directory.has_begun(): free = set(diff) # nothing has been made yet
     def describe(k):
         if k == 'data': return "data: other images or labels, by changed files, labels, seed or pool"
-        return f"{k.removeprefix('recipe.')}: {a.get(k)} there, {b.get(k)} here"
+        return f"{k.removeprefix('recipe.')[:80]}: {str(a.get(k))[:80]} there, {str(b.get(k))[:80]} here"
     if bad := [k for k in diff if k not in free]:
-        raise ValueError(f"{directory.path} holds a run with other settings ({'; '.join(map(describe, bad))}): "
-                         "choose another folder, remove this one to start over, or give the same settings to go on "
-                         "with it")
+        some = '; '.join([*map(describe, bad[:_NAMED]), *(['...'] if len(bad) > _NAMED else [])])
+        raise ValueError(f"{directory.path} holds a run with other settings ({some}): choose another folder, remove "
+                         "this one to start over, or give the same settings to go on with it")
     return bool(diff)
 

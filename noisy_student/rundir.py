@@ -148,7 +148,7 @@ class Rounds:
             try: _WHOLE[name](folder/name); return True
             except (ValueError, OSError): return False
         there = [o for o in _WHOLE if (folder/o).exists()]
-        return [o for o in {*there, 'model.safetensors', 'history.csv'} if o not in known and not is_whole(o)]
+        return [o for o in sorted({*there, 'model.safetensors', 'history.csv'}) if o not in known and not is_whole(o)]
 
     def plan(self, k: int # Round
             ) -> dict: # steps, step_seconds, limit; empty before anything was decided

@@ -215,8 +215,7 @@ def crafted(value, rng):
         found = list(places(value))
         *way, last = found[rng.integers(len(found))] or (None,)
         new = NASTY[rng.integers(len(NASTY))]
-        if rng.random() < .02:
-            for _ in range(2000): new = [new]
+        if rng.random() < .02: new = DEEP
         if last is None: value = new; continue
         o = value
         for k in way: o = o[k]
@@ -227,7 +226,13 @@ def crafted(value, rng):
     return value
 
 
-def text_of(value): return json.dumps(value)[:10**7]
+DEEP = "<deep>" # Stands for more brackets than a writer would write
+
+
+def deepened(text): return text.replace(json.dumps(DEEP), "[" * 2000 + "]" * 2000)
+
+
+def text_of(value): return deepened(json.dumps(value)[:10**7])
 
 
 def craft_sealed(kind):
@@ -236,7 +241,7 @@ def craft_sealed(kind):
         d = json.loads(samples()[kind])
         d.pop("sha256")
         d = crafted(d, rng)
-        if isinstance(d, dict) and rng.random() < .9: return sealed(d).encode(errors="surrogatepass")
+        if isinstance(d, dict) and rng.random() < .9: return deepened(sealed(d)).encode(errors="surrogatepass")
         return text_of(d).encode()
     return craft
 
