@@ -88,6 +88,7 @@ def load_image(path: str | Path, # An image file of any format and mode that Pil
     except IsADirectoryError: raise fail("is a folder, not an image") from None
     except PermissionError: raise fail("no permission to read it") from None
     except UnidentifiedImageError: raise fail("not an image, or of a format that is not read") from None
+    except OSError as e: raise fail(e.strerror if e.filename else f"damaged image ({e})") from None
     except Image.DecompressionBombError:
         raise fail(f"more pixels than the limit of {max_pixels:,}: make it smaller") from None
     except MemoryError: raise fail("too large for this machine's memory") from None
