@@ -31,7 +31,8 @@ from .commands_recipes import ablate, bench, recipes
 from .commands_train import run, train
 from .commands_use import export, predict
 from .files import stoppable
-from .command_output import error_text, flush_output, open_streams, plain_warnings, show_progress, to_stderr
+from .command_output import (error_text, flags, flush_output, open_streams, plain_warnings, show_progress,
+                                          to_stderr)
 from .command_inputs import DATA, load_data
 from .threads import wait_passively
 
@@ -97,7 +98,8 @@ def main(
     debug = os.environ.get('NOISY_STUDENT_DEBUG', '') not in ('', '0')
     try:
         try:
-            command = typer.main.get_command(app)
+            command: Any = typer.main.get_command(app)
+            flags.set(frozenset(o for p in getattr(command.commands.get(args[0]), 'params', ()) for o in p.opts))
             with stoppable(), plain_warnings(to_stderr), command.make_context('noisy-student', args) as ctx:
                 command.invoke(ctx)
         except typer.Exit as e: return e.exit_code

@@ -110,7 +110,7 @@ TimeLimitOpt = Annotated[Optional[str], option('rounds.NoisyStudent.time_limit',
 BsOpt = Annotated[Optional[int], option('recipes.Recipe.bs', 'N', '--bs', min=1, default=_RECIPES)]
 LrOpt = Annotated[Optional[float], option('recipes.Recipe.lr', 'X', '--lr', default=_RECIPES)]
 StepsOpt = Annotated[Optional[int], option('recipes.Recipe.steps', 'N', min=1, default=_RECIPES)]
-RatioOpt = Annotated[Optional[int], option('recipes.Recipe.ratio', 'N', min=1, default=_RECIPES)]
+RatioOpt = Annotated[Optional[float], option('recipes.Recipe.ratio', 'X', default=_RECIPES)]
 ShareOpt = Annotated[Optional[float], option('pseudo_labels.select_pseudo_labels.share', 'X')]
 NoiseOpt = Annotated[Optional[str], _text(
     "Noise of the students: none, mild, paper, or a magnitude of RandAugment, 0 to 30.", 'NOISE')]

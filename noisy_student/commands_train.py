@@ -24,7 +24,7 @@ from .command_output import print_run, records, show_progress, to_stderr
 from .recipes import get_recipe
 from .command_inputs import DATA, DEFAULT_ARCHS, FOLDER, load_data, selected_items, source_of
 from .command_networks import open_network
-from .command_predictions import check_file, named_items, predicted, require_files, write_predictions
+from .command_predictions import check_file, named_items, predictions_of, require_files, write_predictions
 
 # %% ../nbs/12f_commands_train.ipynb #12f00006
 def run_settings(
@@ -123,7 +123,7 @@ def run(
         named_images(files)
     made = _fit(data, splits, out, arch, recipe, seed, device, as_json, settings, source=source, **how)
     if not csv or made is None: return
-    write_predictions(predicted(open_network(made, device), wanted), made, csv, columns, like)
+    write_predictions(predictions_of(open_network(made, device), wanted), made, csv, columns, like)
 
 # %% ../nbs/12f_commands_train.ipynb #12f00013
 def train(

@@ -70,10 +70,9 @@ class ImageRounds(Task):
     def train(self, k, learn, role):
         r, stage = self.learners.recipe_of(k), f'round {k}: training the {role}'
         if k < r.head_rounds: return self.heads.history(learn, f'{stage}, its classifier alone'), 0.
-        epochs = r.teacher_epochs if role == 'teacher' and r.teacher_epochs else r.epochs
         progress = StageProgress(self.tell, f'{stage} {self.arch(k)} (batches)')
         cbs = [*self.timing.keep(k), *self.setup.cbs(k, self.dir.round(k))]
-        return fit_resumably(learn, epochs, r, self.dir.round(k), progress, cbs)
+        return fit_resumably(learn, r.epochs_of(role), r, self.dir.round(k), progress, cbs)
 
     def save(self, k, learn):
         if not rank(): self.learners.network(k, learn).save(self.dir.weights(k))
@@ -116,7 +115,8 @@ class ImageTask(ImageRounds):
                  *more # More arguments of a subclass
                 ) -> 'ImageTask':
         "All that a run with one network per round needs."
-        opened = Opened(setup.data, setup.size, directory, tell, bool(setup.recipe.rounds) or setup.given is not None)
+        opened = Opened(setup.data, setup.size, directory, tell, bool(setup.recipe.rounds) or setup.given is not None,
+                        setup.device)
         learners = Learners(opened, setup.recipe, setup.networks, setup.archs, setup.seed, setup.device, setup.metrics)
         return cls(setup, learners, Heads(learners, tell), Timing(learners, setup.limit), tell, *more)
 

@@ -24,6 +24,7 @@ from .distributed import barrier, rank, world
 from .head_rounds import Heads
 from .run_learners import Learners
 from .models import load_weights
+from .network import images_at_once
 from .progress import StageProgress
 from .pseudo_labels import PseudoLabelError, PseudoLabels, predict_pseudo_labels, read_selection
 from .pseudo_labels import relabel_pseudo_labels, select_pseudo_labels
@@ -84,7 +85,8 @@ class Labeling:
         if a.recipe.relabel == 'all' or not before.exists(): return self.label_pool(k - 1, a.dir.round(k), tell)
         if not rank():
             images = a.data.unlabeled.images if isinstance(a.data.unlabeled.images, np.ndarray) else None
-            relabel_pseudo_labels(self.teacher(k - 1), before, out, images, bs=256, progress=tell)
+            relabel_pseudo_labels(self.teacher(k - 1), before, out, images, bs=images_at_once(a.device, a.opened.size),
+                                  progress=tell)
         barrier()
         return read_selection(out)
 

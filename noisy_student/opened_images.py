@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+import torch
 
 from .archives import split_item
 from .datasets import Decoded, Splits, load_images
@@ -153,7 +154,8 @@ class OpenedPool(OpenedImages):
 
 # %% ../nbs/08a_opened_images.ipynb #ab000016
 def leaks_of(opened: OpenedImages, # Of a run
-             name: str # Of a split that trains
+             name: str, # Of a split that trains
+             device: str | torch.device = 'cpu' # As `find_leaks`
             ) -> list[dict]: # pile, position, item, also_in, other, kind, difference
     "A dict per image that is also a validation or test image."
     data, images = opened.data, opened.images(name)
@@ -162,7 +164,7 @@ def leaks_of(opened: OpenedImages, # Of a run
     for n, other in enumerate(held):
         others = opened.images(other)
         def tell(done, of): name == 'unlabeled' and opened.tell('looking for leaks (images)', n * of + done, total)
-        for o in find_leaks(images.images, others.images, tell).itertuples():
+        for o in find_leaks(images.images, others.images, tell, device).itertuples():
             i, j = int(images.good[o.position]), int(others.good[o.other])
             out.append(dict(pile=name, position=i, item=opened.item(name, i), also_in=other,
                             other=opened.item(other, j), kind=o.kind, difference=round(o.difference, 4)))
@@ -176,10 +178,11 @@ class Opened(OpenedPool):
                  size: int, # Side of the decoded images in pixels
                  directory: RunDir, # Of the run: cache, skipped.csv, leaks.json
                  tell: Callable[[str, int, int], None], # Called with (stage, done, total)
-                 pool: bool = True # Whether the unlabeled images are needed
+                 pool: bool = True, # Whether the unlabeled images are needed
+                 device: str | torch.device = 'cpu' # Where leaks are searched
                 ):
         super().__init__(data, size, directory, tell)
-        self.pool_is_needed = pool
+        self.pool_is_needed, self.device = pool, device
         self._left_out: dict[int, str] | None = None # Once leaks were searched
 
     def find_leaks(self) -> None:
@@ -222,7 +225,7 @@ class Opened(OpenedPool):
         except FileNotFoundError: old = dict(searched=[])
         except ValueError as e: old = dict(searched=[]); warnings.warn(f"{e}: leaks are searched again")
         if not set(splits) <= set(old['searched']):
-            old = dict(searched=splits, found=[o for name in splits for o in leaks_of(self, name)])
+            old = dict(searched=splits, found=[o for name in splits for o in leaks_of(self, name, self.device)])
             self.dir.write('leaks.json', sealed(old))
             for o in leak_warnings(old['found']): warnings.warn(o)
         return old['found']

@@ -8,9 +8,10 @@ Docs: https://noisy-student.github.io/noisy_student/rounds.html.md"""
 __all__ = ['Loop', 'ImageLoop', 'NoisyStudent', 'load_model', 'read_summary']
 
 # %% ../nbs/09_rounds.ipynb #76c8d33c
-import time, warnings
+import inspect, time, warnings
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,12 @@ from .opened_images import fingerprint
 from .predictions import predict_table
 from .progress import StageProgress, default_progress
 from .pseudo_labels import Selection
-from .recipes import Recipe
+from .recipes import Recipe, setting_hint
 from .run_results import Results
 from .rundir import RunDir, read_metrics, read_summary, run_folder, weights_file # noqa: F401
 from .run_file import check_config, config_of, write_run
 from .run_setup import Setup, settle
-from .tables import open_data
+from .tables import DATA_SETTINGS, open_data
 from .threads import compute_threads, keep_memory
 from .run_suspects import find_suspects
 
@@ -221,11 +222,12 @@ class NoisyStudent(ImageLoop):
         force: bool = False, # Go on though a network is no better than chance
         metrics: Callable | list | None = None, # More fastai metrics, for history.csv and `learner`
         folds: int | None = None, # Networks per round, at least 2; None: one
-        **settings # Fields of `Recipe` to change, such as epochs=10
+        **settings # Fields of `Recipe` to change, such as epochs=10; what `open_data` takes, such as unlabeled='new'
     ):
         begun, limit = time.perf_counter(), None if time_limit is None else seconds(time_limit)
+        said = _of_data(settings)
         if folds is not None: check_folds(folds, pseudo_labels)
-        directory, given = RunDir(run_folder(path, data)), open_data(data, seed=seed)
+        directory, given = RunDir(run_folder(path, data)), open_data(data, seed=seed, **said)
         setup = settle(
             given if folds is None else joined(given), archs, recipe, noise, seed=seed, device=device, limit=limit,
             folds=folds, before=directory.about if directory.has_begun() else {}, pseudo_labels=pseudo_labels,
@@ -238,6 +240,15 @@ class NoisyStudent(ImageLoop):
         self.opened, self.learners, self.labeling = task.opened, task.learners, task.labeling
         self.parts = [self] if folds is None else task.parts # runs, one per fold
         task.timing.making = time.perf_counter() - begun
+
+def _of_data(settings): # what is said of data, taken out; ValueError for a name that nothing has
+    recipe = [f.name for f in fields(Recipe) if f.name not in ('archs', *DATA_SETTINGS)]
+    known = [*inspect.signature(NoisyStudent).parameters, *DATA_SETTINGS, *recipe]
+    for k in settings:
+        if k not in known:
+            raise ValueError(f"unknown setting {k!r}{setting_hint(k, known)}: a recipe has {', '.join(recipe)}; data "
+                             f"have {', '.join(DATA_SETTINGS)}")
+    return {k: settings.pop(k) for k in DATA_SETTINGS if k in settings}
 
 
 # %% ../nbs/09_rounds.ipynb #031d82e9

@@ -9,7 +9,8 @@ __all__ = ['SELECTION', 'write_run', 'config_of', 'flat', 'check_config']
 
 # %% ../nbs/07c_run_file.ipynb #f1000003
 import platform
-from importlib.metadata import version
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 
 from .files import sealed
 from .models import resolved
@@ -19,14 +20,23 @@ from .rundir import RunDir, read_about
 # %% ../nbs/07c_run_file.ipynb #f1000006
 # Settings that older runs do not know
 _SINCE = ('share', 'share_of', 'head_rounds', 'body_lr', 'freeze_norm', 'class_weights', 'choose_by', 'student_lr')
-_VERSIONS = ('noisy_student', 'torch', 'fastai', 'timm', 'numpy', 'pillow')
+# Packages whose versions are written down, with the module of each
+_VERSIONS = dict(noisy_student='noisy_student', torch='torch', fastai='fastai', timm='timm', numpy='numpy',
+                 pillow='PIL')
+
+# A source tree, or a library copied onto the path, has no metadata: then the code says it
+def _version(package, module):
+    try: return version(package)
+    except PackageNotFoundError: pass
+    try: return str(import_module(module).__version__)
+    except (ImportError, AttributeError): return 'unknown'
 
 def write_run(directory: RunDir, # Of a run
               config: dict, # Its settings, as JSON types
               **about # More to know about it: device, sizes, source, speed
              ) -> None:
     "Write run.json. Raises OSError, naming the file."
-    versions = {o: version(o) for o in _VERSIONS}
+    versions = {o: _version(o, m) for o, m in _VERSIONS.items()}
     run = dict(config=config, versions=versions, python=platform.python_version(), **about)
     directory.write('run.json', sealed(run))
 

@@ -26,7 +26,7 @@ from .fitting import splitter, student_view
 from .learner import Noise, noisy_student_learner
 from .losses import SoftLabelCrossEntropy, class_weights
 from .models import create_model, load_weights
-from .network import Network
+from .network import Network, images_at_once
 from .opened_images import Opened
 from .pseudo_labels import PseudoLabels
 from .recipes import Recipe
@@ -104,7 +104,8 @@ def halve_batch(made: RoundSettings, # Of the run that ran out of memory
         raise MemoryError(f"out of memory in round {k}: ask for auto_batch (--auto-batch), which computes batches in "
                           "parts, or start a new run with a smaller size, bs or network")
     r, folder = made.recipe_of(k), made.dir.round(k)
-    if r.bs % (2 * r.accumulate):
+    half = r.bs // (2 * r.accumulate)
+    if r.bs % (2 * r.accumulate) or (r.ratio or 0) * half % 1:
         raise MemoryError(f"out of memory in round {k}, and batches of {r.bs} in {r.accumulate} parts cannot be "
                           "halved: use a smaller size or network")
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +113,7 @@ def halve_batch(made: RoundSettings, # Of the run that ran out of memory
     gc.collect()
     if torch.cuda.is_initialized(): torch.cuda.empty_cache()
     warnings.warn(f"out of memory in round {k}: from the last checkpoint on, batches of {r.bs} are computed in "
-                  f"{2 * r.accumulate} parts of {r.bs // (2 * r.accumulate)}")
+                  f"{2 * r.accumulate} parts of {half}")
 
 
 # %% ../nbs/08b_run_learners.ipynb #ac000013
@@ -180,7 +181,9 @@ class Learners(RoundSettings):
     def scores(self, learn: Learner, # A trained one
                name: str # 'labeled', 'valid' or 'test'
               ) -> np.ndarray: # float32 (n, K) logits of the clean view
-        return Network.of(learn).scores(self.opened.images(name).images, min(256, learn.dls.valid.bs))
+        images = self.opened.images(name).images
+        most = images_at_once(self.device, images.shape[1])
+        return Network.of(learn).scores(images, min(most, learn.dls.valid.bs))
 
     def accuracy(self, learn: Learner, # A trained one
                  name: str # 'valid' or 'test'

@@ -115,7 +115,7 @@ def _check_networks(s):
     n_in, r = channels(s.data), s.recipe
     for i, arch in enumerate(s.archs):
         with torch.device('meta'): model = create_model(s.networks[arch], len(s.data.classes), n_in)
-        (r.noise if i else r.teacher_noise or r.noise).callbacks(model)
+        r.noise_of('student' if i else 'teacher').callbacks(model)
         splitter(r)(model)
         try:
             with torch.no_grad(): model(torch.empty(2, n_in, s.size, s.size, device='meta'))

@@ -17,6 +17,7 @@ from fastai.callback.core import Callback, CancelFitException
 
 from .checkpoints import seeded
 from .learner import Noise
+from .network import images_at_once
 from .run_learners import Learners
 from .precision import fast
 from .pseudo_labels import PseudoLabels
@@ -89,7 +90,8 @@ class Speed:
             warnings.simplefilter('ignore')
             learn = a.new(0, None, Noise.none())
         images = a.opened.images('labeled').images
-        images = np.concatenate([images] * -(-64 // len(images)))[:64]
+        n = 64 if a.device.type == 'cpu' else images_at_once(a.device, images.shape[1]) # few would time Python
+        images = np.concatenate([images] * -(-n // len(images)))[:n]
         network = a.network(0, learn)
         network.scores(images)
         begun = time.perf_counter()
@@ -102,7 +104,7 @@ class Speed:
             r, kinds, step = self.recipe, {}, {}
             for k in range(r.head_rounds, r.rounds + 1):
                 if (kind := (self.learners.arch(k), k > 0)) not in kinds:
-                    noise = r.teacher_noise if not k and r.teacher_noise is not None else r.noise
+                    noise = r.noise_of('student' if k else 'teacher')
                     kinds[kind] = self.step_seconds(k, self._any_selection() if k and not r.on_the_fly else None, noise)
                 step[k] = kinds[kind]
             self.speed = step, self.label_rate()

@@ -196,7 +196,7 @@ def plan_table(
             amount, seconds = ('features are known', 1.) if k else (f'{features:,} features', features / rate)
             new.append(Stage(k, f'{name}: classifier', amount, seconds))
         else:
-            epochs = r.teacher_epochs if not k and r.teacher_epochs else r.epochs
+            epochs = r.epochs_of('student' if k else 'teacher')
             whole = epochs * (r.steps or -(-len(a.data.labeled) // r.bs))
             if clock.limit: # of what the rounds before it leave
                 planned = clock.steps(k)
