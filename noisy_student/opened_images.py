@@ -79,15 +79,15 @@ class OpenedImages:
 
     # With what the run has seen before: names and sizes may be those of other pictures
     def _compare(self, name, digest):
+        key = f'{name}-{self.size}'
         try: seen = unsealed(self.dir.path/'images.json', {str: str})
-        except (FileNotFoundError, ValueError): seen = {}
-        if (old := seen.get(f'{name}-{self.size}', digest)) == digest and f'{name}-{self.size}' in seen: return
-        begun = any(self.dir.path.glob('round_*/*')) or any(self.dir.path.glob('fold_*/round_*/*'))
-        if old != digest and begun:
+        except (OSError, ValueError): seen = {}
+        if seen.get(key) == digest: return
+        if key in seen and self.dir.has_begun():
             warnings.warn(f"the {name} images have changed since {self.dir.path} was begun: same names and sizes, "
-                          "other pixels. What was learned from the earlier ones stays in it: start over in another "
-                          "folder")
-        else: self.dir.write('images.json', sealed({**seen, f'{name}-{self.size}': digest}))
+                          "other pixels, unless another version of Pillow decodes them. What was learned from the "
+                          "earlier ones stays in it: start over in another folder")
+        else: self.dir.write('images.json', sealed({**seen, key: digest}))
 
     def all_given(self) -> None:
         "Decode the labeled, validation and test images: a bad file stops the run here, before training."
