@@ -24,6 +24,7 @@ from .distributed import rank, world
 from .files import into_place
 from .models import load_tensors, save_tensors
 from .locks_and_signals import Stopped
+from .reading import parse_json
 from .training_state import pack, random_state, seeded, set_random_state, unpack
 
 _all_ = ['seeded', 'unpack'] # public here too
@@ -60,8 +61,10 @@ class Checkpoint:
             if not file.exists(): continue
             try:
                 tensors, meta = load_tensors(file)
-                return put_back(unpack(json.loads(meta['skeleton']), tensors)) # type: ignore[arg-type]
-            except (ValueError, KeyError, RuntimeError) as e: # the last one: weights of another network
+                skeleton = parse_json(meta.get('skeleton', ''), dict, file)
+                return put_back(unpack(skeleton, tensors)) # type: ignore[arg-type]
+            # another state than is wanted, in any way
+            except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as e:
                 self.is_torn |= file == self.file
                 warnings.warn(f"{str(e).splitlines()[0]}; training goes on from an earlier point")
 

@@ -11,7 +11,7 @@ __all__ = ['named_items', 'require_files', 'check_file', 'names_without_suffix',
 from pathlib import Path
 from typing import Any
 
-from .files import did_you_mean, folders_beside, unsealed
+from .files import did_you_mean, folders_beside
 from .command_output import flag_of, show_progress, to_stderr
 
 # %% ../nbs/12ea_command_predictions.ipynb #12ea0006
@@ -62,9 +62,10 @@ def names_without_suffix(
 ) -> bool:
     "Whether the table that a run was trained on names its images so."
     from noisy_student.columns import found_columns, found_suffix
+    from noisy_student.rundir import read_about
     from noisy_student.tables import read_table
     try:
-        source = unsealed(Path(model)/'run.json')['source']
+        source = read_about(model)['source']
         table = source.get('table') or {}
         if table.get('suffix') or not source['name'].lower().endswith('.csv'): return bool(table.get('suffix'))
         df, folder = read_table(source['name']), table.get('images') or Path(source['name']).parent

@@ -21,6 +21,7 @@ from PIL import Image
 from .archives import ArchiveError, open_item
 from .auto import Facts, auto_recipe, check_settings
 from .checkpoints import seeded
+from .image_files import MAX_PIXELS, open_image
 from .learner import Noise
 from .published_weights import NO_WEIGHTS
 from .models import arch_name, create_model, default_arch, find_weights, n_parameters
@@ -37,7 +38,7 @@ def native_size(
     sides = []
     for i in np.linspace(0, len(images) - 1, min(len(images), 50)).astype(int):
         try:
-            with open_item(images[i]) as f, Image.open(f) as im: sides.append(min(im.size))
+            with open_item(images[i]) as f, open_image(f) as im: sides.append(min(im.size))
         except (OSError, ArchiveError, Image.DecompressionBombError): pass # decoding will name the file
     return int(np.median(sides)) if sides else 128
 
@@ -65,7 +66,8 @@ def in_color(
     if isinstance(images, np.ndarray): return images.shape[-1] == 3 and colored(images[rows])
     for i in rows:
         try:
-            with open_item(images[i]) as f, Image.open(f) as im:
+            with open_item(images[i]) as f, open_image(f) as im:
+                if im.width * im.height > MAX_PIXELS: continue
                 if im.mode in ('1', 'L', 'LA', 'I', 'I;16', 'F'): continue
                 if colored(np.asarray(im.convert('RGB').resize((32, 32)))): return True
         except Exception: pass # decoders raise all sorts; decoding will name the file

@@ -124,7 +124,8 @@ def _usable(file, meta, sums={}):
     if diff := what_differs(meta, old):
         raise PseudoLabelError(f"{file} holds other pseudo labels (what differs: {diff}): remove the folder "
                                f"{file.parent} or choose another")
-    return None if old['skipped'] and not pq.read_metadata(file).num_rows else old # the disk may have been away then
+    # the disk may have been away then
+    return None if old.get('skipped', True) and not pq.read_metadata(file).num_rows else old
 
 # %% ../nbs/05e_label_shards.ipynb #2b812077
 def save_part(file: Path, # Target

@@ -21,6 +21,8 @@ from fastai.learner import Learner
 from torch import nn
 
 from .models import create_model, load_tensors, load_weights, save_weights, unwrapped
+from .published_weights import offline
+from .reading import parse_json
 
 # %% ../nbs/03p_network.ipynb #b1000006
 @contextmanager
@@ -155,6 +157,13 @@ def _networks_in(tensors): # of an ensemble, 0 of a single network; counted, not
     found = {int(m[1]) for o in tensors if (m := re.match(r'models\.(\d{1,3})\.', o))}
     return len(found) if found == set(range(len(found))) and all(o.startswith('models.') for o in tensors) else 0
 
+# What the header of a file says beside the name of its network
+_HEADER = dict(classes=[str], mean=[float], std=[float], size=int)
+
+def _check_fits(tensors, wanted, file): # before memory is taken for a network that a name stands for
+    if wrong := [k for k, v in wanted.items() if k not in tensors or tensors[k].shape != v.shape]:
+        raise ValueError(f"its weights do not fit the architecture: {len(wrong)} tensors, {wrong[0]} first")
+
 def load_network(file: str | Path, # A file that `Network.save` wrote
                  device: str | torch.device = 'cpu', # Where to put it
                  arch: Callable[..., nn.Module] | None = None # What made the network; None: by the name in the file
@@ -163,12 +172,20 @@ def load_network(file: str | Path, # A file that `Network.save` wrote
     tensors, meta = load_tensors(Path(file))
     if not {'arch', 'classes', 'size', 'mean', 'std'} <= meta.keys():
         raise ValueError(f"{file} was not written by noisy_student: it does not say its architecture")
-    classes, mean, std = (json.loads(meta[k]) for k in ('classes', 'mean', 'std'))
+    classes, mean, std, size = (parse_json(meta[k], o, f'{file}: its {k}') for k, o in _HEADER.items())
+    if not 1 <= len(mean) == len(std) or not classes:
+        raise ValueError(f"{file} must name classes, and a mean and a deviation per channel, got {len(classes)} "
+                         f"classes, {len(mean)} means and {len(std)} deviations")
     n = _networks_in(tensors)
     make = lambda: create_model(meta['arch'] if arch is None else arch, len(classes), len(mean))
-    try: model = Ensemble([make() for _ in range(n)]) if n else make()
-    except ValueError as e:
+    try:
+        with offline():
+            with torch.device('meta'): plan = make() # takes no memory, however large
+            parts = [f'models.{i}.' for i in range(n)] or ['']
+            _check_fits(tensors, {p + k: v for p in parts for k, v in plan.state_dict().items()}, file)
+            model = Ensemble([make() for _ in range(n)]) if n else make()
+    except (ValueError, RuntimeError) as e:
         raise ValueError(f"{file}: {e}; where a function made the network, give it: "
                          "load_model(..., arch=...)") from None
     load_weights(model, Path(file))
-    return Network(model, meta['arch'], classes, int(meta['size']), mean, std).to(device).eval()
+    return Network(model, meta['arch'], classes, size, mean, std).to(device).eval()

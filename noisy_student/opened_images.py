@@ -23,6 +23,7 @@ from .files import sealed, unsealed
 from .leaks import find_leaks
 from .progress import StageProgress
 from .pseudo_labels import PseudoLabels
+from .run_record import LEAKS
 from .run_warnings import leak_warnings
 from .rundir import RunDir
 
@@ -71,9 +72,22 @@ class OpenedImages:
             cache = None if isinstance(split.images, np.ndarray) else self.dir.path/'cache'
             with first_rank_first():
                 d = load_images(split.images, self.size, cache, StageProgress(self.tell, f'decoding {name} images'))
+            if digest := getattr(d, 'digest', None): self._compare(name, digest)
             if d.bad: self._complain(name, d, len(split))
             self.decoded[name] = d
         return self.decoded[name]
+
+    # With what the run has seen before: names and sizes may be those of other pictures
+    def _compare(self, name, digest):
+        key = f'{name}-{self.size}'
+        try: seen = unsealed(self.dir.path/'images.json', {str: str})
+        except (OSError, ValueError): seen = {}
+        if seen.get(key) == digest: return
+        if key in seen and self.dir.has_begun():
+            warnings.warn(f"the {name} images have changed since {self.dir.path} was begun: same names and sizes, "
+                          "other pixels, unless another version of Pillow decodes them. What was learned from the "
+                          "earlier ones stays in it: start over in another folder")
+        else: self.dir.write('images.json', sealed({**seen, key: digest}))
 
     def all_given(self) -> None:
         "Decode the labeled, validation and test images: a bad file stops the run here, before training."
@@ -178,7 +192,7 @@ class Opened(OpenedPool):
 
     def check_leaks(self) -> None:
         "A damaged leaks.json of finished rounds is made again, too."
-        try: unsealed(self.dir.path/'leaks.json')
+        try: unsealed(self.dir.path/'leaks.json', LEAKS)
         except FileNotFoundError: pass
         except ValueError: self.find_leaks()
 
@@ -207,7 +221,7 @@ class Opened(OpenedPool):
     # Of leaks.json, or searched: a dict per image, as `leaks_of` gives it
     def _kept_leaks(self):
         splits = ['labeled', *(['unlabeled'] if self.pool_is_needed else [])]
-        try: old = unsealed(self.dir.path/'leaks.json')
+        try: old = unsealed(self.dir.path/'leaks.json', LEAKS)
         except FileNotFoundError: old = dict(searched=[])
         except ValueError as e: old = dict(searched=[]); warnings.warn(f"{e}: leaks are searched again")
         if not set(splits) <= set(old['searched']):

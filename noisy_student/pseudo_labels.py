@@ -133,7 +133,7 @@ def select_pseudo_labels(
             raise PseudoLabelError(f"no pseudo label reaches threshold={threshold}: the highest confidence is "
                                    f"{rows.top.max():.4f}; lower the threshold")
         classes = meta.get('classes', [str(i) for i in range(k)])
-        stats = class_counts(rows, classes)
+        stats = class_counts(rows, classes, Path(files[0]).parent)
         target = rows_per_class(per_class, stats.passed)
         for o in class_warnings(stats, threshold, share, target): warnings.warn(o)
         if not source.is_one: check_unique(con, files, passing if share is None else passing._replace(over='true'))

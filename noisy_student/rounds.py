@@ -10,6 +10,7 @@ __all__ = ['Loop', 'ImageLoop', 'NoisyStudent', 'load_model', 'read_summary']
 # %% ../nbs/09_rounds.ipynb #76c8d33c
 import inspect, time, warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from .rundir import RunDir, read_metrics, read_summary, run_folder, weights_file
 from .run_file import check_config, config_of, write_run
 from .run_setup import Setup, settle
 from .tables import DATA_SETTINGS, open_data
-from .threads import keep_memory
+from .threads import compute_threads, keep_memory
 from .run_suspects import find_suspects
 
 _all_ = ['read_summary'] # Public here too
@@ -74,9 +75,10 @@ class Loop(Results):
             raise ValueError(f"last must be a round, in 0..{self.recipe.rounds}, got {last}")
         begun = time.perf_counter()
         if self.task.device.type == 'cpu': keep_memory()
-        with self.dir.alone(), stoppable(), warnings.catch_warnings():
+        with self.dir.alone(), stoppable(), warnings.catch_warnings(), ExitStack() as threads:
             with first_rank_first():
                 self.open_dir()
+                threads.enter_context(compute_threads(self._threads()))
                 for k in range(self.recipe.rounds + 1): self.task.check(k)
             self.task.prepare(begun)
             old = not _is_whole(self.path/'report.html')
@@ -100,10 +102,20 @@ class Loop(Results):
         config, old = self.config, config_of(self.dir, vars(type(self.recipe)()))
         if old is None or check_config(self.dir, old, config): self.write_run(config)
 
+    # That the run was begun with, where it counts; a network computes other bits with another number of them
+    def _threads(self):
+        begun, now = self.dir.about.get('threads'), torch.get_num_threads()
+        if self.task.device.type != 'cpu' or begun in (None, now): return None
+        if not 1 <= begun <= 1024: return None
+        warnings.warn(f"{self.path} was begun with {begun} threads and is resumed with as many, not {now}: the result "
+                      "depends on it in its last bits")
+        return begun
+
     def write_run(self, config: dict # As `config`
                  ) -> None:
         "Write run.json."
-        about = dict(device=str(self.task.device), sizes=self.task.sizes(), source=self.source, **self.task.settled)
+        about = dict(device=str(self.task.device), sizes=self.task.sizes(), source=self.source,
+                     threads=self.dir.about.get('threads') or torch.get_num_threads(), **self.task.settled)
         write_run(self.dir, config, **about)
 
     # What is wrong with a round that has just been made; a run that configured itself stops at chance level

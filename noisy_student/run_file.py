@@ -12,9 +12,9 @@ import platform
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-from .files import sealed, unsealed
+from .files import sealed
 from .models import resolved
-from .rundir import RunDir
+from .rundir import RunDir, read_about
 
 
 # %% ../nbs/07c_run_file.ipynb #f1000006
@@ -47,7 +47,7 @@ def config_of(directory: RunDir, # Of a run
     file = directory.path/'run.json'
     if not file.exists(): return None
     try:
-        config = unsealed(file)['config']
+        config = read_about(directory.path)['config']
         config['recipe'] = {**{k: v for k, v in defaults.items() if k in _SINCE}, **config['recipe']}
         return config
     except (ValueError, KeyError, TypeError):
@@ -56,6 +56,8 @@ def config_of(directory: RunDir, # Of a run
 
 # %% ../nbs/07c_run_file.ipynb #f1000009
 SELECTION = ('threshold', 'per_class', 'strict', 'binned', 'share', 'share_of') # Settings that select pseudo labels
+
+_NAMED = 12 # Settings, at most, that a message names
 
 def flat(
     d: dict, # As run.json has them, with dictionaries in it
@@ -84,10 +86,10 @@ def check_config(directory: RunDir, # Of a run
     if not directory.has_begun(): free = set(diff) # nothing has been made yet
     def describe(k):
         if k == 'data': return "data: other images or labels, by changed files, labels, seed or pool"
-        return f"{k.removeprefix('recipe.')}: {a.get(k)} there, {b.get(k)} here"
+        return f"{k.removeprefix('recipe.')[:80]}: {str(a.get(k))[:80]} there, {str(b.get(k))[:80]} here"
     if bad := [k for k in diff if k not in free]:
-        raise ValueError(f"{directory.path} holds a run with other settings ({'; '.join(map(describe, bad))}): "
-                         "choose another folder, remove this one to start over, or give the same settings to go on "
-                         "with it")
+        some = '; '.join([*map(describe, bad[:_NAMED]), *(['...'] if len(bad) > _NAMED else [])])
+        raise ValueError(f"{directory.path} holds a run with other settings ({some}): choose another folder, remove "
+                         "this one to start over, or give the same settings to go on with it")
     return bool(diff)
 

@@ -97,7 +97,7 @@ def test_memory_that_does_not_suffice_is_noticed_while_measuring(tmp_path):
 
 
 def test_a_given_selection_makes_round_0_a_student(tmp_path):
-    "Also where time is planned: its epochs are those of a student, and pseudo labels are in the batches it is timed by."
+    "Also where time is planned: its epochs are those of a student."
     teacher = run(tmp_path/"a")
     teacher.fit()
     ns = run(tmp_path/"b", rounds=0, pseudo_labels=tmp_path/"a"/"round_1"/"selected.parquet")
