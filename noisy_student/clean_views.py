@@ -8,21 +8,29 @@ Docs: https://noisy-student.github.io/noisy_student/clean_views.html.md"""
 __all__ = ['view_of']
 
 # %% ../nbs/05c_clean_views.ipynb #0db311e3
+import io, os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from fastai.data.core import DataLoaders
+import fastai.callback.progress # noqa: F401, no_bar, no_logging
+from fastai.data.core import DataLoaders, Datasets, TfmdLists
+from fastai.data.transforms import ColReader
 from fastai.learner import Learner
-from fastai.vision.core import PILBase, PILImage
+from fastai.torch_core import to_device
+from fastai.vision.core import PILBase
+from fastcore.basics import noop
 from PIL import Image
 from torch import Tensor, nn
 
-from .datasets import BadImage, ImageFileError, load_image, load_images
+from .archives import open_item, split_item
+from .datasets import MAX_PIXELS, BadImage, ImageFileError, load_image, load_images
 from .label_table import PseudoLabelError
+from .network import check_stats
 
 # %% ../nbs/05c_clean_views.ipynb #6babc9b4
 _PINNED = 2 ** 29 # bytes of a batch that wait for a GPU in memory that cannot be swapped out
@@ -31,6 +39,7 @@ _PINNED = 2 ** 29 # bytes of a batch that wait for a GPU in memory that cannot b
 # what could not be. `spec` is what a table says of it
 class _View:
     spec: dict = dict(size='test_dl')
+    takes_arrays = True
 
     def __init__(self, dls): self.dls = dls
 
@@ -64,28 +73,113 @@ def _normalizer(mean, std, device):
     return normalize
 
 # %% ../nbs/05c_clean_views.ipynb #7402bb6e
-# through the transforms of the validation set of any fastai data loaders
+# through the loaders and transforms of the validation set of any fastai data loaders, as `learn.get_preds` goes
 class _FastaiView(_View):
     few = 8 # Images at a time: a whole batch of photographs in full size would fill the memory
+
+    def __init__(self, dls):
+        super().__init__(dls)
+        ds = getattr(dls, 'valid_ds', None)
+        if not hasattr(dls, 'test_dl') or not isinstance(ds, (Datasets, TfmdLists)):
+            raise PseudoLabelError(f"the teacher's dls must be made by fastai to show new images as its own, got "
+                                   f"{type(ds).__name__} in {type(dls).__name__}: build them with DataBlock or "
+                                   "ImageDataLoaders, or give the network itself, with size, mean and std")
+        if (n := getattr(ds, 'n_inp', 1)) != 1:
+            raise PseudoLabelError(f"a teacher must take one input, got {n}: write the table with make_table instead")
+        self.list = ds.tls[0] if isinstance(ds, Datasets) else ds
+        self.plain = _plain_loader(self.list)
+        self.takes_arrays = self.plain is not None
 
     def __call__(self, chunk):
         xs, bad, good = [], [], []
         with ThreadPoolExecutor(self.few) as pool:
             for i in range(0, len(chunk), self.few):
-                new = list(pool.map(self._open, chunk[i:i + self.few]))
+                some = chunk[i:i + self.few]
+                # a loader of the user's own need not bear threads
+                new = list(pool.map(self._open, some) if self.plain else map(self._load, some))
                 bad += [o for o in new if isinstance(o, BadImage)]
                 good += [k for k, o in enumerate(new, i) if not isinstance(o, BadImage)]
-                if imgs := [o for o in new if not isinstance(o, BadImage)]:
-                    dl = self.dls.test_dl(imgs, bs=self.few, num_workers=0, shuffle=False, drop_last=False)
-                    xs += [b[0] for b in dl]
+                if items := [o for o in new if not isinstance(o, BadImage)]: xs += self._seen(items)
         return torch.cat(xs) if xs else None, np.array(good, dtype=int), bad
 
-    def _open(self, o): # as the type of image that the transforms expect
-        types = [t for tl in getattr(self.dls.valid_ds, 'tls', [])[:1] for t in tl.types]
-        cls = next((t for t in types[::-1] if isinstance(t, type) and issubclass(t, PILBase)), PILImage)
-        try: img = load_image(o) if isinstance(o, str) else Image.fromarray(o[..., 0] if o.shape[-1] == 1 else o)
-        except ImageFileError as e: return BadImage(e.item, e.reason)
-        return cls(img.convert(cls._open_args['mode']))
+    def _dl(self, items):
+        return self.dls.test_dl(items, bs=self.few, num_workers=0, shuffle=False, drop_last=False)
+
+    def _seen(self, items): # what the network gets of them
+        try:
+            if self.plain: return [b[0] for b in self._dl(items)]
+            return [self.dl.after_batch(to_device(self.dl.do_batch(items), self.dl.device))[0]]
+        except Exception as e: # of any kind: transforms of the user's own
+            raise PseudoLabelError(f"images cannot be shown to the teacher as its own validation images are ("
+                                   f"{type(e).__name__}: {' '.join(str(e).split())[:200]})") from e
+
+    def _open(self, o): # by fastai's own loader, as the type of image that the transforms expect
+        cls = self.plain
+        if not isinstance(o, str):
+            img = Image.fromarray(o[..., 0] if o.shape[-1] == 1 else o)
+            return cls(img.convert(cls._open_args['mode']))
+        try:
+            with open_item(o) as f: data = f.read()
+            if (n := np.prod(Image.open(io.BytesIO(data)).size)) > MAX_PIXELS:
+                raise ValueError(f"{n:,} pixels are too many")
+            return cls.create(data)
+        except Exception as e: # decoders raise all sorts
+            try: load_image(o)
+            except ImageFileError as known: return BadImage(o, known.reason)
+            return BadImage(o, str(e) or type(e).__name__)
+
+    def _load(self, o): # by the user's own loader
+        try:
+            self.dl = self._dl([self._item(o)])
+            self.dl.before_iter() # which tells the transforms that this is no training
+            item = self.dl.do_item(0)
+            return BadImage(o, "the teacher's dls skip it") if item is None else item
+        except PseudoLabelError: raise
+        except Exception as e: # as any loader may
+            return BadImage(str(o), f"{type(e).__name__}: {' '.join(str(e).split())[:200]}")
+
+    def _item(self, o): # what the loader takes
+        name = "the teacher's own loader (get_x or another than PILImage.create)"
+        if not isinstance(o, str):
+            raise PseudoLabelError(f"{name} must see the images as they are read, got an array: give names of files, "
+                                   "or the network itself, with size, mean and std")
+        if split_item(o)[1] is not None:
+            raise PseudoLabelError(f"{name} cannot open what lies in an archive, got {o}: unpack it")
+        if not os.path.isfile(o): load_image(o) # which says why
+        for item in (Path(o), o)[::-1 if isinstance(next(iter(self.list.items), None), str) else 1]:
+            try: start = self.list.infer_idx(item)
+            except AssertionError: continue
+            if all(isinstance(f, ColReader) for f in self.list.tfms.fs[:start]): return item
+        raise PseudoLabelError(f"{name} must take names of files, got one that takes other items: let get_items give "
+                               "paths, and look up the rest in get_x")
+
+# the class of images, where files are opened by fastai's own `create` and by nothing else; None: by other functions
+def _plain_loader(tl):
+    names = [getattr(f, 'name', type(f).__name__) for f in tl.tfms.fs if not isinstance(f, ColReader)]
+    names = [o for o in names if o != 'noop']
+    cls = next((t for t in tl.types[::-1] if isinstance(t, type) and issubclass(t, PILBase)), None)
+    return cls if names[:1] == ['PILBase.create'] else None
+
+# whether `get_preds`, which calls the user's callbacks, has the network see and say something else
+def _check_callbacks(learn, view, items):
+    own = [type(o).__name__ for o in learn.cbs if o.run_valid
+           and type(o).__module__.split('.')[0] not in ('fastai', 'noisy_student')
+           and any(hasattr(type(o), event) for event in ('before_batch', 'after_pred'))]
+    x = view(items[:2])[0] if own else None
+    if x is None: return
+    met = {}
+    hook = learn.model.register_forward_hook(lambda _, xb, y: met.update(x=xb[0], y=y))
+    try:
+        with learn.no_bar(), learn.no_logging(): y = learn.get_preds(dl=[(x.to(learn.dls.device),)], act=noop)[0]
+    except Exception: return # of any kind: a callback that does not bear being asked
+    finally: hook.remove()
+    def close(a, b): # to within float16
+        a, b = a.cpu().float().as_subclass(Tensor), b.cpu().float().as_subclass(Tensor)
+        return a.shape == b.shape and torch.allclose(a, b, 1e-2, 1e-2)
+    if not (close(x, met['x']) and close(y, met['y'])):
+        raise PseudoLabelError(f"callbacks of the teacher must not change what its network gets or gives, got "
+                               f"{', '.join(own)}, which labeling does without: make that a batch transform or a part "
+                               "of the network, or set run_valid=False")
 
 # rows, through the procs of a tabular learner: categories and continuous values
 class _RowView(_View):
@@ -108,11 +202,16 @@ def view_of(teacher: Learner | nn.Module, # What is to see
             raise PseudoLabelError("size, mean and std are those of the learner's dls: leave them out")
         dls: DataLoaders = teacher.dls
         if isinstance(items, pd.DataFrame): return _RowView(dls)
-        return _PixelView(dls.clean_view, device, size=dls.size) if hasattr(dls, 'clean_view') else _FastaiView(dls)
+        if hasattr(dls, 'clean_view'): return _PixelView(dls.clean_view, device, size=dls.size)
+        view = _FastaiView(dls)
+        _check_callbacks(teacher, view, items)
+        return view
     cfg = getattr(teacher, 'pretrained_cfg', None) or {}
     size = size or (cfg.get('input_size') or (None,))[-1]
     if not size and isinstance(items, list):
         raise PseudoLabelError(f"size is needed: a {type(teacher).__name__} does not say how many pixels its images "
                                "have")
     mean, std = ([float(o) for o in (cfg.get(k) if v is None else v) or ()] for k, v in (('mean', mean), ('std', std)))
+    try: check_stats(mean, std)
+    except ValueError as e: raise PseudoLabelError(str(e)) from None
     return _PixelView(_normalizer(mean, std, device), device, size=size, mean=mean, std=std)

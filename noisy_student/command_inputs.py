@@ -100,7 +100,7 @@ def data_of_run(
     name: str | None = None, # The data, if the user has named them; they must be those of the run
 ) -> Splits | None: # None, with a warning that says why: they are not at hand
     "The images that a run was made from. Raises ValueError if the ones that were named are others."
-    from noisy_student.opened_images import fingerprint
+    from noisy_student.same_data import is_same
     source = run.about.get('source')
     if not name and not source:
         to_stderr(f"warning: {run.path} does not say what it was made from: name DATA, as given to run, for pictures "
@@ -116,7 +116,7 @@ def data_of_run(
         to_stderr(f"warning: the images of the run are not at hand ({error_text(e)}): pictures are left out, or name "
                   "DATA")
         return None
-    if fingerprint(splits) == run.config.get('data'): return splits
+    if is_same(splits, run.config): return splits
     if name:
         raise ValueError(f"{name} is not what {run.path} was made from: other images or labels, by changed files, "
                          "another pool or number of labels")

@@ -34,13 +34,13 @@ def _accuracy(t, split, name, progress):
 
 def _trained_by_all(path, splits):
     "Whether a run with folds knows the validation images, all of which trained."
-    from noisy_student.opened_images import fingerprint
     from noisy_student.reading import read_csv
     from noisy_student.rundir import RunDir, read_about
+    from noisy_student.same_data import is_same
     try: config = read_about(path)['config']
     except (OSError, ValueError, KeyError): return False
     if not config.get('folds'): return False
-    if not isinstance(splits.valid.images, list): return config.get('data') == fingerprint(splits)
+    if not isinstance(splits.valid.images, list): return is_same(splits, config)
     run = RunDir(path)
     tables = (read_csv(run.round(k)/'oof.csv', ['item']) for k in run.there('oof.csv'))
     known = {os.path.abspath(str(o)) for t in tables for o in t.item}

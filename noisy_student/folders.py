@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .files import did_you_mean, folders_beside
-from .listing import describe_folder, folders_in, images_in, list_images
+from .listing import describe_folder, folders_in, images_in, is_image, is_run, list_images
 from .unlabeled import find_pool, without_labeled
 from .splits import Split, Splits, hold_out_share, labeled_subset
 
@@ -69,11 +69,29 @@ def _train_folder(path):
                 raise ValueError(f"{path/o} would be a class named {o!r}: rename the folder to {meant!r}, or give "
                                  f"from_folder the folder whose class folders are meant; {_layout(path)}")
     train, classes = labeled_folder(where, leave=_BESIDE if where == path else ())
+    if where != path: _tell_unused(path)
     if where == path and not classes: raise FileNotFoundError(f"no folder {path/'train'}: {_layout(path)}")
     if len(classes) < 2:
         raise ValueError(f"{where} has {len(classes)} class folder(s) with images, at least 2 are needed: "
                          f"{_layout(path)}")
     return train, classes
+
+def _tell_unused(path):
+    "Warn of images beside train that nobody looks for."
+    unused = [str(path/o) for o in folders_in(path) if o not in ('train', *_BESIDE) and _has_images(path/o)]
+    if (path/'valid').is_dir() and (path/'val').is_dir(): unused.append(f"{path/'val'} (beside {path/'valid'})")
+    if loose := images_in(path): unused.append(f"{len(loose)} images directly in {path} ({loose[0]}, ...)")
+    if unused:
+        warnings.warn(f"{', '.join(unused)}: not used; images are looked for in train, valid (or val), test and "
+                      f"unlabeled in {path}")
+
+def _has_images(folder):
+    "Whether one is in it, at any depth, and it is no run"
+    for root, dirs, files in os.walk(folder):
+        dirs[:] = [o for o in dirs if not o.startswith('.')]
+        if is_run(root, files): dirs[:] = []
+        elif any(is_image(o) for o in files if not o.startswith('.')): return True
+    return False
 
 def _layout(path):
     "What is expected in a folder, and what was found there: the end of a message."

@@ -110,7 +110,7 @@ class Folds(ImageTask):
                  timing: Timing, # Likewise
                  tell: Callable[[str, int, int], None], # Likewise
                  folds: int, # Their number
-                 given: str, # Fingerprint of the data before they were joined
+                 given: dict, # Identity of the data before they were joined
                  run: Callable[[ImageTask], Any] # What makes a run of a task: `Loop`
                 ):
         super().__init__(setup, learners, heads, timing, tell)
@@ -120,7 +120,7 @@ class Folds(ImageTask):
         self.parts = [run(first), *(run(FoldTask(self, self.of, f, first)) for f in range(1, folds))]
 
     @property
-    def config(self) -> dict: return dict(super().config, data=self.given, folds=len(self.parts))
+    def config(self) -> dict: return dict(super().config, **self.given, folds=len(self.parts))
 
     def check(self, k):
         super().check(k)
@@ -193,4 +193,3 @@ class Folds(ImageTask):
             test_accuracy=int(right) / len(self.data.test) if test else None,
             pseudo_label_accuracy=None if np.isnan(known) else float(known))
         self.dir.finish(dict(metrics, seconds=round(float(rows.seconds.sum()) + time.perf_counter() - begun, 1)))
-

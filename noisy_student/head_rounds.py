@@ -21,10 +21,9 @@ from .features import KnownFeatures, fit_head, frozen_features, put_head
 from .learner import Noise
 from .run_learners import Learners
 from .models import load_tensors, resolved, save_tensors
-from .opened_images import fingerprint
+from .same_data import content_digest
 from .progress import StageProgress
 from .pseudo_labels import PseudoLabels
-
 
 # %% ../nbs/08c_head_rounds.ipynb #ad000005
 MAX_FEATURES = 20_000 # unlabeled images whose features are kept: 100 MB of 1,280 each
@@ -44,7 +43,7 @@ class _Features:
     ) -> tuple[np.ndarray, np.ndarray | None]: # float32 (n, F): of the labeled images, of the first of the pool
         "What the pretrained network of round k sees, computed once."
         a = self.learners
-        self.data_key = self.data_key or fingerprint(a.data) # which looks at every file
+        self.data_key = self.data_key or content_digest(a.data) # which looks at every file
         what = f"{resolved(a.arch(k), True)} {a.recipe.pretrained} {a.opened.size} {self.data_key}"
         key = hashlib.sha256(what.encode()).hexdigest()[:16]
         if key not in self.known:

@@ -48,19 +48,25 @@ def open_image(
 _LARGE = 1 << 24 # pixels from which on one image is decoded at a time
 _large = threading.Lock()
 
-def _to_8_bits(img):
-    "16-bit grey is scaled to 8 bits instead of being clipped, as Pillow would; a band of rows at a time."
+def _white(img):
+    "The value of white in a gray image of more than 8 bits"
+    bits = getattr(img, 'tag_v2', {}).get(258, (16,))[0] # TIFF's BitsPerSample
+    if img.mode.startswith('I;16') or img.mode == 'I' and img.format in ('PNG', 'PPM'): return 2 ** min(bits, 16) - 1
+    raise ValueError(f"{'real' if img.mode == 'F' else '32-bit'} numbers do not say which of them is white: save it "
+                     "with 8 or 16 bits")
+
+def _to_8_bits(img, white):
+    "Gray of more than 8 bits, scaled by the value of white and never by its content; a band of rows at a time."
     step = max(1, (1 << 20) // max(1, img.width))
-    def band(y): return np.asarray(img.crop((0, y, img.width, min(y + step, img.height))), dtype=np.float64)
-    starts = range(0, img.height, step)
-    scale = 257 if img.mode != 'F' and max((band(y).max(initial=0) for y in starts), default=0) > 255 else 1
     out = np.empty((img.height, img.width), np.uint8)
-    for y in starts: out[y:y + step] = np.clip(np.nan_to_num(band(y) / scale).round(), 0, 255)
+    for y in range(0, img.height, step):
+        band = np.asarray(img.crop((0, y, img.width, min(y + step, img.height))), dtype=np.float64)
+        out[y:y + step] = np.clip((band * (255 / white)).round(), 0, 255)
     return Image.fromarray(out)
 
-def _to_rgb(img):
+def _to_rgb(img, white=255):
     "RGB, upright or not."
-    if img.mode.startswith(('I', 'F')): img = _to_8_bits(img)
+    if img.mode.startswith(('I', 'F')): img = _to_8_bits(img, white)
     return (img if img.mode == 'RGB' else img.convert('RGBA').convert('RGB') if img.mode in ('P', 'PA')
             else img.convert('RGB'))
 
@@ -79,9 +85,11 @@ def load_image(path: str | Path, # An image file of any format and mode that Pil
                 raise fail(f"{img.width} x {img.height} pixels are more than the limit of {max_pixels:,}: make it "
                            "smaller")
             if size: img.draft('RGB', (2 * size, 2 * size))
+            try: white = _white(img) if img.mode.startswith(('I', 'F')) else 255
+            except ValueError as e: raise fail(str(e)) from None
             with _large if img.width * img.height > _LARGE else nullcontext():
                 img.load() # without a copy where nothing is to be turned
-                return _to_rgb(img if img.getexif().get(0x0112, 1) == 1 else ImageOps.exif_transpose(img))
+                return _to_rgb(img if img.getexif().get(0x0112, 1) == 1 else ImageOps.exif_transpose(img), white)
     except ImageFileError: raise
     except ArchiveError as e: raise fail(str(e)) from None
     except FileNotFoundError: raise fail("dangling link" if Path(path).is_symlink() else "no such file") from None

@@ -10,32 +10,32 @@ __all__ = ['as_items', 'is_streamed', 'pool_digest', 'digest']
 # %% ../nbs/05b_label_pool.ipynb #39496f79
 import hashlib, json, os
 from collections import Counter
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from torch import Tensor
 
 from .archives import is_archive
-from .datasets import Split
+from .inputs import as_images, utf8_names
+from .splits import Split
 from .label_table import PseudoLabelError
 
 # %% ../nbs/05b_label_pool.ipynb #7d0a0573
-def as_items(items: list | np.ndarray | Tensor | Split | pd.DataFrame # File names, uint8 images (N, H, W, C), or rows
+def as_items(items: Any # File names (list, array, column), uint8 images (N, H, W, C), a `Split`, or rows
             ) -> list[str] | np.ndarray | pd.DataFrame:
     "A pool in one of its three forms. Raises `PseudoLabelError` if it is empty or none, or an image is there twice."
     items = items.images if isinstance(items, Split) else items
-    if isinstance(items, (str, Path)):
-        raise PseudoLabelError(f"items must be a list of files or an array, not the single name {items}")
-    if isinstance(items, Tensor): items = items.cpu().numpy()
+    if hasattr(items, 'to_pandas') and hasattr(items, 'columns'): items = items.to_pandas() # polars, pyarrow
     if isinstance(items, pd.DataFrame): items = items.reset_index(drop=True)
-    elif not isinstance(items, np.ndarray): items = [str(o) for o in items]
-    elif items.dtype != np.uint8 or items.ndim != 4:
-        raise PseudoLabelError(f"an array of images must be uint8 (N, H, W, C), got {items.dtype} {items.shape}")
+    else:
+        try: items = as_images(items, (1, 2, 3, 4))
+        except ValueError as e: raise PseudoLabelError(str(e)) from None
     if not len(items): raise PseudoLabelError("no unlabeled images: items is empty")
-    if isinstance(items, list) and len(set(items)) < len(items):
-        twice = next(o for o, n in Counter(items).items() if n > 1)
-        raise PseudoLabelError(f"{twice} is listed twice: list every image once")
+    if isinstance(items, list):
+        spelled = [os.path.abspath(o) for o in items]
+        if len(set(spelled)) < len(items):
+            twice = Counter(spelled).most_common(1)[0][0]
+            raise PseudoLabelError(f"{twice} is listed twice: list every image once")
     if is_streamed(items) and not all(map(is_archive, items)):
         raise PseudoLabelError(f"{items[0]} and other names are archives, but "
                                f"{next(o for o in items if not is_archive(o))} is none: label files and archives in "
@@ -64,8 +64,6 @@ def digest(items: list[str] | np.ndarray | pd.DataFrame # File names, pixels or 
     if isinstance(items, pd.DataFrame):
         data = pd.util.hash_pandas_object(items, index=False).to_numpy().tobytes()
         return hashlib.sha256(json.dumps(list(map(str, items.columns))).encode() + data).hexdigest()[:16]
-    try: data = '\n'.join(items).encode() if isinstance(items, list) else np.ascontiguousarray(items)
-    except UnicodeEncodeError as e:
-        name = next(o for o in items if o.encode('utf-8', 'ignore').decode() != o)
-        raise PseudoLabelError(f"the file name {name!r} is not UTF-8, as a table needs it: rename the file") from e
+    try: data = '\n'.join(utf8_names(items)).encode() if isinstance(items, list) else np.ascontiguousarray(items)
+    except ValueError as e: raise PseudoLabelError(str(e)) from None
     return hashlib.sha256(data).hexdigest()[:16]

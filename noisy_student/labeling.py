@@ -14,6 +14,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from fastai.data.transforms import Normalize
 from fastai.learner import Learner
 from torch import nn
@@ -53,6 +55,11 @@ class _NoisedTeacher(nn.Module):
     def state_dict(self, *args, **kwargs): return self.model.state_dict(*args, **kwargs)
 
 # %% ../nbs/08d_labeling.ipynb #ae000008
+# whether a table is of these images and no others
+def _speaks_of(file, names):
+    try: return names.issuperset(pq.read_table(file, columns=['item'])['item'].to_pylist())
+    except (pa.ArrowException, OSError): return True # damaged: labeling sees to it
+
 class Labeling:
     "Labels the pool of a run and selects from the labels."
     def __init__(self, learners: Learners, # Of the run
@@ -84,7 +91,8 @@ class Labeling:
             except PseudoLabelError as e: warnings.warn(f"{e}; it is made again now")
         if a.recipe.relabel == 'all' or not before.exists(): return self.label_pool(k - 1, a.dir.round(k), tell)
         if not rank():
-            images = a.data.unlabeled.images if isinstance(a.data.unlabeled.images, np.ndarray) else None
+            images = a.data.unlabeled.images
+            if not isinstance(images, np.ndarray): images = list(a.opened.items())
             relabel_pseudo_labels(self.teacher(k - 1), before, out, images, bs=images_at_once(a.device, a.opened.size),
                                   progress=tell)
         barrier()
@@ -99,8 +107,11 @@ class Labeling:
         r, images, names = a.recipe, a.data.unlabeled.images, None
         if not isinstance(images, np.ndarray): images, names = opened.images('unlabeled').images, list(opened.items())
         out = folder/'pseudo_labels'
-        if not rank() and set(out.glob('part-*')) - set(out.glob(f'part-*-of-{world():05d}-*')):
-            shutil.rmtree(out) # begun by another number of processes, and not selected from
+        old = [] if rank() else sorted(out.glob('part-*'))
+        known = None if names is None else set(names)
+        if (set(old) - set(out.glob(f'part-*-of-{world():05d}-*'))
+                or known is not None and not all(_speaks_of(o, known) for o in old)):
+            shutil.rmtree(out) # begun by another number of processes, or before the images moved; not selected from
         barrier()
         bs = 256 if a.device.type == 'cpu' else None # on a GPU as many as fit
         predict_pseudo_labels(self.teacher(k), images, out, rank(), world(), names=names, temperature=r.temperature,
@@ -113,4 +124,3 @@ class Labeling:
                                  binned=r.binned, seed=a.seed, **which)
         barrier()
         return read_selection(folder/'selected.parquet')
-

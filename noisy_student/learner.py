@@ -25,6 +25,7 @@ from torch import nn
 from .batches import ArrayDL
 from .losses import HardTargets, SoftLabelCrossEntropy
 from .models import create_model, fine_tuning_groups, n_parameters
+from .one_label import check_loss, check_targets
 from .randaugment import BatchRandAugment
 
 # %% ../nbs/04f_learner.ipynb #176121a7
@@ -130,15 +131,30 @@ def _first_image(dl):
         except Exception: return None # of any kind: training will tell
     return x if isinstance(x, torch.Tensor) and x.ndim == 3 else None
 
-def _check_augmentable(dl, image):
-    "RandAugment acts on images that say that they are images."
+def _check_augmentable(dl, image, what, otherwise):
+    "Batch transforms act on images that say that they are images."
     if image is None or isinstance(image, TensorImage): return
     with no_random(reproducible=False):
         try: x = dl.after_batch(dl.create_batch(dl.before_batch([dl.do_item(0)])))[0]
         except Exception: return
     if not isinstance(x, TensorImage):
-        raise ValueError(f"images must be TensorImage for RandAugment to act on them, got {type(x).__name__}: return "
-                         "TensorImage(x) from get_x, or pass noise=Noise(randaugment_n=0)")
+        raise ValueError(f"images must be TensorImage for {what} to act on them, got {type(x).__name__}: return "
+                         f"TensorImage(x) from get_x, or {otherwise}")
+
+def _check_own_loss(loss_func, dl, n_out):
+    "One of PyTorch or fastai is tried on the first target, twice; what the user's own needs nobody else knows."
+    check_loss(loss_func)
+    inner = getattr(loss_func, 'func', loss_func) # of fastai's flattened losses
+    if not isinstance(dl, TfmdDL) or inner.__module__.split('.')[0] not in ('torch', 'fastai'): return
+    with no_random(reproducible=False):
+        try: y = torch.as_tensor(dl.do_item(0)[-1])
+        except Exception: return # of any kind: training will tell
+    try: loss_func(torch.linspace(-1, 1, 2 * n_out).view(2, n_out), torch.stack([y, y]))
+    except Exception as e:
+        why = str(e).splitlines()[0] if str(e) else type(e).__name__
+        if 'device' in why: return # its weights are on a GPU
+        raise ValueError(f"loss_func must take logits (B, {n_out}) and targets {('B', *y.shape)} of {y.dtype}, but "
+                         f"{type(inner).__name__} says: {why}; leave it out, or use CrossEntropyLossFlat") from e
 
 def _channels(dls, image, n_in):
     "Of the images."
@@ -173,24 +189,29 @@ def noisy_student_learner(
     """A fastai `Learner` whose training is noised. Raises ValueError if the number of classes is unknown, the
     architecture is unknown, or a noise that was asked for has nothing to act on; TypeError for data loaders that are
     not fastai's."""
+    check_targets(dls)
     n_out = n_out or get_c(dls)
     if not n_out: raise ValueError("n_out must be given, since dls do not say how many classes there are")
-    if loss_func is not None and class_weights is not None:
-        raise ValueError("class_weights must be None beside a loss_func of your own: give the weights to it")
+    if n_out < 2: raise ValueError(f"n_out must be at least 2, a score for each class, got {n_out}: give two classes")
+    if loss_func is not None and (class_weights is not None or label_smoothing):
+        name = 'class_weights must be None' if class_weights is not None else 'label_smoothing must be 0'
+        raise ValueError(f"{name} beside a loss_func of your own: give it to that")
     image = _first_image(dls.train)
     n_in = _channels(dls, image, n_in)
     model = create_model(arch, n_out, n_in, pretrained)
+    if loss_func is not None: _check_own_loss(loss_func, dls.train, n_out)
     if noise is None:
         size = getattr(dls, 'size', None if image is None else image.shape[-1])
         noise = default_noise(model, size or 224, pretrained).acting_on(model)
-    train_tfms = noise.transforms()
-    if train_tfms: _check_augmentable(dls.train, image)
+    train_tfms, norm = noise.transforms(), _normalization(model, dls, n_in) if pretrained else []
+    if train_tfms: _check_augmentable(dls.train, image, "RandAugment", "pass noise=Noise(randaugment_n=0)")
+    if norm: _check_augmentable(dls.train, image, "the normalization of published weights", "normalize them yourself")
     if train_tfms and n_in not in (1, 3):
         raise ValueError(f"images must have 1 or 3 channels for RandAugment, got {n_in}: pass "
                          "noise=Noise(randaugment_n=0)")
     # rows with true labels, which may be smoothed
     mixed = getattr(dls.train, 'n_labeled', None) if getattr(dls.train, 'ratio', 0) else None
-    return Learner(_add_transforms(dls, train_tfms, _normalization(model, dls, n_in) if pretrained else []), model,
+    return Learner(_add_transforms(dls, train_tfms, norm), model,
                    loss_func or SoftLabelCrossEntropy(label_smoothing, labeled=mixed, weight=class_weights),
                    opt_func=opt_func, metrics=metrics, splitter=splitter,
                    cbs=[*noise.callbacks(model), HardTargets(gathered=True), LossOnDevice(), *(cbs or [])], **kwargs)

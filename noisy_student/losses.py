@@ -7,6 +7,7 @@ Docs: https://noisy-student.github.io/noisy_student/losses.html.md"""
 # %% ../nbs/03h_losses.ipynb #4a011386
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,8 @@ from fastai.callback.core import Callback, GatherPredsCallback
 from fastai.learner import Recorder
 from fastai.torch_core import TensorCategory
 from torch import Tensor, nn
+
+from .one_label import odd_scores
 
 # %% auto #0
 __all__ = ['SoftLabelCrossEntropy', 'class_weights', 'temperature_softmax', 'temperature_probs', 'HardTargets']
@@ -81,6 +84,8 @@ class SoftLabelCrossEntropy(nn.Module):
         self.reduction = self._chosen = reduction
         self.register_buffer('weight', None if weight is None else weight.detach().float())
 
+    _looked = False # at predictions
+
     def forward(self, pred: Tensor, targ: Tensor) -> Tensor:
         # fastai's tensor subclasses do not mix (an image model's output with a category), plain tensors do.
         pred, targ = pred.as_subclass(Tensor), targ.as_subclass(Tensor)
@@ -91,6 +96,7 @@ class SoftLabelCrossEntropy(nn.Module):
             raise ValueError(f'targets must fit predictions (B, K) as int (B,) or float (B, K), got {kind} '
                              f'{tuple(targ.shape)} for {tuple(pred.shape)}')
         weight = self._weight_for(pred)
+        self._look_at(pred)
         if not soft:
             losses = F.cross_entropy(pred, targ.long(), weight, reduction='none', label_smoothing=self.label_smoothing)
             sizes = None if weight is None else weight[targ.long()]
@@ -106,6 +112,12 @@ class SoftLabelCrossEntropy(nn.Module):
         losses = F.cross_entropy(pred[:true], targ[:true], weight, reduction='none')
         if true < len(targ): losses = torch.cat([losses, F.cross_entropy(pred[true:], targ[true:], reduction='none')])
         return self._reduce(losses, sizes, n, pred.requires_grad)
+
+    def _look_at(self, pred):
+        "Once, as that waits for the GPU: whether these are logits"
+        if self._looked or torch.compiler.is_compiling(): return
+        self._looked = True
+        if text := odd_scores(pred): warnings.warn(f'{text}.')
 
     def _weight_for(self, pred):
         "Class weights like `pred`; they stay where they were needed once"

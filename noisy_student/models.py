@@ -22,6 +22,7 @@ from .architectures import ResidualPair, ResNet9, own_network, small_image
 from .published_weights import Choice, default_arch, find_weights, hub_cache_if_unreachable
 from .efficientnets import EFFICIENTNETS, EfficientNetSize
 from .files import did_you_mean
+from .one_label import check_ending
 from .arch_names import SOURCES, arch_name, current_name, resolved
 from .network_parts import fine_tuning_groups, head, last_layers, n_parameters, split_head, start_head, unwrapped
 from .transfer import load_body, load_pretrained, read_checkpoint
@@ -96,6 +97,7 @@ def _call(factory, n_out, c_in, pretrained):
     if n_out and found and found != {n_out}:
         raise ValueError(f"{name} must make {n_out} outputs, one per class, got {', '.join(map(str, sorted(found)))}: "
                          "give it an argument num_classes")
+    check_ending(model)
     if 'weights' in known: _load_torchvision(model, factory, name)
     return model if n_out else _without_head(model)
 
@@ -136,7 +138,11 @@ def create_model(
         if not isinstance(pretrained, bool):
             raise ValueError("pretrained must be True or False for a module, got a file: call "
                              "load_pretrained(module, file) instead")
-        return arch
+        widths = {n for p in arch.parameters() for n in p.shape}
+        if n_out and widths and n_out not in widths: # which layer gives the scores is not known of every network
+            raise ValueError(f"the network must make {n_out} outputs, one per class, got a {type(arch).__name__} with "
+                             "no layer of that width: give its last layer as many outputs as there are classes")
+        return check_ending(arch)
     if not (isinstance(arch, str) or callable(arch)):
         raise ValueError(f"arch must be a name, a module or a function that makes one, got {type(arch).__name__}")
     model = (_build if isinstance(arch, str) else _call)(arch, n_out, c_in, pretrained is True)

@@ -12,6 +12,7 @@ __all__ = ['predict_pseudo_labels', 'select_pseudo_labels', 'relabel_pseudo_labe
 import os, tempfile, warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,8 +29,9 @@ from .datasets import Split
 from .files import locked, read_sums, stoppable
 from .label_filters import Default, ShareCuts, check_share, histogram, read_cuts, share_cuts, share_filter
 from .label_filters import threshold_filter
-from .label_table import PseudoLabelError, batches, make_folder, make_table, write_table
+from .label_table import PseudoLabelError, batches, is_text, make_folder, make_table, write_table
 from .models import model_hash
+from .same_data import moved_names
 from .label_pool import as_items, is_streamed
 from .label_queries import connect, count_probs
 from .selection import PseudoLabels, Selection, check_pool, open_selection, read_selection, selected_by
@@ -158,7 +160,7 @@ def relabel_pseudo_labels(
     teacher: Learner | nn.Module, # The new teacher, of the same classes
     selection: Selection | str | Path, # What select_pseudo_labels returned, or its file
     out: str | Path, # Parquet file to write; may be that of `selection`
-    items: np.ndarray | Tensor | Split | pd.DataFrame | None = None, # The pool, if it was an array or a table
+    items: Any = None, # The pool, if it was an array or a table; of files where they are now, None: where they were
     temperature: float | None = None, # T > 0; default: the one of the selection
     bs: int = 64, # Images per forward pass
     size: int | None = None, # Side in pixels, for an nn.Module; default as in predict_pseudo_labels
@@ -172,11 +174,13 @@ def relabel_pseudo_labels(
     Raises `PseudoLabelError` if its classes are others, or an image can no longer be read. The "reassign" step of the
     reference implementation (google-research/noisystudent)."""
     (path, meta), out = open_selection(selection), Path(out)
-    named = pa.types.is_string(pq.read_schema(path).field('item').type)
+    named = is_text(pq.read_schema(path).field('item').type)
     if not named and items is None:
         raise PseudoLabelError(f"{path} holds positions in an array: give the array as items=")
     make_folder(out.parent)
-    pool = [] if named else as_items(items)
+    pool = [] if named and items is None else as_items(items)
+    if named and not isinstance(pool, list):
+        raise PseudoLabelError(f"{path} holds names of files: give names of files as items=")
     if not named: check_pool(meta.get('pool'), pool, pq.read_table(path, columns=['item'])['item'].to_numpy().max())
     vocab = getattr(getattr(teacher, 'dls', None), 'vocab', None)
     t = Teacher(teacher, pool, meta['classes'] if vocab is None else vocab, size, mean, std, device)
@@ -200,11 +204,20 @@ def _relabeled(t, path, pool, bs, meta, progress):
         # sorted, as the images of an archive are then read together, and its table of contents once
         items = c['item'].to_numpy(zero_copy_only=False)
         order = np.argsort(items, kind='stable')
-        chunk = items[order].tolist() if isinstance(pool, list) else pool.take(items[order], axis=0)
+        names = _names_now(items, pool) if isinstance(pool, list) else items
+        chunk = names[order].tolist() if isinstance(pool, list) else pool.take(items[order], axis=0)
         tick = progress and (lambda n: progress(done + n, total))
         probs, _, bad = probabilities(t, chunk, 0, len(chunk), bs, meta['temperature'], tick)
         if bad: raise PseudoLabelError(f"a selected image can no longer be read: {': '.join(bad[0])}. Put it back "
                                        "or select again")
         done += len(chunk)
         probs[order] = probs.copy()
-        yield make_table(c['item'], probs, meta, copies=c['copies'])
+        item = pa.array(names, pa.string()) if isinstance(pool, list) else c['item']
+        yield make_table(item, probs, meta, copies=c['copies'])
+
+# of files, in `pool` if they are there
+def _names_now(items, pool):
+    try: return np.array(moved_names(items.tolist(), pool) if pool else items, dtype=object)
+    except KeyError as e:
+        raise PseudoLabelError(f"{e.args[0]} was selected, and is not among the images given: give the pool that was "
+                               "labeled") from None

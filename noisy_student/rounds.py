@@ -31,7 +31,7 @@ from .folds import Folds, check_folds, joined
 from .image_task import ImageTask
 from .learner import Noise
 from .network import Network, load_network
-from .opened_images import fingerprint
+from .same_data import identity
 from .predictions import predict_table
 from .progress import StageProgress, default_progress
 from .pseudo_labels import Selection
@@ -45,7 +45,6 @@ from .threads import compute_threads, keep_memory
 from .run_suspects import find_suspects
 
 _all_ = ['read_summary'] # Public here too
-
 
 # %% ../nbs/09_rounds.ipynb #ab100001
 class Loop(Results):
@@ -234,7 +233,7 @@ class NoisyStudent(ImageLoop):
             metrics=metrics, auto_batch=auto_batch, cbs=cbs, settings=settings)
         tell = (lambda *_: None) if rank() else progress or default_progress()
         task: Any = (ImageTask.assemble(setup, directory, tell) if folds is None
-                     else Folds.assemble(setup, directory, tell, folds, fingerprint(given), Loop))
+                     else Folds.assemble(setup, directory, tell, folds, identity(given), Loop))
         super().__init__(task, stops=bool(setup.reasons) and not force)
         self.setup, self.size, self.device, self.folds = setup, setup.size, setup.device, folds
         self.opened, self.learners, self.labeling = task.opened, task.learners, task.labeling

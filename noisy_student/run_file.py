@@ -80,16 +80,20 @@ def check_config(directory: RunDir, # Of a run
     "Raises ValueError, naming the settings that differ and may not."
     a, b = flat(old), flat(new)
     alike = ['archs'] if _networks(old) == _networks(new) else []
+    if 'content' not in a: alike.append('content') # an older run knows its images by their whole names alone
+    else: alike.append('data') # which may be elsewhere now
     diff = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and k not in alike]
+    is_new = any(a.get(k) != b.get(k) for k in ('data', 'content'))
     free = {'recipe.rounds'} if b['recipe.rounds'] > a['recipe.rounds'] else set()
     if not directory.has_begun('selected.parquet'): free |= {f'recipe.{o}' for o in SELECTION}
     if not directory.has_begun(): free = set(diff) # nothing has been made yet
     def describe(k):
-        if k == 'data': return "data: other images or labels, by changed files, labels, seed or pool"
+        if k == 'content' and a['data'] == b['data']: return "data: files were replaced by others of their names"
+        if k == 'data': return "data: other images or labels, by changed files, labels, seed or pool, or moved files"
+        if k == 'content': return "data: other images or labels, by changed files, labels, seed or pool"
         return f"{k.removeprefix('recipe.')[:80]}: {str(a.get(k))[:80]} there, {str(b.get(k))[:80]} here"
     if bad := [k for k in diff if k not in free]:
         some = '; '.join([*map(describe, bad[:_NAMED]), *(['...'] if len(bad) > _NAMED else [])])
         raise ValueError(f"{directory.path} holds a run with other settings ({some}): choose another folder, remove "
                          "this one to start over, or give the same settings to go on with it")
-    return bool(diff)
-
+    return bool(diff) or is_new

@@ -24,12 +24,13 @@ from .configure import channels, configure, default_size
 from .datasets import Splits
 from .distributed import join, own_device, world
 from .fitting import splitter
+from .inputs import utf8_names
 from .learner import Noise
 from .models import arch_name, create_model
-from .opened_images import fingerprint
 from .pseudo_labels import PseudoLabels, Selection, read_selection
 from .recipes import Recipe
-
+from .same_data import identity
+from .splits import unseen_classes
 
 # %% ../nbs/08g_run_setup.ipynb #a5000006
 @dataclass(frozen=True)
@@ -62,9 +63,9 @@ class Setup:
         left_out = ('archs', 'unlabeled', 'size', 'source')
         recipe = {k: v for k, v in self.recipe.to_json().items() if k not in left_out}
         config = dict(archs=self.archs, size=self.size, seed=self.seed, recipe=recipe, classes=self.data.classes,
-                      data=fingerprint(self.data), pseudo_labels=self.given and self.given.digest)
+                      **identity(self.data),
+                      pseudo_labels=self.given and self.given.digest)
         return json.loads(json.dumps(config))
-
 
 # %% ../nbs/08g_run_setup.ipynb #a5000008
 def _check_archs(archs):
@@ -103,6 +104,10 @@ def _check_images(s):
         raise ValueError("no unlabeled images: name a folder of them, keep fewer labels so that the rest can "
                          "serve, or ask for 0 rounds")
     if not len(s.data.valid): raise ValueError("no validation images: they choose the best round")
+    for name in ('labeled', 'unlabeled', 'valid', 'test'):
+        split = getattr(s.data, name)
+        if split is not None and isinstance(split.images, list): utf8_names(split.images)
+    for o in unseen_classes(s.data): warnings.warn(o)
 
 def _check_recipe(r, archs):
     if r.init == 'teacher' and len(set(archs)) > 1:
@@ -128,7 +133,6 @@ def _check_networks(s):
         except (RuntimeError, AssertionError, ValueError) as e:
             raise ValueError(f"{arch} cannot take images of {s.size} px ({str(e).splitlines()[0]}): choose "
                              "another size") from None
-
 
 # %% ../nbs/08g_run_setup.ipynb #a5000009
 def settle(

@@ -17,7 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .label_table import PseudoLabelError, batches, check_content, read_metadata
+from .label_table import PseudoLabelError, batches, check_content, is_text, read_metadata
 from .label_pool import pool_digest
 
 # %% ../nbs/05j_selection.ipynb #5ede20e2
@@ -118,7 +118,7 @@ def read_selection(selection: Selection | str | Path # What select_pseudo_labels
     items, label, confidence, copies = (pa.chunked_array([c[o] for c in parts])
                                         for o in ('item', 'label', 'confidence', 'copies'))
     probs = np.concatenate([c['probs'] for c in parts])
-    items = items.to_pylist() if pa.types.is_string(items.type) else items.to_numpy()
+    items = items.to_pylist() if is_text(items.type) else items.to_numpy()
     return PseudoLabels(items, label.to_numpy().astype(np.int64), confidence.to_numpy(),
                         probs / probs.sum(1, keepdims=True), copies.to_numpy().astype(np.int64), meta['classes'],
                         meta.get('pool'))

@@ -8,6 +8,7 @@ Docs: https://noisy-student.github.io/noisy_student/teacher.html.md"""
 __all__ = ['Teacher', 'probabilities']
 
 # %% ../nbs/05d_teacher.ipynb #ccffb0bb
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,8 @@ from .clean_views import view_of
 from .label_table import PseudoLabelError
 from .losses import temperature_softmax
 from .models import model_hash
+from .one_label import check_ending, check_loss, check_targets, odd_scores
+from .inputs import class_names
 from .network import Network, evaluating
 from .precision import half_of
 
@@ -48,6 +51,8 @@ class Teacher:
             classes = (teacher.classes or None) if classes is None else classes
             teacher = teacher.model
         self.model: nn.Module = teacher.model if isinstance(teacher, Learner) else teacher
+        self._check(teacher)
+        self.looked = False # whether its outputs have been
         p = next((o for o in self.model.parameters() if o.is_floating_point()), torch.zeros(()))
         self.device, self.dtype = torch.device(device or p.device), p.dtype
         self.view = view_of(teacher, items, self.device, size, mean, std)
@@ -57,11 +62,24 @@ class Teacher:
         self.precision = str(half or self.dtype).removeprefix('torch.')
         self.hash = model_hash(self.model)
         if classes is None: classes = getattr(getattr(teacher, 'dls', None), 'vocab', None)
-        self.classes = [str(o) for o in classes] if classes is not None else self._count_classes(items)
+        try: self.classes = class_names(classes) if classes is not None else self._count_classes(items)
+        except ValueError as e: raise PseudoLabelError(str(e)) from None
 
-    def _count_classes(self, items): # '0', '1', ...: as many as the model has outputs, seen on a black image
+    def _check(self, teacher):
+        try:
+            check_ending(self.model)
+            if not isinstance(teacher, Learner): return
+            check_targets(teacher.dls, "the teacher's dls")
+            check_loss(teacher.loss_func)
+        except ValueError as e: raise PseudoLabelError(str(e)) from None
+
+    def _count_classes(self, items): # '0', '1', ...: as many as the model has outputs, on a black image or the first
         black = np.zeros((1, *items.shape[1:]) if isinstance(items, np.ndarray) else (1, 64, 64, 3), np.uint8)
-        with self.evaluating(): return [str(i) for i in range(self.logits(self.view(black)[0]).shape[1])]
+        with self.evaluating():
+            x = self.view(black if self.view.takes_arrays else items[:8])[0]
+            if x is None: raise ValueError("classes must be given, as none of the first images can be read to count "
+                                           "them")
+            return [str(i) for i in range(self.logits(x).shape[1])]
 
     def logits(self, x: Tensor | tuple[Tensor, ...] # What its view gave
               ) -> Tensor: # float32 (n, K), on its device
@@ -84,10 +102,14 @@ class Teacher:
         if not is_row: xs = (torch.as_tensor(self.view.finish(xs[0])).as_subclass(Tensor).to(self.dtype),)
         with torch.autocast(self.device.type, self.half or torch.bfloat16, enabled=self.half is not None):
             y = self.model(*(o.to(self.device, non_blocking=self.device.type == 'cuda') for o in xs))
-        if not isinstance(y, Tensor) or y.dim() != 2:
-            raise PseudoLabelError("a teacher must return logits of shape (images, classes), got "
+        if not isinstance(y, Tensor) or y.dim() != 2 or y.shape[1] < 2:
+            raise PseudoLabelError("a teacher must return logits of shape (images, classes), at least 2 of them, got "
                                    f"{getattr(y, 'shape', type(y))}")
-        return y.as_subclass(Tensor).float()
+        y = y.as_subclass(Tensor).float()
+        if not self.looked and len(y) > 1: # one waits for the GPU
+            self.looked = True
+            if text := odd_scores(y): warnings.warn(text)
+        return y
 
     @contextmanager
     def evaluating(self) -> Iterator['Teacher']:

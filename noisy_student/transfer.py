@@ -8,15 +8,18 @@ Docs: https://noisy-student.github.io/noisy_student/transfer.html.md"""
 __all__ = ['package_file', 'read_checkpoint', 'load_pretrained', 'load_body']
 
 # %% ../nbs/03m_transfer.ipynb #0b200003
-import re, zipfile
+import argparse, datetime, pickle, re, zipfile
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
+import numpy as np
 import torch
+from fastcore.foundation import L
 from torch import nn
 
 from .files import did_you_mean
-from .network_parts import in_head
+from .network_parts import in_head, own_name, unwrapped
 from .weights import load_tensors
 
 # %% ../nbs/03m_transfer.ipynb #063a97e8
@@ -40,27 +43,58 @@ def _check_stored(file): # torch compresses nothing, a bomb does
     if any(kind for kind, _ in sizes) or sum(n for _, n in sizes) > file.stat().st_size:
         raise ValueError(f"{file} is refused: it is compressed, which torch.save never does")
 
+# What training scripts keep beside the weights: values that do nothing when they are made
+_SCALAR = np.float64(0).__reduce__()[0] # makes a number of numpy
+_HARMLESS: list[Any] = [
+    argparse.Namespace, L, set, datetime.datetime, datetime.date, datetime.timedelta,
+    *((kind, f'{module}.{name}{os}') for module in ('pathlib', 'pathlib._local') for name in ('', 'Pure')
+      for os, kind in (('PosixPath', PurePosixPath), ('WindowsPath', PureWindowsPath))),
+    *((_SCALAR, f'{module}.scalar') for module in ('numpy.core.multiarray', 'numpy._core.multiarray')), np.dtype,
+    *(type(np.dtype(o)) for o in ('f2', 'f4', 'f8', 'i4', 'i8', 'u1', 'bool'))]
+_PLACES = ('state_dict_ema', 'model_ema', 'ema_state_dict', 'state_dict', 'model_state_dict', 'model')
+
+def _load(file):
+    "What is in it, if that does nothing"
+    try: return torch.load(file, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError: # more than tensors
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(file, map_location='cpu', weights_only=True)
+
+def _state_dict(found):
+    "The weights of a training checkpoint, averaged ones first; what is one already as it is"
+    while isinstance(found, dict) and (key := next((o for o in _PLACES if isinstance(found.get(o), dict)), None)):
+        found = found[key]
+    return found
+
+def _bare(tensors):
+    "Under the names of the network itself: without those of wrappers, and the counter of averaged weights"
+    tensors = {k: v for k, v in tensors.items() if k != 'n_averaged'}
+    while tensors and all(o.startswith(('module.', '_orig_mod.')) for o in tensors):
+        tensors = {k.partition('.')[2]: v for k, v in tensors.items()}
+    return {own_name(k.removeprefix('module.')): v for k, v in tensors.items()}
+
 def read_checkpoint(
     weights: str | Path, # A safetensors, .pth or .pt file, or `package:NAME` for the file in an installed package
 ) -> tuple[dict[str, torch.Tensor], Path]: # Tensors by name, and the file they are from
-    """Read weights without running anything. Of a training checkpoint, the averaged weights if there are any.
+    """Read weights without running anything. Of a training checkpoint, as timm, fastai's `Learner.save`, torchvision
+    and Lightning write them, the averaged weights if there are any.
 
-    Raises FileNotFoundError if there is no file, and ValueError if it is torn or holds more than tensors."""
+    Raises FileNotFoundError if there is no file, and ValueError if it is torn or holds more than tensors and
+    settings."""
     weights = str(weights)
     file = package_file(weights[8:]) if weights.startswith('package:') else Path(weights)
     if not file.is_file(): raise FileNotFoundError(f"no weight file {file}")
     if file.suffix == '.safetensors': return load_tensors(file)[0], file
     _check_stored(file)
-    try: found = torch.load(file, map_location='cpu', weights_only=True)
+    try: found = _load(file)
     except OSError as e: raise OSError(e.errno, f"cannot read {file}: {e.strerror}") from None
     except Exception as e: # of any kind, as a torn or hostile file may hold anything
         raise ValueError(f"{file} is refused: it is torn, or holds more than tensors ({type(e).__name__}). Save the "
                          "state_dict alone, best as safetensors") from None
-    for key in ('state_dict_ema', 'model_ema', 'state_dict', 'model'):
-        if isinstance(found, dict) and isinstance(found.get(key), dict): found = found[key]; break
+    found = _state_dict(found)
     if not isinstance(found, dict) or not found or not all(isinstance(o, torch.Tensor) for o in found.values()):
         raise ValueError(f"{file} holds no state_dict: save model.state_dict(), best as safetensors")
-    return {k.removeprefix('module.'): v for k, v in found.items()}, file
+    return _bare(found), file
 
 # %% ../nbs/03m_transfer.ipynb #e0b620ab
 _OUTER = dict(_conv_stem='conv_stem', _bn0='bn1', _conv_head='conv_head', _bn1='bn2', _fc='classifier')
@@ -92,13 +126,30 @@ def load_pretrained(
     tensors, file = read_checkpoint(weights)
     return load_body(model, _timm_names(tensors, model), file)
 
+def _without_prefix(tensors, own):
+    "Tensors of a network that was a part of something, as in Lightning, whose names all begin with that part's"
+    first = {k.partition('.')[0] for k in tensors}
+    if len(first) != 1 or own.keys() & tensors.keys(): return tensors
+    inner = {k.partition('.')[2]: v for k, v in tensors.items()}
+    return inner if own.keys() & inner.keys() else tensors
+
+def _with_channels(tensors, own):
+    "The first convolution for other input channels: for gray images the sum over red, green and blue, as timm has it"
+    other = [k for k, v in tensors.items() if k in own and v.ndim == own[k].ndim == 4 and v.shape != own[k].shape
+             and v.shape[:1] + v.shape[2:] == own[k].shape[:1] + own[k].shape[2:]]
+    if len(other) != 1 or {1, 3} != {o[other[0]].shape[1] for o in (tensors, own)}: return tensors
+    w, n = tensors[other[0]], own[other[0]].shape[1]
+    return {**tensors, other[0]: w.sum(1, keepdim=True) if n == 1 else w.repeat(1, n, 1, 1) / n}
+
 def load_body(
     model: nn.Module, # A network; changed in place
     tensors: dict[str, torch.Tensor], # By its own names
     source: object, # What the weights are called in errors
 ) -> list[str]: # As `load_pretrained`
     "Load everything but the classifier, and that if it fits. Raises ValueError for another architecture."
-    own = model.state_dict()
+    model = unwrapped(model)
+    own = {own_name(k): v for k, v in model.state_dict().items()}
+    tensors = _with_channels(_without_prefix(tensors, own), own)
     counts = {k: v for k, v in own.items() if k.endswith('num_batches_tracked')} # which older files do not have
     tensors = {**counts, **tensors}
     top = {k for k in {*own, *tensors} if in_head(k, model)}
@@ -109,5 +160,6 @@ def load_body(
                          f"do not fit, {body[0]} first ({have} in the file, {want} in the model). Choose the "
                          "architecture and the input channels that the file was made for")
     skip = top if wrong & top else set()
-    model.load_state_dict({**own, **{k: v for k, v in tensors.items() if k not in skip}})
+    new = {**own, **{k: v for k, v in tensors.items() if k not in skip}}
+    model.load_state_dict({k: new[own_name(k)] for k in model.state_dict()})
     return sorted(skip & {*own})

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .files import replacing
-from .network_parts import unwrapped
+from .network_parts import own_name, unwrapped
 from .reading import check_regular
 
 # %% ../nbs/03l_weights.ipynb #7793d85b
@@ -27,7 +27,7 @@ def save_weights(
     metadata: dict[str, str] | None = None, # Stored in the file's header, strings only
 ) -> Path:
     "Write the `state_dict` of `model`, whole or not at all. Raises OSError, naming the file, if it cannot be written."
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    tensors = {own_name(k): v.detach().cpu().contiguous().clone() for k, v in unwrapped(model).state_dict().items()}
     return save_tensors(tensors, file, metadata)
 
 def save_tensors(
@@ -77,8 +77,9 @@ def load_weights(
     file: str | Path, # Written by `save_weights`
 ) -> nn.Module: # `model`
     "Load weights in place. Raises ValueError, naming the file, if they do not fit."
-    tensors, _ = load_tensors(file)
-    try: model.load_state_dict(tensors)
+    tensors, own = load_tensors(file)[0], unwrapped(model)
+    names = {own_name(k): k for k in own.state_dict()} # of a network with compiled parts
+    try: own.load_state_dict({names.get(own_name(k), k): v for k, v in tensors.items()})
     except RuntimeError as e:
         why = str(e).splitlines()[-1].strip()
         raise ValueError(f"the weights in {file} do not fit the architecture: {why}") from None
@@ -89,4 +90,5 @@ def model_hash(
     model: nn.Module, # Any module; wrapped, it is the same
 ) -> str: # 64 hexadecimal digits
     "SHA-256 of all parameters and buffers: the same on every device, compiled or not, on one GPU or several."
-    return tensors_sha256({k: t for k, t in unwrapped(model).state_dict().items() if isinstance(t, torch.Tensor)})
+    named = unwrapped(model).state_dict().items()
+    return tensors_sha256({own_name(k): t for k, t in named if isinstance(t, torch.Tensor)})

@@ -308,7 +308,7 @@ def test_misfit_leaves_the_model(tmp_path):
     file = save_weights(create_model('resnet9_16', 5), tmp_path/'t.safetensors')
     model = create_model('resnet9_8', 5)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    for arch, kw in (('resnet18', {}), ('resnet9_16', dict(c_in=1)), ('tf_efficientnet_b0', {})):
+    for arch, kw in (('resnet18', {}), ('resnet9_16', dict(c_in=2)), ('tf_efficientnet_b0', {})):
         with pytest.raises(ValueError, match='t.safetensors is not of this') as e:
             create_model(arch, 5, pretrained=file, **kw)
         assert '\n' not in str(e.value)

@@ -1,0 +1,102 @@
+"The same images are the same wherever they lie, and others are others even under the same name."
+import json, os, shutil, warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from noisy_student.datasets import from_folder
+from noisy_student.files import sealed
+from noisy_student.pseudo_labels import predict_pseudo_labels, read_selection, relabel_pseudo_labels
+from noisy_student.pseudo_labels import select_pseudo_labels
+from noisy_student.rounds import NoisyStudent
+
+pytestmark = pytest.mark.usefixtures("no_page", "one_thread")
+SETTINGS = dict(epochs=1, steps=2, size=8, bs=8, rounds=1, threshold=0., seed=0, force=True, progress=lambda *_: None)
+
+
+def picture(file, seed):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, compress_level=0) # all of one size
+
+@pytest.fixture
+def images(tmp_path):
+    "train/CLASS, valid/CLASS, and a pool in two folders with names that are there twice"
+    root = tmp_path/'here'/'images'
+    for i, c in enumerate(('cat', 'dog')):
+        for j in range(6): picture(root/'train'/c/f'{j}.png', 100 * i + j)
+        for j in range(2): picture(root/'valid'/c/f'{j}.png', 100 * i + 50 + j)
+        for j in range(5): picture(root/'unlabeled'/f'box{i}'/f'{j}.png', 1000 + 100 * i + j)
+    return root
+
+def run(images, path, **changes):
+    return NoisyStudent(from_folder(images), ['resnet9_4'], path, **{**SETTINGS, **changes})
+
+def moved(images, tmp_path):
+    (tmp_path/'elsewhere').mkdir()
+    return images.rename(tmp_path/'elsewhere'/'data')
+
+def figures(path): return pd.read_csv(path/'summary.csv').drop(columns='seconds')
+
+def said(f):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter('always')
+        f()
+    return [str(o.message) for o in found]
+
+def test_a_finished_run_goes_on_with_images_and_its_directory_elsewhere(images, tmp_path):
+    run(images, tmp_path/'run', relabel='selected').fit()
+    shutil.copytree(tmp_path/'run', tmp_path/'straight')
+    run(images, tmp_path/'straight', rounds=2, relabel='selected').fit()
+    images = moved(images, tmp_path)
+    (tmp_path/'run').rename(tmp_path/'elsewhere'/'run')
+    run(images, tmp_path/'elsewhere'/'run', rounds=2, relabel='selected').fit()
+    pd.testing.assert_frame_equal(figures(tmp_path/'elsewhere'/'run'), figures(tmp_path/'straight'))
+
+def test_labels_that_were_not_selected_from_do_not_stop_a_run_whose_images_moved(images, tmp_path):
+    run(images, tmp_path/'run').fit()
+    before = figures(tmp_path/'run')
+    for f in (tmp_path/'run'/'round_1').rglob('*'): # as after a stop while it was labeling
+        if f.is_file() and 'pseudo_labels' not in f.parts: f.unlink()
+    assert list((tmp_path/'run').rglob('part-*.parquet'))
+    run(moved(images, tmp_path), tmp_path/'run').fit()
+    pd.testing.assert_frame_equal(figures(tmp_path/'run'), before)
+
+def test_a_replaced_image_of_the_same_name_and_size_is_another(images, tmp_path):
+    run(images, tmp_path/'run', rounds=0).fit()
+    f = images/'train'/'cat'/'0.png'
+    size, times = f.stat().st_size, (f.stat().st_atime_ns, f.stat().st_mtime_ns + 10**9)
+    picture(f, 7)
+    os.utime(f, ns=times)
+    assert f.stat().st_size == size
+    with pytest.raises(ValueError, match='replaced by others of their names'): run(images, tmp_path/'run').fit()
+
+def test_a_run_from_before_contents_were_kept_goes_on_and_keeps_them(images, tmp_path):
+    run(images, tmp_path/'run', rounds=0).fit()
+    file = tmp_path/'run'/'run.json'
+    record = json.loads(file.read_text())
+    content = record['config'].pop('content')
+    record.pop('sha256')
+    file.write_text(sealed(record))
+    run(images, tmp_path/'run').fit()
+    assert json.loads(file.read_text())['config']['content'] == content
+
+def test_a_selection_is_of_use_where_its_images_have_moved(images, tmp_path):
+    teacher = run(images, tmp_path/'run', rounds=0)
+    teacher.fit()
+    learn = teacher.learner()
+    pool = [str(o) for o in sorted((images/'unlabeled').rglob('*.png'))]
+    selection = select_pseudo_labels(predict_pseudo_labels(learn, pool, tmp_path/'labels'), tmp_path/'s.parquet',
+                                     threshold=0.)
+    before = read_selection(selection)
+    images = moved(images, tmp_path)
+    pool = [str(o) for o in sorted((images/'unlabeled').rglob('*.png'))]
+    text = said(run(images, tmp_path/'other', rounds=0, pseudo_labels=selection).fit)
+    assert sum('images have moved' in o and 'elsewhere' in o for o in text) == 1, text
+    after = read_selection(relabel_pseudo_labels(learn, selection, tmp_path/'r.parquet', pool))
+    assert sorted(after.items) == sorted({o.replace('here/images', 'elsewhere/data') for o in before.items})
+    np.testing.assert_array_equal(after.probs, before.probs)
+    with pytest.raises(ValueError, match='give the pool that was labeled'):
+        relabel_pseudo_labels(learn, selection, tmp_path/'r.parquet', pool[:3])
