@@ -4,6 +4,7 @@
     python benchmarks/folders.py --cases dev --seeds 100 --methods linear selftrain --out /tmp/dev.csv
     python benchmarks/folders.py make --cases dev_four_foreign --seeds 100 --out /tmp/folders    # to look at
     python benchmarks/folders.py table                                                           # Markdown
+    python benchmarks/folders.py pages                        # the same into README (nbs/index.ipynb) and README here
 
 **Folders.** Each case writes image files as a user has them: train/CLASS/*, unlabeled/*, test/CLASS/*; no valid folder,
 file names that say nothing, at most 2,000 test images, which only the final accuracies see. The seed draws the labeled,
@@ -48,7 +49,7 @@ standard errors. The best of the others is the one with the best mean.
 Rows are added to the CSV as they come, with machine, versions and commit; rows that are there are not measured again,
 except those with an error. Where the clock is shared with other work, compare `cpu_seconds` too.
 """
-import argparse, hashlib, json, os, resource, signal, sqlite3, subprocess, sys, tempfile, time, warnings
+import argparse, hashlib, json, os, re, resource, signal, sqlite3, subprocess, sys, tempfile, time, warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,6 +70,7 @@ KEYS = ["case", "seed", "method", "budget"]
 @dataclass(frozen=True)
 class Case:
     "What lies in a folder, and what its user has to say of it."
+    text: str  # the images, in a table for people
     source: str  # digits, cifar10 or imagenette
     labels: int | tuple[int, ...]  # of each class; a tuple is dealt out to the classes by the seed
     classes: tuple[int, ...]  # of the source's, by name
@@ -87,13 +89,16 @@ class Case:
 
 TEN, FIVE = tuple(range(10)), tuple(range(5))
 REPORTED = dict(
-    digits50=Case("digits", 5, TEN), digits100=Case("digits", 10, TEN),
-    **{f"cifar10_scratch_{n}": Case("cifar10", n, TEN) for n in (10, 40, 400)},
-    **{f"cifar10_lite0_{n}": Case("cifar10", n, TEN, 96, True) for n in (4, 10, 40)},
-    **{f"imagenette_scratch_{n}": Case("imagenette", n, FIVE, 64) for n in (10, 100)},
-    four_foreign=Case("imagenette", 25, FIVE[:4], 96, True, 7000, foreign=True),
-    imbalanced=Case("imagenette", (40, 22, 13, 7, 4), FIVE, 96, True),
-    two_classes=Case("cifar10", 20, (3, 5), 96, True))
+    **{f"imagenette_scratch_{n}": Case("Imagenette, 5 classes, 64 px, from scratch", "imagenette", n, FIVE, 64)
+       for n in (10, 100)},
+    four_foreign=Case("Imagenette, 4 classes, pretrained; half of the pool is of other classes", "imagenette", 25,
+                      FIVE[:4], 96, True, 7000, foreign=True),
+    imbalanced=Case("Imagenette, 5 classes of 40 to 4 labels, pretrained", "imagenette", (40, 22, 13, 7, 4), FIVE, 96,
+                    True),
+    **{f"cifar10_lite0_{n}": Case("CIFAR-10 at 96 px, pretrained", "cifar10", n, TEN, 96, True) for n in (4, 10, 40)},
+    two_classes=Case("CIFAR-10's cats and dogs at 96 px, pretrained", "cifar10", 20, (3, 5), 96, True),
+    **{f"cifar10_scratch_{n}": Case("CIFAR-10, from scratch", "cifar10", n, TEN) for n in (10, 40, 400)},
+    digits50=Case("digits", "digits", 5, TEN), digits100=Case("digits", "digits", 10, TEN))
 
 
 def _dev(case):  # the same shape, of other images
@@ -443,8 +448,10 @@ def verdict(d: float, se: float) -> str:
     return "better" if d > 2 * se else "worse" if d < -2 * se else "as good"
 
 
-def _percent(s):
-    return "" if not len(s) else f"{100 * s.mean():.1f}" + (f" ± {100 * s.std():.1f}" if len(s) > 1 else "")
+def _percent(s, seeds):  # fewer seeds than the case has are said
+    if not len(s): return ""
+    spread = f" ± {100 * s.std():.1f}" if len(s) > 1 else ""
+    return f"{100 * s.mean():.1f}{spread}" + (f" ({len(s)} of {seeds} seeds)" if len(s) < seeds else "")
 
 
 def _signed(d, se): return "" if np.isnan(d) else f"{100 * d:+.1f} ± {100 * se:.1f}"
@@ -479,13 +486,13 @@ def _summary(case, t):  # a row of `results`
     d, se = difference(mine, column(best), n)
     up, up_se = difference(last, first, n)
     over, over_se = difference(mine, pd.Series(1 / len(CASES[case].classes), mine.index), n)
-    gap = (full - first).mean()
-    return dict(case=case, seeds=t.seed.nunique(), labels=int(t.n_labeled.min()),
-                **{m: _percent(column(m)) for m in METHODS if m != "all_labels"},
+    gap, seeds = (full - first).mean(), t.seed.nunique()
+    return dict(case=case, seeds=seeds, labels=int(t.n_labeled.min()),
+                **{m: _percent(column(m), seeds) for m in METHODS if m != "all_labels"},
                 best_other=best, difference=_signed(d, se), verdict=verdict(d, se),
                 last_minus_teacher=_signed(up, up_se), students=verdict(up, up_se),
                 above_chance="" if np.isnan(over) else "yes" if over > 2 * over_se else "no",
-                all_labels=_percent(full),
+                all_labels=_percent(full, seeds),
                 share_of_gap=f"{(last - first).mean() / gap:.0%}" if gap > 0 else "")
 
 
@@ -503,6 +510,14 @@ def markdown(t: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(o) + " |" for o in lines())
 
 
+def counts(t: pd.DataFrame) -> str:
+    "In how many cases of `results` ours is better, as good and worse, and what must not happen."
+    v, s = t.verdict.value_counts(), t.students.value_counts()
+    return (f"Of {(t.verdict != '').sum()} cases ours is better than the best of the others in {v.get('better', 0)}, "
+            f"as good in {v.get('as good', 0)}, worse in {v.get('worse', 0)}; the last student is below its teacher "
+            f"in {s.get('worse', 0)}; {(t.above_chance == 'no').sum()} are within chance of guessing.")
+
+
 def table(a: argparse.Namespace):
     "Print what `results` says, and the three counts that matter."
     if not a.out.exists(): raise SystemExit(f"no file {a.out}: measure first, with python benchmarks/folders.py")
@@ -513,17 +528,48 @@ def table(a: argparse.Namespace):
         if not rows[rows.error.isna()].case.str.startswith("dev_").eq(dev).any(): continue
         t = results(a.out, dev, a.seconds)
         print(markdown(t), "\n")
-        if (t.verdict != "").any():
-            v, s = t.verdict.value_counts(), t.students.value_counts()
-            print(f"Of {(t.verdict != '').sum()} cases ours is better than the best of the others in "
-                  f"{v.get('better', 0)}, as good in {v.get('as good', 0)}, worse in {v.get('worse', 0)}; the last "
-                  f"student is below its teacher in {s.get('worse', 0)}; {(t.above_chance == 'no').sum()} are within "
-                  "chance of guessing.\n")
+        if (t.verdict != "").any(): print(counts(t), "\n")
+
+
+# --- tables for people ---
+
+TITLES = dict(linear="logistic regression", selftrain="self-training", fine_tune="fastai's fine-tuning",
+              teacher="teacher alone", ours="ours")
+PAGES = [HERE.parent / "nbs" / "index.ipynb", HERE / "README.md"]
+MARKED = re.compile(r"(<!-- folders table -->\n)(.*?)(\n<!-- /folders table -->)", re.S)
+
+
+def for_people(t: pd.DataFrame, spread: bool = False) -> str:
+    "`results` as a short table, means alone or with their spread, the best of a row in bold; and the counts below it."
+    names = [m for m in TITLES if m in t and (t[m] != "").any()]
+    lines = [["images", "labels", *(TITLES[m] for m in names), "beside the best other"], ["---"] * (len(names) + 3)]
+    for case, r in t.iterrows():
+        means = {m: float(r[m].split()[0]) for m in names if r[m]}
+        shown = {m: r[m] if spread else re.sub(r" ± \S+", "", r[m]) for m in means}
+        best = [m for m in means if means[m] == max(means.values())]
+        cells = [f"**{shown[m]}**" if m in best else shown.get(m, "") for m in names]
+        lines.append([CASES[case].text, str(r.labels), *cells, r.verdict])
+    return "\n".join("| " + " | ".join(o) + " |" for o in lines) + "\n\n" + counts(t)
+
+
+def paged(text: str, spread: bool) -> str:
+    "A page with the table between its marks made anew."
+    return MARKED.sub(lambda m: m[1] + for_people(results(), spread) + m[3], text)
+
+
+def pages():
+    "Write the tables into the pages that show them."
+    notebook, page = PAGES
+    nb = json.loads(notebook.read_text(encoding="utf-8"))
+    for cell in nb["cells"]:
+        cell["source"] = paged("".join(cell["source"]), False).splitlines(keepends=True)
+    notebook.write_text(json.dumps(nb, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    page.write_text(paged(page.read_text(encoding="utf-8"), True), encoding="utf-8")
 
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", nargs="?", choices=["run", "make", "table", "one"], default="run",
+    p.add_argument("what", nargs="?", choices=["run", "make", "table", "pages", "one"], default="run",
                    help="one: a row, as JSON, in this process")
     p.add_argument("--cases", nargs="+", default=["report"], metavar="CASE",
                    help=f"report, dev, or of {', '.join(CASES)}")
@@ -535,8 +581,8 @@ if __name__ == "__main__":
     cache = Path.home() / ".cache" / "noisy_student_benchmarks"
     p.add_argument("--cache", type=Path, default=cache, help="of features")
     a = p.parse_args()
-    if a.what == "table":
-        table(a)
+    if a.what in ("table", "pages"):
+        table(a) if a.what == "table" else pages()
         raise SystemExit
     a.seconds = a.seconds or 240.
     if a.what == "run": run(a)

@@ -1,8 +1,9 @@
 """Everything that wants a GPU, in one command: right, fast, good. For a machine that is lent for a quarter of an hour.
 
-    python benchmarks/gpu.py speed          # tests marked gpu, benchmarks of speed: 340 s
+    python benchmarks/gpu.py speed          # kernels, tests marked gpu, benchmarks of speed: 340 s
     python benchmarks/gpu.py cifar10        # two whole runs on CIFAR-10, and torch.compile: 560 s
     python benchmarks/gpu.py step label     # some parts
+    python benchmarks/gpu.py speed --kit .gpu    # on a machine without network, which lacks packages and data
     python benchmarks/gpu.py speed cifar10 --device cpu --quick    # a rehearsal without a GPU: a moment each
 
 Parts run in order of importance, each as a process of its own with a limit of its own, all together within --total
@@ -11,8 +12,12 @@ CSV after every case, so that what was measured stays when time runs out. The fi
 benchmarks/results, or with --quick a temporary folder), with what each part printed in PART.txt. `loader` wants
 Imagenette, `full` and `few` CIFAR-10 and Tiny ImageNet where fastai keeps its data, or a network to fetch them; decoded
 images and compiled kernels are kept in --cache. The exit code is 1 if a part failed.
+
+A --kit is a folder made elsewhere: base/site.tar.xz, the packages that are missing, as they lie in site-packages;
+base/unpack.py, whose `unpack(folder, data)` makes a data set out of a packed folder; and packed folders, with a *.head
+each. What is there is unpacked into --cache, once, and later calls find it there, with or without the folder.
 """
-import argparse, os, signal, subprocess, sys, tempfile, time
+import argparse, os, runpy, signal, subprocess, sys, tarfile, tempfile, time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -21,8 +26,18 @@ QUICK_LIMIT = 900  # seconds of a part in a rehearsal, also on slow cores
 MARKED = "tests marked gpu"  # stands for their files, since importing all others takes long
 COMMAND_LINE = "import sys; from noisy_student.cli import main; sys.exit(main())"
 SMALL = ["--seconds", ".1", "--models", "resnet9_24", "resnet9_64"]
+VERSIONS = """
+import sys, torch
+from importlib.metadata import distributions
+print(sys.version.split()[0], torch.cuda.is_available() and torch.cuda.get_device_name())
+wanted = "torch", "triton", "torchvision", "timm", "fastai", "numpy", "pandas", "duckdb"
+print(*sorted({f"{o.name} {o.version}" for o in distributions() if o.name in wanted}), sep=", ")
+sys.exit("cuda" in sys.argv and not torch.cuda.is_available())
+"""
 PARTS = {  # name: (limit in seconds, script or options of Python, what --quick adds)
     "speed": {
+        "machine": (30, ["-c", VERSIONS], []),
+        "kernels": (150, ["kernels.py", "--seconds", "1"], ["--quick"]),
         "tests": (150, ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", MARKED], []),
         "randaugment": (60, ["randaugment.py", "--seconds", "6"], ["--seconds", ".1"]),
         "step": (110, ["step.py", "--seconds", "2"], ["--seconds", ".1", "--models", "resnet9_8", "resnet9_64"]),
@@ -45,22 +60,40 @@ def parts(names: list[str]) -> dict[str, tuple]:
 def command(name: str, a: argparse.Namespace) -> list[str]:
     "What is run, without Python."
     _, first, quick = parts([name])[name]
-    words = [o.format(cache=a.cache) for o in first]
+    words = [o.replace("{cache}", str(a.cache)) for o in first]
     if words[0].endswith(".py"): words[0] = str(HERE / words[0])
     if words[-1] == MARKED:
         return words[:-1] + [str(o) for o in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in o.read_text()]
-    out = [] if name == "bench" else ["--out", str(a.out)]
+    out = [] if words[0] == "-c" else ["--out", str(a.out)]
     return [*words, "--device", a.device, *out, *(quick if a.quick else [])]
+
+
+def unpack(kit: Path, cache: Path) -> None:
+    "Packages and data sets out of a kit, unless they are in the cache."
+    site, data, base = cache / "site", cache / "fastai" / "data", kit / "base"
+    if not (site / ".whole").exists():
+        with tarfile.open(base / "site.tar.xz") as t: t.extractall(site, filter="data")
+        (site / ".whole").touch()
+    data.mkdir(parents=True, exist_ok=True)
+    for o in sorted({f.parent for f in kit.glob("*/*.head")}):
+        print(o.name, runpy.run_path(str(base / "unpack.py"))["unpack"](o, data), "files", flush=True)
+
+
+def environment(a: argparse.Namespace) -> dict[str, str]:
+    "Of every part."
+    path, new = [ROOT, HERE, os.environ.get("PYTHONPATH")], {}
+    if a.kit:
+        path.insert(2, a.cache / "site")
+        new = dict(FASTAI_HOME=str(a.cache / "fastai"), HF_HUB_OFFLINE="1")
+    return dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, filter(None, path))), PYTHONUNBUFFERED="1",
+                MPLBACKEND="Agg", TRITON_CACHE_DIR=str(a.cache / "triton"), TORCH_COMPILE_DISABLE_PROGRESS="1", **new)
 
 
 def run(name: str, limit: float, a: argparse.Namespace) -> str:
     "Run a part, its output into a file, and say how it ended. It and all that it started are gone afterwards."
-    env = dict(os.environ,
-               PYTHONPATH=os.pathsep.join(map(str, filter(None, (ROOT, HERE, os.environ.get("PYTHONPATH"))))),
-               PYTHONUNBUFFERED="1", MPLBACKEND="Agg", TRITON_CACHE_DIR=str(a.cache / "triton"))
     with open(a.out / f"{name}.txt", "w") as log:
-        p = subprocess.Popen([sys.executable, "-W", "ignore", *command(name, a)], cwd=ROOT, env=env, stdout=log,
-                             stderr=subprocess.STDOUT, start_new_session=True)
+        p = subprocess.Popen([sys.executable, "-W", "ignore", *command(name, a)], cwd=ROOT, env=environment(a),
+                             stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try: code = p.wait(limit)
         except subprocess.TimeoutExpired: code = f"out of time ({limit:.0f} s)"
         finally:
@@ -79,7 +112,9 @@ def last_lines(file: Path, n: int) -> str:
 def main(a: argparse.Namespace) -> int:
     "Run the parts within the time. Returns the exit code."
     begun, rows = time.monotonic(), []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the part in progress is ended, too
     for o in (a.out, a.cache): o.mkdir(parents=True, exist_ok=True)
+    if a.kit: unpack(a.kit, a.cache)
     for name, (limit, *_) in parts(a.what).items():
         left, start = a.total - (time.monotonic() - begun), time.monotonic()
         if left < 15:
@@ -88,6 +123,7 @@ def main(a: argparse.Namespace) -> int:
         result = run(name, min(limit, left - 5), a)
         rows.append(f"{name:18} {result:28} {time.monotonic() - start:5.0f} s")
         print(f"\n== {rows[-1]}\n" + last_lines(a.out / f"{name}.txt", 12 if result == "ok" else 25), flush=True)
+        (a.out / "table.txt").write_text("\n".join(rows) + "\n")
     rows.append(f"all: {time.monotonic() - begun:.0f} s")
     (a.out / "table.txt").write_text("\n".join(rows) + "\n")
     print("\n" + "\n".join(rows))
@@ -102,7 +138,9 @@ if __name__ == "__main__":
     p.add_argument("--quick", action="store_true", help="a moment each, to see that they work")
     p.add_argument("--out", type=Path, help="folder of the results")
     p.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "noisy_student_gpu", help="folder")
+    p.add_argument("--kit", type=Path, help="packages and data for a machine without network")
     a = p.parse_args()
+    a.cache = a.cache.resolve()
     a.out = (a.out or Path(tempfile.mkdtemp() if a.quick else os.environ.get("OUT", HERE / "results"))).resolve()
     if a.quick: PARTS = {g: {k: (QUICK_LIMIT, *v[1:]) for k, v in m.items()} for g, m in PARTS.items()}
     groups = [g for g, m in PARTS.items() if {g, *m} & set(a.what)]

@@ -56,13 +56,13 @@ def variants(full: Recipe # With its architectures
 def _images_of(r, n_labeled, k, epochs):
     "That round k of a recipe trains on in so many epochs."
     steps = r.steps or -(-n_labeled // r.bs)
-    return epochs * steps * r.bs * (1 + (r.ratio or 0) if k else 1)
+    return epochs * steps * (r.bs + (round(r.bs * (r.ratio or 0)) if k else 0))
 
 def n_images(r: Recipe, # Settings
              n_labeled: int # Labeled images
             ) -> int:
     "How many images, counted as often as they are in a batch, all trainings of a run see."
-    epochs = [r.teacher_epochs or r.epochs] + r.rounds * [r.epochs]
+    epochs = [r.epochs_of('teacher')] + r.rounds * [r.epochs]
     return sum(_images_of(r, n_labeled, k, o) for k, o in enumerate(epochs))
 
 def same_images(full: Recipe, # The recipe that says how many
@@ -74,7 +74,7 @@ def same_images(full: Recipe, # The recipe that says how many
     if 'epochs' in change:
         raise ValueError("epochs cannot be varied: they follow from the number of images, which is the same for all "
                          "variants")
-    teacher = dict(teacher_epochs=full.teacher_epochs or full.epochs, teacher_noise=full.teacher_noise or full.noise)
+    teacher = dict(teacher_epochs=full.epochs_of('teacher'), teacher_noise=full.noise_of('teacher'))
     new = get_recipe(full, **{**teacher, **change})
     if new.ratio is None and new.steps is None:
         raise ValueError("ratio=None without steps: an epoch is as long as the filter leaves it, so that variants "

@@ -95,6 +95,6 @@ def own_network(
     arch: str, # `resnet9_N` of width N, `tf_efficientnet_l0`, `tf_efficientnet_l1` or `keras_resnet50`
 ) -> Callable[[int, int], nn.Module] | None: # None for any other name
     "What makes a network of this module, with random weights, from the numbers of classes and of input channels."
-    if small := re.fullmatch(r'resnet9_([1-9]\d*)', arch): return partial(ResNet9, int(small[1]))
+    if small := re.fullmatch(r'resnet9_([1-9]\d{0,4})', arch): return partial(ResNet9, int(small[1]))
     if large := re.fullmatch(r'tf_efficientnet_(l[01])', arch): return partial(_large, large[1])
     return _keras_resnet50 if arch == 'keras_resnet50' else None

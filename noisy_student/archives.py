@@ -8,18 +8,19 @@ Docs: https://noisy-student.github.io/noisy_student/archives.html.md"""
 __all__ = ['ARCHIVES', 'MAX_INDEXED', 'ArchiveError', 'split_item', 'is_archive', 'list_archive', 'open_item']
 
 # %% ../nbs/00e_archives.ipynb #61d74dc7
-import io, os, posixpath, re, tarfile, threading
+import bisect, io, itertools, os, posixpath, re, tarfile, threading
 from collections import OrderedDict
 from pathlib import Path
 from typing import BinaryIO
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
+
+from .reading import check_regular, open_parquet, open_regular
 
 # %% ../nbs/00e_archives.ipynb #693ed3bf
 ARCHIVES = ('.tar', '.parquet')
-_MAX_MEMBER = 1 << 30 # bytes; a file that claims more is no image
+_MAX_MEMBER = 1 << 28 # bytes; a file that claims more is no image
 
 class ArchiveError(ValueError):
     "An archive that cannot be used; the message names it and says what to do."
@@ -42,13 +43,21 @@ def is_archive(
     return str(name).endswith(ARCHIVES) and not os.path.isdir(name)
 
 # %% ../nbs/00e_archives.ipynb #dabd9b6c
+class _Header(tarfile.TarInfo):
+    "One whose size leads forward: a negative one would be read forever, a name of a gigabyte into memory."
+    def _block(self, count):
+        is_name = self.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE,
+                                 tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+        if count < 0 or is_name and count > 1 << 20: raise tarfile.InvalidHeaderError(f"a size of {count:,}")
+        return super()._block(count)
+
 class _Tar:
     "Name -> where its bytes are."
     def __init__(self, file):
         known = Image.registered_extensions()
         self.file, self.at = file, {}
         try:
-            with tarfile.open(file, 'r:') as t:
+            with tarfile.open(file, 'r:', tarinfo=_Header) as t:
                 while m := t.next():
                     t.members = [] # or it keeps every header
                     name = posixpath.normpath(m.name)
@@ -60,7 +69,8 @@ class _Tar:
                 t.fileobj.seek(t.offset)
                 # tarfile takes it for the end
                 if t.fileobj.read(512).strip(b'\0'): raise tarfile.ReadError(f"no header at byte {t.offset:,}")
-        except (tarfile.TarError, EOFError) as e:
+        except ArchiveError: raise
+        except (tarfile.TarError, EOFError, ValueError, ArithmeticError, RecursionError, LookupError) as e:
             raise ArchiveError(f"{file} is not a whole tar file ({e}): fetch or make it again") from None
 
     def __len__(self): return len(self.at)
@@ -68,36 +78,62 @@ class _Tar:
     def read(self, name):
         offset, size = self.at[name]
         if size > _MAX_MEMBER: raise ArchiveError(f"{size:,} bytes are no image")
-        with open(self.file, 'rb') as f: f.seek(offset); return f.read(size)
+        with open_regular(self.file) as f: f.seek(offset); return f.read(size)
 
 # %% ../nbs/00e_archives.ipynb #854ebcc3
+_AT_ONCE = 1 << 26 # bytes of images, about, that are read at a time
+
 class _Parquet:
-    "Row number -> bytes."
+    "Row number -> bytes. Few rows are held at a time, however long a row group is."
     def __init__(self, file):
-        try: self.pq = pq.ParquetFile(file)
-        except (pa.ArrowException, OSError) as e:
-            if isinstance(e, (FileNotFoundError, PermissionError)): raise
-            raise ArchiveError(f"{file} is not a whole parquet file ({e}): fetch or make it again") from None
+        try: schema = open_parquet(file).schema_arrow
+        except ValueError as e: raise ArchiveError(f"{e}: fetch or make it again") from None
         def is_bytes(t): return pa.types.is_binary(t) or pa.types.is_large_binary(t)
-        found = {f.name: f.name if is_bytes(f.type) else f'{f.name}.bytes' for f in self.pq.schema_arrow
+        found = {f.name: f.name if is_bytes(f.type) else f'{f.name}.bytes' for f in schema
                  if is_bytes(f.type) or pa.types.is_struct(f.type) and f.type.get_field_index('bytes') >= 0}
         if len(found) > 1: found = {k: v for k, v in found.items() if k == 'image'}
         if not found:
             raise ArchiveError(f"{file} holds no images: it needs a column 'image' of encoded images, as bytes")
         (self.name, self.column), = found.items()
-        sizes = [self.pq.metadata.row_group(i).num_rows for i in range(self.pq.num_row_groups)]
-        self.starts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
-        self.now, self.lock = (None, None), threading.Lock()
+        # equal images stay one in memory, however many there are
+        self.pq = open_parquet(file, read_dictionary=[self.column])
+        groups = [self.pq.metadata.row_group(i) for i in range(self.pq.num_row_groups)]
+        self.starts = list(itertools.accumulate((o.num_rows for o in groups), initial=0))
+        if len(self) > os.path.getsize(file):
+            raise ArchiveError(f"{file} claims {len(self):,} images in {os.path.getsize(file):,} bytes: make it again")
+        self.rows = [max(1, _AT_ONCE * o.num_rows // (self._bytes(o) + 1)) for o in groups] # of a batch
+        self.now, self.held, self.lock = (-1, -1), OrderedDict(), threading.Lock()
 
     def __len__(self): return self.starts[-1]
     def names(self): return [f'{i:09d}' for i in range(len(self))]
     def read(self, name):
         if not re.fullmatch(r'\d{9}', name) or (row := int(name)) >= len(self): raise KeyError(name)
+        group = bisect.bisect(self.starts, row) - 1
         with self.lock:
-            group = next(i for i, start in enumerate(self.starts) if row < start) - 1
-            if self.now[0] != group: self.now = group, self.pq.read_row_group(group, [self.column])[self.name]
-            value = self.now[1][row - self.starts[group]].as_py()
-        return (value['bytes'] if isinstance(value, dict) else value) or b''
+            k, i = divmod(row - self.starts[group], self.rows[group])
+            column = self._batch(group, k)
+            if isinstance(column, pa.StructArray): column = column.field('bytes')
+            if not column[i].is_valid: return b''
+            value = column.dictionary[column.indices[i].as_py()].as_buffer()
+            if (value.size if value else 0) > _MAX_MEMBER: raise ArchiveError(f"{value.size:,} bytes are no image")
+            return value.to_pybytes() if value else b''
+
+    def _bytes(self, group): # that a row group's images take, as it claims
+        columns = (group.column(i) for i in range(group.num_columns))
+        return sum(o.total_uncompressed_size for o in columns if o.path_in_schema == self.column)
+
+    # Batch k of a row group: a later one is read on, an earlier one from the start, unless it is one of the last two
+    def _batch(self, group, k):
+        if (group, k) in self.held: return self.held[group, k]
+        if self.now[0] != group or self.now[1] >= k:
+            # one thread, or all row groups of a bomb would be there at once
+            self.now, self.more = (group, -1), self.pq.iter_batches(self.rows[group], row_groups=[group],
+                                                                    columns=[self.column], use_threads=False)
+        while self.now[1] < k:
+            while len(self.held) > 1: self.held.popitem(last=False)
+            self.held[group, self.now[1] + 1] = next(self.more).column(0)
+            self.now = group, self.now[1] + 1
+        return self.held[group, k]
 
 # %% ../nbs/00e_archives.ipynb #1933393a
 MAX_INDEXED = 250_000 # names of images in tables of contents kept in memory, about 75 MB
@@ -106,6 +142,7 @@ _lock = threading.Lock()
 
 def _archive(file):
     "Its table of contents, from memory unless the file has changed."
+    check_regular(file)
     s = os.stat(file)
     key = str(file), s.st_size, s.st_mtime_ns
     with _lock:
@@ -127,6 +164,6 @@ def open_item(
 ) -> BinaryIO: # Its bytes, as a file
     "Open an image file, wherever it is. Raises FileNotFoundError and the like, or `ArchiveError`."
     file, name = split_item(str(item))
-    if name is None: return open(item, 'rb')
+    if name is None: return open_regular(item)
     try: return io.BytesIO(_archive(file).read(name))
     except KeyError: raise ArchiveError(f"{Path(file).name} has no such image") from None

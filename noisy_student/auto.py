@@ -6,7 +6,7 @@ Docs: https://noisy-student.github.io/noisy_student/auto.html.md"""
 
 # %% auto #0
 __all__ = ['LEAST_STEPS', 'ENOUGH_STEPS', 'LEAST_IN_TIME', 'check_settings', 'Facts', 'Auto', 'auto_recipe', 'seconds',
-           'duration', 'Stage', 'round_weights', 'steps_for', 'with_steps']
+           'duration', 'Stage', 'round_weights', 'steps_for', 'epochs_in', 'with_steps']
 
 # %% ../nbs/06e_auto.ipynb #0039be2d
 import re
@@ -52,9 +52,11 @@ def _power_of_two(x, lowest, highest):
     "The largest one that is not above x."
     return max(lowest, min(highest, 1 << max(int(x), 1).bit_length() - 1))
 
+def _most_steps(device): return 3000 if device == 'cpu' else 20_000
+
 def _steps(images, per_step, device):
     "Of a training that is to see so many images."
-    return int(min(max(LEAST_STEPS, -(-images // per_step)), 3000 if device == 'cpu' else 20_000))
+    return int(min(max(LEAST_STEPS, -(-images // per_step)), _most_steps(device)))
 
 def _most(f): return 64 if f.device == 'cpu' else 128 # labeled images in a batch
 
@@ -73,11 +75,11 @@ def _batches(f):
             bs, why = fits, f"{ENOUGH_STEPS} steps of it fit into the time, or it is the least"
     return dict(bs=(bs, why), ratio=(ratio, because))
 
-def _length(f, recipe):
+def _length(f, bs, ratio):
     "Epochs are tenths of a training, after which it is validated."
-    student = _steps(2 * f.pool, recipe['bs'][0] * 3, f.device)
-    teacher = _steps(30 * f.labeled, recipe['bs'][0], f.device)
-    why = f"at least {LEAST_STEPS} steps, more for more images: "
+    student = _steps(2 * f.pool, bs * (ratio or 3), f.device)
+    teacher = _steps(30 * f.labeled, bs, f.device)
+    why = f"{LEAST_STEPS} to {_most_steps(f.device):,} steps, more for more images: "
     return dict(
         steps=(student // 10, f"{why}two passes over the pool for a student, in ten parts that end in a validation"),
         epochs=(10, "the ten parts"),
@@ -132,10 +134,11 @@ def _from_scratch(f):
 
 def auto_recipe(
     facts: Facts, # What is known
+    **given # Settings that were decided by others: `bs` and `ratio` decide the number of steps
 ) -> Auto: # The recipe, and a reason for each setting that was decided
     "Settings for these images and this network, without looking at an image."
     found = _batches(facts)
-    found |= _length(facts, found)
+    found |= _length(facts, *(given.get(o, found[o][0]) for o in ('bs', 'ratio')))
     found |= _noise(facts) | (_from_weights(facts) if facts.pretrained else _from_scratch(facts))
     if not facts.pretrained and (small := found['bs'][0] / _deserved(facts)) < 1:
         rate, why = found['lr']
@@ -154,7 +157,8 @@ def seconds(
 ) -> float: # In seconds, > 0
     "A length of time. Raises ValueError for what is none."
     text = str(limit).strip().lower().replace(' ', '')
-    units = re.fullmatch(r'(?:([\d.]+)h)?(?:([\d.]+)m(?:in)?)?(?:([\d.]+)s?)?', text)
+    bare = re.fullmatch(r'()()([\d.]+)', text) # after an hour it would be minutes, for most people
+    units = bare or re.fullmatch(r'(?:([\d.]+)h)?(?:([\d.]+)m(?:in)?)?(?:([\d.]+)s)?', text)
     clock = re.fullmatch(r'(\d+):(\d\d)(?::(\d\d))?', text)
     try:
         parts = clock or units
@@ -192,18 +196,26 @@ def steps_for(
     k: int, # Round
     recipe: Recipe, # Its rounds
     step: float, # Seconds of one step
+    judging: float = 0., # Seconds of the validation after an epoch, in epochs of `with_steps`
 ) -> int: # 0 if fewer than `LEAST_IN_TIME` fit, but for the teacher, which has to have some
     "How many steps round k gets."
     w = round_weights(recipe)
-    fits = int(left * w[k] / sum(w[k:]) / step) if w[k] else 0
+    part = left * w[k] / sum(w[k:]) if w[k] else 0.
+    fits = int(max((part - 10 * judging) / step, part / (step + judging / 10))) # of ten epochs, or of epochs of ten
     return fits if fits >= LEAST_IN_TIME else LEAST_IN_TIME if w[k] and not k else 0
 
 LEAST_IN_TIME = 30 # Steps without which a student is left out: it would be worse than its teacher
+
+def epochs_in(
+    steps: int, # Of a training
+) -> int: # 1..10
+    "At most ten epochs, none shorter than ten steps."
+    return max(1, min(10, steps // 10))
 
 def with_steps(
     recipe: Recipe, # Of a round
     steps: int, # Of its whole training
 ) -> Recipe:
-    "The recipe whose training takes so many steps, in at most ten epochs, none shorter than ten steps."
-    epochs = max(1, min(10, steps // 10))
+    "The recipe whose training takes so many steps, in `epochs_in` epochs."
+    epochs = epochs_in(steps)
     return replace(recipe, epochs=epochs, teacher_epochs=None, steps=max(1, round(steps / epochs)))

@@ -8,21 +8,23 @@ Docs: https://noisy-student.github.io/noisy_student/background_work.html.md"""
 __all__ = ['ahead', 'Behind']
 
 # %% ../nbs/00d_background_work.ipynb #3e42ad74
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 # %% ../nbs/00d_background_work.ipynb #b42a1f68
-def ahead(f: Callable[[Any], Any], # Called in a thread, once at a time
-          xs: Iterable # Its arguments
+def ahead(f: Callable[[Any], Any], # Called in a thread
+          xs: Iterable, # Its arguments
+          threads: int = 1 # How many results are made at a time, at least 1
          ) -> Iterator:
-    "`map(f, xs)`, with the next result already being made."
-    with ThreadPoolExecutor(1) as pool:
-        now = None
+    "`map(f, xs)`, with the next results already being made."
+    with ThreadPoolExecutor(threads) as pool:
+        made: deque[Future] = deque()
         for x in xs:
-            now, last = pool.submit(f, x), now
-            if last: yield last.result()
-        if now: yield now.result()
+            made.append(pool.submit(f, x))
+            if len(made) > threads: yield made.popleft().result()
+        while made: yield made.popleft().result()
 
 class Behind:
     "Calls in a thread, one at a time. What one of them raises, the next call raises, or the end of the context."

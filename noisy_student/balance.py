@@ -24,12 +24,14 @@ from .label_queries import frames, parquet_sql, run_query
 
 # %% ../nbs/05i_balance.ipynb #b069f7b5
 def class_counts(rows: pd.DataFrame, # Of `histogram`
-                 classes: list[str] # K names
+                 classes: list[str], # K names
+                 source: str | Path = 'the table' # What is named in an error
                 ) -> pd.DataFrame: # class, seen, passed; a row per class
     "Images of every class, and those of them that pass. Raises `PseudoLabelError` for labels that are no classes."
     stats = rows.rename(columns=dict(count='seen')).groupby('label', dropna=False)[['seen', 'passed']].sum()
     if stats.index.hasnans or not 0 <= stats.index.min() <= stats.index.max() < len(classes):
-        raise PseudoLabelError(f"labels must be in 0..{len(classes) - 1}, one per class")
+        raise PseudoLabelError(f"{source}: labels must be in 0..{len(classes) - 1}, one per class, got "
+                               f"{stats.index.min()} to {stats.index.max()}: label the images again")
     return stats.reindex(range(len(classes)), fill_value=0).assign(**{'class': classes})
 
 def class_warnings(stats: pd.DataFrame, # Of `class_counts`

@@ -74,7 +74,7 @@ class MixedDL(ArrayDL):
         labeled: ArrayDataset, # Labeled images
         pseudo: ArrayDataset | None = None, # Pseudo-labeled images with targets (N, K); None: labeled images only
         bs: int = 64, # Labeled images per batch; with `ratio=None` all images of a batch
-        ratio: int | None = 1, # Pseudo-labeled images per labeled image, r; None: both concatenated and shuffled
+        ratio: float | None = 1, # Pseudo-labeled images per labeled image, r > 0; None: both concatenated and shuffled
         copies: np.ndarray | None = None, # int (N,): how often each pseudo-labeled image (without them: labeled) occurs
         steps: int | None = None, # Batches per epoch; None: one pass over the labeled images, or over both
         seed: int = 0, # Decides the order
@@ -93,7 +93,10 @@ class MixedDL(ArrayDL):
         if self.ratio is None:
             self.n_labeled, self.pool = 0, (once := np.concatenate([np.arange(len(labeled)), self.pool]))
         both: Any = _Both(labeled, pseudo) if pseudo else labeled
-        super().__init__(both, bs=bs * (1 + (self.ratio or 0)), **kwargs)
+        if (n_pseudo := bs * (self.ratio or 0)) % 1 or n_pseudo < 0:
+            raise ValueError(f"ratio must make a whole number of pseudo-labeled images per batch, got {n_pseudo:g}, "
+                             f"{ratio:g} of bs={bs}")
+        super().__init__(both, bs=bs + int(n_pseudo), **kwargs)
         self.steps = steps or -(-len(once) // bs)
         self.n = self.steps * self.bs
         self.start_at(0)

@@ -121,7 +121,7 @@ def bench(
     def read(): return [o.to(device, non_blocking=True) for o in dls.train.dataset.batch(shuffled)]
     reading, batch = timed(read), read()
     view = timed(lambda: dls.train.after_batch(tuple(batch)))
-    x = dls.valid.dataset.batch(np.arange(bs))[0].to(device).float().div_(255)
+    x = dls.valid.dataset.batch(np.arange(bs))[0].to(device) # bytes, as in training
     noised = [o for o in dls.train.after_batch.fs if isinstance(o, BatchRandAugment)]
     noising = timed(lambda: noised[0](x, split_idx=0)) if noised else tick() or 0.
     fast = in_bf16(model, device) if has_fast_bf16(device) else nullcontext()

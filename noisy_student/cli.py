@@ -8,8 +8,18 @@ Docs: https://noisy-student.github.io/noisy_student/cli.html.md"""
 __all__ = ['app', 'main', 'run', 'label', 'select', 'relabel', 'train', 'ablate', 'evaluate', 'predict', 'suspects', 'report',
            'export', 'recipes', 'bench', 'DATA', 'load_data', 'show_progress']
 
+# %% ../nbs/12k_cli.ipynb #12k00001
+import os, signal, sys
+
+# %% ../nbs/12k_cli.ipynb #12k00002
+def _stop(sig, frame): # before there is anything to stop, and after it: imports take seconds
+    try: os.write(2, b'stopped\n')
+    finally: os._exit(128 + sig)
+
+if os.path.basename(sys.argv[0]).startswith('noisy-student'): # as the command, not as a module of other programs
+    for _sig in (signal.SIGINT, signal.SIGTERM): signal.signal(_sig, _stop)
+
 # %% ../nbs/12k_cli.ipynb #669da197
-import os, sys
 from typing import Annotated, Any
 
 import typer
@@ -21,7 +31,8 @@ from .commands_recipes import ablate, bench, recipes
 from .commands_train import run, train
 from .commands_use import export, predict
 from .files import stoppable
-from .command_output import error_text, plain_warnings, show_progress, to_stderr
+from .command_output import (error_text, flags, flush_output, open_streams, plain_warnings, show_progress,
+                                          to_stderr)
 from .command_inputs import DATA, load_data
 from .threads import wait_passively
 
@@ -82,21 +93,19 @@ def main(
     """The command line. Returns 0, 1 for a broken pipe or a defect of ours, 2 for a mistake of the user, 130 for
     Ctrl-C, 143 for SIGTERM."""
     args = list(sys.argv[1:] if argv is None else argv) or ['--help']
+    open_streams()
     wait_passively() # before a command loads torch
     debug = os.environ.get('NOISY_STUDENT_DEBUG', '') not in ('', '0')
     try:
         try:
-            command = typer.main.get_command(app)
+            command: Any = typer.main.get_command(app)
+            flags.set(frozenset(o for p in getattr(command.commands.get(args[0]), 'params', ()) for o in p.opts))
             with stoppable(), plain_warnings(to_stderr), command.make_context('noisy-student', args) as ctx:
                 command.invoke(ctx)
         except typer.Exit as e: return e.exit_code
-        finally: sys.stdout.flush()
+        finally: flush_output()
         return 0
-    except BrokenPipeError: # the reader, such as head, has gone
-        # or Python complains when it flushes at exit
-        try: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except OSError: pass
-        return 1
+    except BrokenPipeError: return 1 # the reader, such as head, has gone
     except (KeyboardInterrupt, typer.Abort) as e:
         to_stderr('stopped; the same command goes on from here' if args[0] in _RESUMABLE else 'stopped')
         return getattr(e, 'code', 130)

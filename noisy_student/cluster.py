@@ -20,7 +20,7 @@ from .files import locked, read_sums, stoppable
 from .label_table import PseudoLabelError, make_folder
 from .label_pool import as_items, is_streamed
 from .precision import half_of
-from .label_shards import check_settings, finish_shard, label_part, labeling_metadata, parts_of_shard
+from .label_shards import check_labeling, finish_shard, label_part, labeling_metadata, parts_of_shard
 from .label_shards import shard_range
 from .teacher import Teacher
 
@@ -99,7 +99,7 @@ def label_on_ray(
 # before any replica is started: what is wrong is said here; the precision is whatever the GPUs are fast at
 def _begin(teacher, items, folder, temperature, bs, size, mean, std, classes, part_size):
     items = as_items(items)
-    check_settings(items, 1, part_size, bs, temperature)
+    check_labeling(items, 1, part_size, bs, temperature)
     make_folder(folder)
     t = Teacher(teacher, items, classes, size, mean, std, 'cpu', None)
     return t, items, labeling_metadata(t, items, folder, 1, part_size, temperature)

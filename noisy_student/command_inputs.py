@@ -10,11 +10,13 @@ __all__ = ['DATA', 'FOLDER', 'DEFAULT_ARCHS', 'Data', 'load_data', 'source_of', 
 
 # %% ../nbs/12d_command_inputs.ipynb #12d00003
 import os, warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .files import did_you_mean, folders_beside
 from .command_output import error_text, flag_of, to_stderr
+from .reading import local_only
 from .recipes import get_recipe
 from .splits import Splits
 
@@ -91,6 +93,8 @@ def source_of(
     return dict(name=absolute(name), labels=labels, unlabeled=absolute(unlabeled), seed=seed, recipe=recipe,
                 **({'table': table} if table else {}))
 
+_OF_A_TABLE = ('images', 'image', 'label', 'valid', 'group', 'suffix') # Arguments of `open_data`
+
 def data_of_run(
     run: Any, # As `read_run` reads it
     name: str | None = None, # The data, if the user has named them; they must be those of the run
@@ -103,7 +107,10 @@ def data_of_run(
                   "of images that are no files and for true labels")
         return None
     if name: source = _as_named(run, name, source or {})
-    try: splits = load_data(**dict(source, seed=run.config['seed']))
+    given = {k: source.get(k) for k in ('name', 'labels', 'unlabeled', 'recipe')}
+    given['table'] = {k: v for k, v in (source.get('table') or {}).items() if k in _OF_A_TABLE}
+    try:
+        with nullcontext() if name else local_only(): splits = load_data(**dict(given, seed=run.config['seed']))
     except (ValueError, OSError) as e:
         if name: raise ValueError(f"{name} is not what {run.path} was made from: {error_text(e)}") from None
         to_stderr(f"warning: the images of the run are not at hand ({error_text(e)}): pictures are left out, or name "

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import did_you_mean, folders_beside, unsealed
+from .files import did_you_mean, folders_beside
 
 if TYPE_CHECKING: from noisy_student.network import Network
 
@@ -84,6 +84,7 @@ def about_run(
     path: Path, # A run directory, a folder or a file in it
 ) -> dict[str, Any]: # Its run.json; empty: it belongs to no run
     "What is known of the run that a network belongs to. Raises ValueError for a run.json that is damaged."
+    from noisy_student.rundir import read_about
     for folder in [path, *path.resolve().parents[:2]]:
-        if (folder/'run.json').exists(): return unsealed(folder/'run.json')
+        if (folder/'run.json').exists(): return read_about(folder)
     return {}

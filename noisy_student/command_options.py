@@ -110,7 +110,7 @@ TimeLimitOpt = Annotated[Optional[str], option('rounds.NoisyStudent.time_limit',
 BsOpt = Annotated[Optional[int], option('recipes.Recipe.bs', 'N', '--bs', min=1, default=_RECIPES)]
 LrOpt = Annotated[Optional[float], option('recipes.Recipe.lr', 'X', '--lr', default=_RECIPES)]
 StepsOpt = Annotated[Optional[int], option('recipes.Recipe.steps', 'N', min=1, default=_RECIPES)]
-RatioOpt = Annotated[Optional[int], option('recipes.Recipe.ratio', 'N', min=1, default=_RECIPES)]
+RatioOpt = Annotated[Optional[float], option('recipes.Recipe.ratio', 'X', default=_RECIPES)]
 ShareOpt = Annotated[Optional[float], option('pseudo_labels.select_pseudo_labels.share', 'X')]
 NoiseOpt = Annotated[Optional[str], _text(
     "Noise of the students: none, mild, paper, or a magnitude of RandAugment, 0 to 30.", 'NOISE')]
@@ -122,14 +122,16 @@ SetOpt = Annotated[Optional[list[str]], typer.Option('--set', metavar='NAME=VALU
 # %% ../nbs/12c_command_options.ipynb #8edb434e
 def noise_named(
     text: str, # none, mild, paper, or a magnitude
-    base: Noise, # Whose other numbers a magnitude keeps
-) -> Noise:
+    base: Noise | None, # Whose other numbers a magnitude keeps; None: not known yet
+) -> Noise | dict: # Fields of the noise to be, for a magnitude without a base
     "The noise of `--noise`. Raises ValueError for what is none."
     named = dict(none=Noise.none(), mild=Noise(2, 10, .2, .9), paper=Noise())
     if text in named: return named[text]
     try: m = float(text)
     except ValueError: m = -1.
-    if 0 <= m <= 30: return replace(base, randaugment_m=m, randaugment_n=base.randaugment_n or 2)
+    if 0 <= m <= 30:
+        if base is None: return dict(randaugment_m=m)
+        return replace(base, randaugment_m=m, randaugment_n=base.randaugment_n or 2)
     raise ValueError(f"--noise must be {', '.join(named)} or a magnitude from 0 to 30, got {text!r}"
                      f"{did_you_mean(text, named)}")
 
@@ -171,8 +173,8 @@ def _kinds(cls): return {f.name: get_args(f.type) or (f.type,) for f in fields(c
 
 def settings_of(
     pairs: list[str], # NAME=VALUE
-    base: Noise = Noise(), # What noise.NAME=VALUE changes
-) -> dict: # Fields of `Recipe`
+    base: Noise | dict | None = Noise(), # What noise.NAME=VALUE changes; None: what is not known yet
+) -> dict: # Fields of `Recipe`; of a noise that is not known yet fields to change
     "The settings of `--set`. Raises ValueError for an unknown name, with near ones, and for a value that does not fit."
     known, parts = _kinds(Recipe), _kinds(Noise)
     names = [*(o for o in known if o not in _ELSEWHERE), *(f'noise.{o}' for o in parts)]
@@ -186,7 +188,8 @@ def settings_of(
                              f"{', '.join(names)}")
         if name.startswith('noise.'):
             part = name.partition('.')[2]
-            found['noise'] = replace(found.get('noise', base), **{part: parse_value(name, text, parts[part])})
+            before, value = found.get('noise', base), {part: parse_value(name, text, parts[part])}
+            found['noise'] = replace(before, **value) if isinstance(before, Noise) else dict(before or {}, **value)
         elif name == 'pretrained': found[name] = weights_named(text)
         else: found[name] = parse_value(name, text, known[name])
     return found

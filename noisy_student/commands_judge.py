@@ -14,7 +14,6 @@ from typing import Annotated, Optional
 
 import typer
 
-from .files import unsealed
 from .command_options import DeviceOpt, JsonOpt, option
 from .command_output import print_run, print_table, records, show_progress, to_stderr
 from .command_inputs import data_of_run, load_data
@@ -35,13 +34,15 @@ def _accuracy(t, split, name, progress):
 
 def _trained_by_all(path, splits):
     "Whether a run with folds knows the validation images, all of which trained."
-    import pandas as pd
+    from noisy_student.reading import read_csv
+    from noisy_student.rundir import RunDir, read_about
     from noisy_student.same_data import is_same
-    try: config = unsealed(path/'run.json')['config']
+    try: config = read_about(path)['config']
     except (OSError, ValueError, KeyError): return False
     if not config.get('folds'): return False
     if not isinstance(splits.valid.images, list): return is_same(splits, config)
-    tables = (pd.read_csv(f, usecols=['item']) for f in path.glob('round_*/oof.csv'))
+    run = RunDir(path)
+    tables = (read_csv(run.round(k)/'oof.csv', ['item']) for k in run.there('oof.csv'))
     known = {os.path.abspath(str(o)) for t in tables for o in t.item}
     return any(os.path.abspath(o) in known for o in splits.valid.images)
 
@@ -139,7 +140,8 @@ def evaluate(
         raise ValueError(f"{model} is not the directory of a run with a finished round: name the data to evaluate it "
                          "on")
     require_model(path)
-    rounds = sorted(path.glob('round_*/model.safetensors'), key=lambda o: int(o.parent.name.split('_')[1]))
+    from noisy_student.rundir import RunDir
+    rounds = [RunDir(path).weights(k) for k in RunDir(path).there('model.safetensors')]
     if data is None and not robustness:
         from noisy_student.rundir import read_summary
         return print_run(path, records(read_summary(path)), as_json)

@@ -24,7 +24,7 @@ from .command_output import print_run, records, show_progress, to_stderr
 from .recipes import get_recipe
 from .command_inputs import DATA, DEFAULT_ARCHS, FOLDER, load_data, selected_items, source_of
 from .command_networks import open_network
-from .command_predictions import check_file, named_items, predicted, require_files, write_predictions
+from .command_predictions import check_file, named_items, predictions_of, require_files, write_predictions
 
 # %% ../nbs/12f_commands_train.ipynb #12f00006
 def run_settings(
@@ -35,10 +35,10 @@ def run_settings(
 ) -> dict: # Fields of `Recipe` that were given
     "Settings of the command line. Raises ValueError for names and values that cannot be."
     base = get_recipe('default' if recipe == 'auto' else recipe) # an unknown name ends here
-    found = given(**options)
-    if noise is not None: found['noise'] = noise_named(noise, base.noise)
-    found |= settings_of(more or [], found.get('noise', base.noise))
-    if recipe == 'auto': check_settings(found)
+    found, known = given(**options), None if recipe == 'auto' else base.noise
+    if noise is not None: found['noise'] = noise_named(noise, known)
+    found |= settings_of(more or [], found.get('noise', known))
+    if recipe == 'auto': check_settings({k: v for k, v in found.items() if not isinstance(v, dict)})
     else: get_recipe(base, **found)
     return found
 
@@ -123,7 +123,7 @@ def run(
         named_images(files)
     made = _fit(data, splits, out, arch, recipe, seed, device, as_json, settings, source=source, **how)
     if not csv or made is None: return
-    write_predictions(predicted(open_network(made, device), wanted), made, csv, columns, like)
+    write_predictions(predictions_of(open_network(made, device), wanted), made, csv, columns, like)
 
 # %% ../nbs/12f_commands_train.ipynb #12f00013
 def train(

@@ -21,6 +21,7 @@ from PIL import Image
 from .archives import ArchiveError, open_item
 from .auto import Facts, auto_recipe, check_settings
 from .checkpoints import seeded
+from .image_files import MAX_PIXELS, open_image
 from .learner import Noise
 from .published_weights import NO_WEIGHTS
 from .models import arch_name, create_model, default_arch, find_weights, n_parameters
@@ -37,7 +38,7 @@ def native_size(
     sides = []
     for i in np.linspace(0, len(images) - 1, min(len(images), 50)).astype(int):
         try:
-            with open_item(images[i]) as f, Image.open(f) as im: sides.append(min(im.size))
+            with open_item(images[i]) as f, open_image(f) as im: sides.append(min(im.size))
         except (OSError, ArchiveError, Image.DecompressionBombError): pass # decoding will name the file
     return int(np.median(sides)) if sides else 128
 
@@ -65,7 +66,8 @@ def in_color(
     if isinstance(images, np.ndarray): return images.shape[-1] == 3 and colored(images[rows])
     for i in rows:
         try:
-            with open_item(images[i]) as f, Image.open(f) as im:
+            with open_item(images[i]) as f, open_image(f) as im:
+                if im.width * im.height > MAX_PIXELS: continue
                 if im.mode in ('1', 'L', 'LA', 'I', 'I;16', 'F'): continue
                 if colored(np.asarray(im.convert('RGB').resize((32, 32)))): return True
         except Exception: pass # decoders raise all sorts; decoding will name the file
@@ -146,7 +148,7 @@ def configure(
     data: Splits, # The images
     archs: Any = None, # Architectures, teacher first, as `create_model` takes them; None: the recipe's, or what fits
     recipe: str | Recipe = 'auto', # A name in `RECIPES`, a recipe, or 'auto'
-    noise: Noise | None = None, # Of the students; None: the recipe's
+    noise: Noise | dict | None = None, # Of the students; None: the recipe's; 'auto' also takes fields of it to change
     device: torch.device = torch.device('cpu'), # Where it trains
     seconds: float | None = None, # Time limit of the run
     speed: float | None = None, # Pixels per second in training, as an earlier start knew; None: measured if it matters
@@ -157,13 +159,15 @@ def configure(
     if recipe != 'auto':
         made = get_recipe(recipe, **given)
         return Configured(_as_list(archs or made.archs), made, {})
-    check_settings(given) # before anything is looked for
+    parts = given.pop('noise') if isinstance(given.get('noise'), dict) else {} # of the noise that fits
+    check_settings(dict(given, **(dict(noise=replace(Noise(), **parts)) if parts else {}))) # before anything is opened
     names, pretrained, reasons = _network(data, _as_list(archs), given.get('pretrained'), given.get('size'), device)
     size, decided, speed = _size(data, names, pretrained, given.get('size'), device, seconds, speed)
     largest = max((_on_paper(o, data) for o in names), key=n_parameters)
     facts = Facts(len(data.labeled), len(data.classes), len(data.unlabeled), size, n_parameters(largest),
                   bool(pretrained), device.type, in_color(data), seconds, speed and speed / size**2)
-    plain, why = auto_recipe(facts)
+    plain, why = auto_recipe(facts, **given)
+    if parts: given['noise'] = replace(plain.noise.acting_on(largest), **parts)
     follows = _consequences(plain, given, names)
     archs = tuple(map(arch_name, names))
     made = replace(plain, **{**follows, **given, 'pretrained': pretrained, 'archs': archs, 'size': size})
@@ -189,7 +193,8 @@ def _consequences(made, given, names):
     if given.get('schedule', 'one-cycle') != 'one-cycle': new['body_lr'] = 1.
     if given.get('pad'): new['min_scale'] = 1.
     if 'min_scale' in given: new['pad'] = 0
-    if given.get('noise', made.noise).style == 'keras': new['ema'] = None
+    noises = given.get('noise', made.noise), given.get('teacher_noise')
+    if any(o and o.style == 'keras' for o in noises): new['ema'] = None
     return new
 
 # %% ../nbs/06f_configure.ipynb #b2a96b04

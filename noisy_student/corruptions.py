@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from .files import replacing
+from .reading import open_array
 
 
 # %% ../nbs/10a_corruptions.ipynb #0e6a072f
@@ -107,8 +108,8 @@ def corrupted_set(
     return _open(file, images.shape)
 
 def _open(file, shape): # the memory map; None if there is none that can be used
-    try: a = np.load(file, mmap_mode='r', allow_pickle=False)
-    except (FileNotFoundError, ValueError, EOFError): return None # damaged ones are made again
+    try: a = open_array(file)
+    except (FileNotFoundError, ValueError): return None # damaged ones are made again
     return a if a.shape == shape and a.dtype == np.uint8 else None
 
 # %% ../nbs/10a_corruptions.ipynb #d2dabe25

@@ -20,6 +20,7 @@ from fastai.torch_core import TensorImage
 from .arrays import ArrayDataset, ArrayItem
 from .batches import ArrayDL, MixedDL
 from .images import load_images
+from .network import images_at_once
 from .student_views import PadCropFlip, ResizedCropFlip
 
 # public here too
@@ -83,7 +84,7 @@ def mixed_dataloaders(
     pseudo: tuple[np.ndarray, np.ndarray | torch.Tensor] | None = None, # Images likewise, probabilities float32 (M, K)
     copies: np.ndarray | None = None, # int (M,): how often each pseudo-labeled image (without them: labeled) occurs
     bs: int = 64, # Labeled images per batch; with `ratio=None` all images of a batch
-    ratio: int | None = 1, # Pseudo-labeled images per labeled image; None: both concatenated and shuffled
+    ratio: float | None = 1, # Pseudo-labeled images per labeled image, above 0; None: both concatenated and shuffled
     steps: int | None = None, # Batches per epoch; None: one pass over the labeled images, or over both
     augment: list | None = None, # Batch transforms of the student's view, such as `[PadCropFlip()]`
     stats: tuple[list[float], list[float]] | None = None, # Mean and standard deviation per channel, for pixels in 0..1
@@ -103,5 +104,6 @@ def mixed_dataloaders(
     train = MixedDL(dataset(labeled, 0), pseudo and dataset(pseudo, 0), bs=bs, ratio=ratio, copies=copies, steps=steps,
                     seed=seed, rank=rank, num_ranks=num_ranks, after_batch=[*(augment or []), *tfms],
                     device=torch.device(device))
-    clean = ArrayDL(dataset(valid, 1), bs=max(256, bs), after_batch=tfms, device=torch.device(device))
+    clean = ArrayDL(dataset(valid, 1), bs=max(images_at_once(device, valid[0].shape[1]), bs), after_batch=tfms,
+                    device=torch.device(device))
     return NoisyStudentDataLoaders(train, clean, device=torch.device(device))

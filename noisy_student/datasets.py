@@ -22,6 +22,7 @@ from .folders import from_folder, labeled_folder
 from .dataframes import from_df
 from .images import BadImage, Decoded, ImageFileError, MAX_PIXELS, load_image, load_images, square
 from .listing import list_files, list_images
+from .reading import may_fetch
 from .unlabeled import find_pool, join_pools, without_labeled
 from .splits import Split, Splits, hold_out, labeled_subset, stratified
 from .svhn import SVHN_STATS, svhn
@@ -55,7 +56,9 @@ def _fetch(url_name):
     from fastdownload import FastDownload
     url, fast = getattr(URLs, url_name), FastDownload(fastai_cfg(), module=fastai.data)
     try:
-        if not fast.data_path(arch=fast.arch_path()/url.rpartition('/')[2]).exists(): _check_members(fast.download(url))
+        if not fast.data_path(arch=fast.arch_path()/url.rpartition('/')[2]).exists():
+            may_fetch(url_name)
+            _check_members(fast.download(url))
         return untar_data(url)
     except OSError as e:
         raise OSError(f"cannot download {url} ({e}): with no internet, unpack it yourself into fastai's data "

@@ -27,6 +27,7 @@ from .models import model_hash
 from .network import Network
 from .robustness import ALEXNET_ERRORS, corruption_error, fgsm, flip_rate, flip_rates, mce, mean_error, mfr, pgd
 from .rounds import NoisyStudent, load_model
+from .rundir import RunDir
 
 # %% ../nbs/10c_evaluation.ipynb #e9100001
 _all_ = ['ALEXNET_ERRORS', 'corruption_error', 'fgsm', 'flip_rate', 'mce', 'pgd']
@@ -70,7 +71,7 @@ def _networks(run, device):
         if not run: raise ValueError("there is no network to evaluate")
         return {k: as_network(v, device=device) for k, v in run.items()}, None
     base = Path(getattr(run, 'path', run))
-    rounds = sorted(int(o.parent.name.removeprefix('round_')) for o in base.glob('round_*/metrics.json'))
+    rounds = RunDir(base).there('metrics.json')
     if not rounds: raise ValueError(f"{base} holds no finished round: give the directory of a run, or networks by name")
     return {k: as_network(base/f'round_{k}', device=device) for k in rounds}, base
 

@@ -17,6 +17,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from .locks_and_signals import InUseError, Stopped, locked, stoppable
+from .reading import open_regular, read_json
 
 _all_ = ['InUseError', 'Stopped', 'locked', 'stoppable'] # public here too
 
@@ -107,7 +108,7 @@ def file_sha256(
 ) -> str: # 64 hexadecimal digits
     "SHA-256 of a file, about a second per GB."
     h = hashlib.sha256(more.encode())
-    with open(file, 'rb') as f:
+    with open_regular(file) as f:
         while block := f.read(1 << 20): h.update(block)
     return h.hexdigest()
 
@@ -120,13 +121,11 @@ def sealed(
 
 def unsealed(
     file: Path, # Written by `sealed`
+    shape: dict | None = None, # Of what was sealed, as `misfit` takes it; None: any
 ) -> dict: # What was sealed
     "Read a JSON file. Raises FileNotFoundError; ValueError, naming the file, if it is not what was written."
-    try:
-        d = json.loads(file.read_text(encoding='utf-8'))
-        if d.pop('sha256') != _digest(d): raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{file} is damaged") from None
+    d = read_json(file, {'sha256': str, **(shape or {})})
+    if d.pop('sha256') != _digest(d): raise ValueError(f"{file} is damaged")
     return d
 
 def _digest(d): return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()
@@ -145,7 +144,7 @@ def read_sums(
 ) -> dict[str, str]: # Name to checksum, the last line of a name; empty where there is no such file
     "The checksums in a file; lines that are torn are passed over."
     if not file.exists(): return {}
-    lines = file.read_text(encoding='utf-8', errors='replace').splitlines()
+    with open_regular(file) as f: lines = f.read(1 << 28).decode(errors='replace').splitlines()
     # no name leaves the folder
     return {o[66:]: o[:64] for o in lines if re.fullmatch(r'[0-9a-f]{64}  [\w-][\w.-]{0,200}', o)}
 

@@ -8,7 +8,6 @@ Docs: https://noisy-student.github.io/noisy_student/finished_labels.html.md"""
 __all__ = ['Sources', 'find_labels']
 
 # %% ../nbs/05f_finished_labels.ipynb #14f8f282
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from typing import NamedTuple
 from .files import file_sha256, read_sums
 from .label_table import PseudoLabelError, read_metadata
 from .label_shards import what_differs
+from .reading import read_json
 
 # %% ../nbs/05f_finished_labels.ipynb #fee90211
 class Sources(NamedTuple):
@@ -46,7 +46,10 @@ def find_labels(src: str | Path | list # Folder(s) of predict_pseudo_labels with
         if diff := what_differs(first, m):
             raise PseudoLabelError(f"{files[0]} and {f} do not belong together (what differs: {diff}): label all "
                                    "images with one teacher")
-    if 'pool' in metas[0]: _check_shards(files, metas)
+    if 'pool' in metas[0]:
+        if odd := [f for f, m in zip(files, metas) if not {'pool', 'num_shards'} <= m.keys()]:
+            raise PseudoLabelError(f"{odd[0]} does not say of which shard it is: label its images again")
+        _check_shards(files, metas)
     return Sources(files, metas[0], {m.get('pool') for m in metas})
 
 def _check_sums(folder): # of all parts in it
@@ -78,8 +81,8 @@ def _check_shards(files, metas):
                                    f"predict_pseudo_labels(..., shard={missing[0]}, num_shards={num})")
         for shard, folder in found.items():
             manifest = folder/f"_shard-{shard:05d}-of-{num:05d}.json"
-            try: parts = json.loads(manifest.read_text())['parts']
-            except (OSError, ValueError, KeyError, TypeError): parts = ['missing'] # or damaged
+            try: parts = read_json(manifest, {'parts': {str: int}})['parts']
+            except (OSError, ValueError): parts = {'missing': 0} # or damaged
             if {folder/o for o in parts} <= set(files): continue
             raise PseudoLabelError(f"shard {shard} of {num} in {folder} is not complete: run "
                                    f"predict_pseudo_labels(..., shard={shard}, num_shards={num}) again")

@@ -129,23 +129,28 @@ class KeepTime(Callback):
     order = 75 # before_epoch after fastai's SkipToEpoch (70), before `RunState` (80), which asks how long an epoch is
     def __init__(self,
         seconds: float, # For the whole training, from the first batch of this process on, > 0
-        kept: dict[int, int] | None = None, # Epoch -> steps, as decided by an earlier process
+        kept: dict[int, int] | None = None, # Epoch -> steps from there on, as decided by an earlier process
         note: Callable[[dict[int, int]], None] | None = None, # Called with all decisions after each new one
-    ): self.limit, self.kept, self.note = seconds, dict(kept or {}), note
+        parts: int = 1, # Batches of a step
+    ): self.limit, self.kept, self.note, self.parts = seconds, dict(kept or {}), note, parts
 
-    def before_fit(self): self.begun, self.made, self.length = time.perf_counter(), 0, len(self.dls.train)
+    def before_fit(self):
+        self.begun, self.made = time.perf_counter(), 0
+        self.whole = len(self.dls.train) // self.parts
     def after_batch(self): self.made += self.training
     def before_epoch(self):
-        if self.epoch not in self.kept and self.made:
+        before = max((e for e in self.kept if e <= self.epoch), default=None) # what was decided holds from there on
+        length = self.whole if before is None else self.kept[before]
+        if before != self.epoch and self.made:
             spent = time.perf_counter() - self.begun # with validation
-            fits = int((self.limit - spent) / (self.n_epoch - self.epoch) / (spent / self.made))
-            if fits < .9 * self.length:
-                self.kept[self.epoch] = self.length = max(1, fits)
+            fits = int((self.limit - spent) / (self.n_epoch - self.epoch) / (spent / self.made * self.parts))
+            if fits < .9 * length:
+                self.kept[self.epoch] = length = max(1, fits)
                 if self.note: self.note(self.kept)
-        self._set(self.kept.get(self.epoch, self.length))
+        self._set(length)
     def _set(self, steps):
         "The length of this epoch."
         dl = self.dls.train
-        dl.steps, dl.n = steps, steps * dl.bs
-    def after_fit(self): self._set(self.length)
+        dl.steps, dl.n = steps * self.parts, steps * self.parts * dl.bs
+    def after_fit(self): self._set(self.whole)
 

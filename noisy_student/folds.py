@@ -128,8 +128,13 @@ class Folds(ImageTask):
         if self.dir.is_done(k) and not is_whole: self.dir.reopen(k)
 
     def prepare(self, begun):
-        if all(self.dir.is_done(k) for k in range(self.recipe.rounds + 1)): return
+        self.timing.start(begun)
+        todo = [k for k in range(self.recipe.rounds + 1) if not self.dir.is_done(k)]
+        if not todo: return
+        self.try_networks(todo)
         self.opened.all_given()
+        if self.recipe.head_rounds: # here, so that no fold pays for the others
+            for k in todo: self.heads.features(k)
         timings = [part.task.timing for part in self.parts]
         def open_clocks(): # all folds share what was spent before the first one begins
             for o in timings: o.opening = (time.perf_counter() - begun + self.timing.making) / len(timings)
@@ -139,12 +144,14 @@ class Folds(ImageTask):
         open_clocks()
 
     def make(self, k):
-        for part in self.parts: part.fit_to(k)
+        timings = [part.task.timing for part in self.parts if not part.dir.is_done(k)]
+        if any(o.is_left_out(k) for o in timings): self.say_left_out(k); return False # none has trained in vain
+        for part in self.parts:
+            part.fit_to(k)
+            part.task.timing.pause()
         if not all(o.dir.is_done(k) for o in self.parts): self.say_left_out(k); return False
         self._join(k)
         return True
-
-    def end(self): pass
 
     def plan(self) -> pd.DataFrame: # round, stage, amount, seconds
         rows = pd.concat([part.task.plan() for part in self.parts])

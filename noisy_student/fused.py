@@ -28,16 +28,22 @@ def _plan(draws, size, reference):
     """What the kernels know of each draw: (n, B, 11) int64.
 
     The operation and its family; its argument, a whole number or the bits of a float32; Cutout's center, row and
-    column; and where a pixel comes from in 16.16 fixed point: x and y per column, x and y per row, x and y of the
-    corner."""
-    op, v, center = draws
-    def drew(*names): return np.isin(op, [OPS.index(o) for o in names])
-    whole = [(drew('Posterize'), 0xff << 8 - posterize_bits(v, reference)),
-             (drew('Solarize'), solarize_threshold(v, reference).clip(0, 256)),
-             (drew('SolarizeAdd', 'Cutout'), np.trunc(v).clip(-2**24, 2**24))]
-    argument = np.select(*zip(*whole), v.astype(np.float32).view(np.int32)) # float64 holds all of these exactly
-    plan = [op[..., None], FAMILY[op][..., None], argument[..., None], center, *source_matrices(op, v, size)]
-    return np.concatenate(plan, -1).astype(np.int64)
+    column; and where a pixel of a geometric operation comes from in 16.16 fixed point: x and y per column, x and y
+    per row, x and y of the corner."""
+    op, v, center = draws.op.ravel(), draws.value.ravel(), draws.center.reshape(-1, 2)
+    plan = np.zeros((len(op), _PLAN.value), np.int64)
+    plan[:, 0], plan[:, 1], plan[:, 3:5] = op, FAMILY[op], center
+    plan[:, 2] = v.astype(np.float32).view(np.int32)
+    def drew(*names): return np.flatnonzero(np.isin(OPS, names)[op])
+    i = drew('Posterize')
+    plan[i, 2] = 0xff << 8 - posterize_bits(v[i], reference)
+    i = drew('Solarize')
+    plan[i, 2] = solarize_threshold(v[i], reference).clip(0, 256)
+    i = drew('SolarizeAdd', 'Cutout')
+    plan[i, 2] = np.trunc(v[i]).clip(-2**24, 2**24)
+    i = np.flatnonzero(FAMILY[op] == FAMILIES.index('geometry'))
+    plan[i, 5:] = np.concatenate(source_matrices(op[i], v[i], size), -1)
+    return plan.reshape(*draws.op.shape, -1)
 
 # %% ../nbs/02b_fused.ipynb #59bc5c05
 @triton.jit
@@ -88,26 +94,32 @@ def _tables_kernel(
         mean = tl.minimum(n // 256, 255)
         if not REFERENCE:
             total = tl.zeros((BLOCK,), tl.int32)
-            for start in range(0, n, BLOCK):
+            start = 0
+            while start < n:
                 i = start + tl.arange(0, BLOCK)
                 total += _luma(x, i // w * row + i % w * column, i < n, channel, C)
+                start += BLOCK
             mean = ((2 * tl.sum(total.to(tl.int64)) + n) // (2 * n)).to(tl.int32)
         value = _blend(mean.to(tl.float32), level.to(tl.float32), factor)
     elif op == _AUTOCONTRAST:
         low, high = tl.full((BLOCK,), 255, tl.int32), tl.zeros((BLOCK,), tl.int32)
-        for start in range(0, n, BLOCK):
+        start = 0
+        while start < n:
             i = start + tl.arange(0, BLOCK)
             pixels = _load(x, c * channel + i // w * row + i % w * column, i < n)
             low, high = tl.minimum(low, tl.where(i < n, pixels, 255)), tl.maximum(high, pixels)
+            start += BLOCK
         lo, hi = tl.min(low), tl.max(high)
         if lo < hi: # a single value stays
             scale = tl.full((), 255., tl.float64) / (hi - lo).to(tl.float64)
             value = _byte(level.to(tl.float64) * scale - lo.to(tl.float64) * scale)
     elif op == _EQUALIZE:
         count = tl.zeros((256,), tl.int32)
-        for start in range(0, n, BLOCK):
+        start = 0
+        while start < n:
             i = start + tl.arange(0, BLOCK)
             count += tl.histogram(_load(x, c * channel + i // w * row + i % w * column, i < n), 256)
+            start += BLOCK
         count -= tl.where(level == 0, tl.cdiv(n, BLOCK) * BLOCK - n, 0) # what lies beyond the image counted as 0
         last = tl.max(tl.where(count > 0, level, 0))
         step = (n - tl.sum(tl.where(level == last, count, 0))) // 255
@@ -164,21 +176,27 @@ def _pixels_kernel(
             _store(out, to + c * out_channel, tl.load(tables + c * 256 + value), some)
 
 # %% ../nbs/02b_fused.ipynb #1b830f7b
+def _launches(n): # pixels of an image
+    "How the two kernels are launched: pixels of a program, 8 and 4 to a thread, since registers run out with more"
+    block = 4096 if n > 4096 else 1024 # an image's own table is made by one program, in steps of so many
+    return dict(BLOCK=block, num_warps=block // 256), dict(BLOCK=1024, num_warps=8)
+
 def augment(
     x: Tensor, # (B, 1 or 3, H, W), uint8, or float32, float16 or bfloat16 in [0, 1], of any strides, on a GPU
     draws: Draws, # Of `BatchRandAugment.draw`, for B images
     reference: bool = False, # Wrap large arguments as google-research/noisystudent does
 ) -> Tensor: # As `x`
     "`x` after the operations in `draws`, in the dtype and the memory format of `x`; the host waits for nothing."
-    (b, c, h, w), block = x.shape, 1024
+    b, c, h, w = x.shape
+    whole, part = _launches(h * w)
     plans = torch.from_numpy(_plan(draws, (h, w), reference))
     if x.is_cuda: plans = plans.pin_memory().to(x.device, non_blocking=True)
     tables = torch.empty(b, c, 256, dtype=torch.uint8, device=x.device)
     with torch.cuda.device_of(x): # Triton launches on the current one
         for plan, dtype in zip(plans, [torch.uint8] * (len(plans) - 1) + [x.dtype]):
             out, where = torch.empty_like(x, dtype=dtype), (h, w, *x.stride())
-            _tables_kernel[b, c](x, tables, plan, *where, C=c, REFERENCE=reference, BLOCK=block, enable_fp_fusion=False)
-            _pixels_kernel[b, triton.cdiv(h * w, block)](x, out, tables, plan, *where, *out.stride(), C=c, BLOCK=block,
-                                                         enable_fp_fusion=False)
+            _tables_kernel[b, c](x, tables, plan, *where, C=c, REFERENCE=reference, enable_fp_fusion=False, **whole)
+            _pixels_kernel[b, triton.cdiv(h * w, part['BLOCK'])](x, out, tables, plan, *where, *out.stride(), C=c,
+                                                                 enable_fp_fusion=False, **part)
             x = out
     return x

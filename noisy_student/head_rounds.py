@@ -34,7 +34,7 @@ class _Features:
         self,
         learners: Learners, # Of the run
         tell: Callable[[str, int, int], None], # Called with (stage, done, total)
-    ): self.learners, self.tell, self.known = learners, tell, {}
+    ): self.learners, self.tell, self.known, self.data_key = learners, tell, {}, ''
     known: dict[str, tuple] # Features by network
 
     def features(
@@ -43,7 +43,8 @@ class _Features:
     ) -> tuple[np.ndarray, np.ndarray | None]: # float32 (n, F): of the labeled images, of the first of the pool
         "What the pretrained network of round k sees, computed once."
         a = self.learners
-        what = f"{resolved(a.arch(k), True)} {a.recipe.pretrained} {a.opened.size} {content_digest(a.data)}"
+        self.data_key = self.data_key or content_digest(a.data) # which looks at every file
+        what = f"{resolved(a.arch(k), True)} {a.recipe.pretrained} {a.opened.size} {self.data_key}"
         key = hashlib.sha256(what.encode()).hexdigest()[:16]
         if key not in self.known:
             file = a.dir.path/'cache'/f'features-{key}.safetensors'

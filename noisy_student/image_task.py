@@ -70,10 +70,9 @@ class ImageRounds(Task):
     def train(self, k, learn, role):
         r, stage = self.learners.recipe_of(k), f'round {k}: training the {role}'
         if k < r.head_rounds: return self.heads.history(learn, f'{stage}, its classifier alone'), 0.
-        epochs = r.teacher_epochs if role == 'teacher' and r.teacher_epochs else r.epochs
         progress = StageProgress(self.tell, f'{stage} {self.arch(k)} (batches)')
         cbs = [*self.timing.keep(k), *self.setup.cbs(k, self.dir.round(k))]
-        return fit_resumably(learn, epochs, r, self.dir.round(k), progress, cbs)
+        return fit_resumably(learn, r.epochs_of(role), r, self.dir.round(k), progress, cbs)
 
     def save(self, k, learn):
         if not rank(): self.learners.network(k, learn).save(self.dir.weights(k))
@@ -116,19 +115,27 @@ class ImageTask(ImageRounds):
                  *more # More arguments of a subclass
                 ) -> 'ImageTask':
         "All that a run with one network per round needs."
-        opened = Opened(setup.data, setup.size, directory, tell, bool(setup.recipe.rounds) or setup.given is not None)
-        learners = Learners(opened, setup.recipe, setup.networks, setup.archs, setup.seed, setup.device, setup.metrics)
-        return cls(setup, learners, Heads(learners, tell), Timing(learners, setup.limit), tell, *more)
+        opened = Opened(setup.data, setup.size, directory, tell, bool(setup.recipe.rounds) or setup.given is not None,
+                        setup.device)
+        learners = Learners(opened, setup.recipe, setup.networks, setup.archs, setup.seed, setup.device, setup.metrics,
+                            setup.given is not None)
+        timing = Timing(learners, setup.limit, setup.auto_batch, setup.fills_time)
+        return cls(setup, learners, Heads(learners, tell), timing, tell, *more)
 
     def prepare(self, begun):
         todo = [k for k in range(self.recipe.rounds + 1) if not self.dir.is_done(k)]
-        with first_rank_first(): check_weights(self.learners, todo)
-        if self.recipe.rounds in todo: check_metrics(self.learners)
+        self.try_networks(todo)
         self.timing.start(begun)
         self.opened.check_leaks()
         if not todo: return
         self.opened.all_given()
         if not rank(): self.timing.tell()
+
+    def try_networks(self, todo: list[int] # Rounds that are not done
+                    ) -> None:
+        "Raises ValueError for weights or metrics that do not fit."
+        with first_rank_first(): check_weights(self.learners, todo)
+        if self.recipe.rounds in todo: check_metrics(self.learners)
 
     def make(self, k):
         if self.timing.is_left_out(k):

@@ -23,12 +23,12 @@ from .image_ops import Draws, OPS, apply_pil, check_ops
 
 # %% ../nbs/02d_kernels.ipynb #01d00006
 @cache
-def _fused(device, dtype):
+def _fused(device, dtype, is_large):
     "`fused.augment`, if it works on this device, which is tried once; else None"
     if device.type != 'cuda' or dtype == torch.float64 or find_spec('triton') is None: return None
     try:
         from noisy_student.fused import augment
-        x, draws = _trial(dtype)
+        x, draws = _trial(dtype, is_large)
         if torch.equal(augment(x.to(device), draws).cpu(), batch_ops.augment(x, draws)): return augment
         reason = "their result is wrong"
     except Exception as e: reason = f"{type(e).__name__}: {e}".splitlines()[0] # what GPU, driver or compiler lack
@@ -37,9 +37,13 @@ def _fused(device, dtype):
     return None
 
 
-def _trial(dtype):
+def _is_large(x): return x.shape[-2:].numel() > 4096 # pixels: there the kernels are compiled for larger blocks
+
+
+def _trial(dtype, is_large):
     "All operations twice, on 48 images"
-    x = torch.rand(48, 48, 32, 3, generator=torch.Generator().manual_seed(0)).permute(0, 3, 1, 2)
+    h, w = (96, 64) if is_large else (48, 32)
+    x = torch.rand(48, h, w, 3, generator=torch.Generator().manual_seed(0)).permute(0, 3, 1, 2)
     x[16:32] = x[16:32] / 8 + .3 # of a narrow range
     x[32:] = .7
     op = np.tile(np.arange(16), 3)
@@ -55,7 +59,7 @@ def augment(
     "`x` after the operations in `draws`. Raises ValueError unless there is a draw for each of its images."
     if draws.op.shape[1] != len(x):
         raise ValueError(f"draws must be for {len(x)} images, got draws for {draws.op.shape[1]} images")
-    return (len(x) and _fused(x.device, x.dtype) or batch_ops.augment)(x, draws, reference)
+    return (len(x) and _fused(x.device, x.dtype, _is_large(x)) or batch_ops.augment)(x, draws, reference)
 
 
 DTYPES = (torch.uint8, torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -72,4 +72,6 @@ def count_probs(con: Any, # Of `connect`
                 files: Sequence[Path] # Of pseudo labels
                ) -> int:
     "Probabilities per row. Raises `PseudoLabelError` as `run_query` does."
-    return len(run_query(con, f"SELECT probs FROM {parquet_sql(files)} LIMIT 1", files).fetchall()[0][0])
+    (k,), = run_query(con, f"SELECT len(probs) FROM {parquet_sql(files)} LIMIT 1", files).fetchall()
+    if not k: raise PseudoLabelError(f"{files[0]} has a row without probabilities: label its images again")
+    return k

@@ -26,6 +26,7 @@ from .distributed import barrier, rank, world
 from .head_rounds import Heads
 from .run_learners import Learners
 from .models import load_weights
+from .network import images_at_once
 from .progress import StageProgress
 from .pseudo_labels import PseudoLabelError, PseudoLabels, predict_pseudo_labels, read_selection
 from .pseudo_labels import relabel_pseudo_labels, select_pseudo_labels
@@ -92,7 +93,8 @@ class Labeling:
         if not rank():
             images = a.data.unlabeled.images
             if not isinstance(images, np.ndarray): images = list(a.opened.items())
-            relabel_pseudo_labels(self.teacher(k - 1), before, out, images, bs=256, progress=tell)
+            relabel_pseudo_labels(self.teacher(k - 1), before, out, images, bs=images_at_once(a.device, a.opened.size),
+                                  progress=tell)
         barrier()
         return read_selection(out)
 

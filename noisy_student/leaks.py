@@ -13,6 +13,7 @@ from collections.abc import Callable
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 
 # %% ../nbs/01k_leaks.ipynb #e32521a3
@@ -48,6 +49,7 @@ def find_leaks(
     images: np.ndarray, # uint8 (N, S, S, C): those that train
     others: np.ndarray, # uint8 (M, S, S, C): those that are held out
     progress: Callable[[int, int], None] | None = None, # Called with (done, total) images
+    device: str | torch.device = 'cpu', # Where hashes are compared; the result is the same
 ) -> pd.DataFrame: # position (in images), other (position in others), kind, difference; by position
     """The images that are among the others, each with the one it is most like: `kind` is 'identical' (the same pixels)
     or 're-encoded' (looks the same), `difference` the share of the contrast, 0 where identical. Raises ValueError for
@@ -57,7 +59,8 @@ def find_leaks(
                          "them to one size first")
     same, low = _same_pixels(images, others), dct_low(others)
     norm, found, todo = _contrast(low, others.shape[1]), [], 512
-    signs = _signs(low)
+    place = torch.device(device)
+    signs = torch.from_numpy(_signs(low)).to(place, torch.float16 if place.type == 'cuda' else None).T
     for i in range(0, len(images) if len(others) else 0, todo):
         a = dct_low(np.asarray(images[i:i + todo]))
         found.append(_alike(a, _contrast(a, images.shape[1]), low, norm, signs, i))
@@ -74,9 +77,14 @@ def _contrast(low, size):
     norm = np.linalg.norm(low, axis=1)
     return np.where(norm >= MIN_CONTRAST * size, norm, np.inf).astype(np.float32)
 
+# int64 (k,): positions in a flat (n, M) of pairs that differ in few bits; sums of 64 signs are exact in any precision
+def _near(a, b_signs):
+    near = torch.from_numpy(_signs(a)).to(b_signs.device, b_signs.dtype) @ b_signs >= N_BITS - 2 * MAX_BITS
+    return np.flatnonzero(near.numpy()) if near.device.type == 'cpu' else near.flatten().nonzero()[:, 0].cpu().numpy()
+
 # float (n, 3): the nearest of `b` for those of `a` that look the same
 def _alike(a, a_norm, b, b_norm, b_signs, start):
-    near = np.flatnonzero(_signs(a) @ b_signs.T >= N_BITS - 2 * MAX_BITS)
+    near = _near(a, b_signs)
     best = np.full((len(a), 2), [-1, np.inf])
     for k in range(0, len(near), 50_000): # simple images have many neighbors
         i, j = np.divmod(near[k:k + 50_000], len(b))

@@ -15,16 +15,18 @@ import fastai.callback.fp16, fastai.callback.progress, fastai.callback.schedule 
 import torch
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders, TfmdDL
-from fastai.data.transforms import Normalize, get_c
+from fastai.data.transforms import IntToFloatTensor, Normalize, get_c
 from fastai.learner import AvgSmoothLoss, Learner, Recorder
 from fastai.metrics import accuracy
 from fastai.optimizer import Adam
 from fastai.torch_core import TensorImage, no_random, to_detach
 from torch import nn
 
+from .batches import ArrayDL
 from .losses import HardTargets, SoftLabelCrossEntropy
-from .one_label import check_loss, check_targets
 from .models import create_model, fine_tuning_groups, n_parameters
+from .one_label import check_loss, check_targets
+from .randaugment import BatchRandAugment
 
 # %% ../nbs/04f_learner.ipynb #176121a7
 from .noise import STYLES, Noise, Style # public here too
@@ -61,8 +63,21 @@ def _copy_dl(dl, tfms):
     new = copy.copy(dl)
     new.fake_l = copy.copy(dl.fake_l)
     new.fake_l.d, new.fake_l.dataset = new, new.fake_l # it iterates over the loader it knows
-    new.after_batch = type(dl.after_batch)([*dl.after_batch.fs, *tfms])
+    tfms = [*dl.after_batch.fs, *tfms]
+    new.after_batch = type(dl.after_batch)(_on_bytes(tfms) if isinstance(dl, ArrayDL) else tfms)
     return new
+
+def _on_bytes(tfms):
+    "RandAugment before the conversion to floats, unless something else comes in between."
+    late = BatchRandAugment.order
+    by = late - IntToFloatTensor.order + 2 # what follows it, a square that is cut out, still does
+    if any(late - by < o.order < late and not isinstance(o, IntToFloatTensor) for o in tfms): return tfms
+    def early(o):
+        if not isinstance(o, BatchRandAugment) or o.order < late: return o
+        o = copy.copy(o) # the loader that was given keeps its own
+        o.order -= by
+        return o
+    return [early(o) for o in tfms]
 
 def _add_transforms(dls, train_tfms, all_tfms):
     "A copy of `dls`, with more transforms for training batches and for all."

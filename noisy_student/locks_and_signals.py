@@ -8,10 +8,11 @@ Docs: https://noisy-student.github.io/noisy_student/locks_and_signals.html.md"""
 __all__ = ['InUseError', 'locked', 'Stopped', 'stoppable']
 
 # %% ../nbs/00f_locks_and_signals.ipynb #4ab10003
-import os, signal, socket, threading, time
+import errno, os, re, signal, socket, sys, threading, time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -23,20 +24,62 @@ class InUseError(OSError):
 def locked(
     file: Path, # The lock file, in the folder to be written
 ) -> Iterator[None]:
-    "Inside, no other process is. Raises `InUseError` at once if one is; a folder that cannot be written is not locked."
-    owner, lock = file.with_name(file.name + '.txt'), FileLock(str(file))
+    """Inside, no other process is. Raises `InUseError` at once if one is, or if it cannot be known; a folder that
+    cannot be written is not locked."""
+    owner = file.with_name(file.name + '.txt')
+    try: lock: Any = FileLock(str(file), fallback_to_soft=False)
+    except TypeError: lock = FileLock(str(file)) # before filelock 3.30
     try: file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise OSError(e.errno, f"cannot write {file.parent}: {e.strerror}") from None
     try: lock.acquire(timeout=0)
-    except Timeout:
-        who = owner.read_text() if owner.exists() else 'another process'
-        raise InUseError(f"{file.parent} is being written by {who}: wait until it is done, stop it, or choose another "
-                         "folder") from None
-    except OSError: yield; return # a read-only folder: what is to be written will say so
+    except Timeout: raise _in_use(file, _named(owner) or 'another process') from None
+    except NotImplementedError: lock = None # some file systems know no locks, such as NFS without its daemon
+    except OSError as e:
+        if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS): yield; return # what is to be written will say so
+        lock = None
     try:
-        owner.write_text(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        yield
-    finally: owner.unlink(missing_ok=True); lock.release()
+        if lock: owner.write_text(_me())
+        else: _claim(file, owner)
+    except BaseException:
+        if lock: lock.release()
+        raise
+    try: yield
+    finally:
+        owner.unlink(missing_ok=True)
+        if lock: lock.release()
+
+def _me(): return f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+
+def _named(owner):
+    "Who wrote it; empty where there is none."
+    try: return owner.read_text(errors='replace')[:200]
+    except OSError: return ''
+
+def _in_use(file, who):
+    return InUseError(f"{file.parent} is being written by {who}: wait until it is done, stop it, or choose another "
+                      "folder")
+
+def _claim(file, owner):
+    "Without locks: whoever makes the file first has the folder. What a process of this machine left is taken over."
+    for _ in range(3):
+        try:
+            with open(owner, 'x') as f: f.write(_me()); return
+        except FileExistsError: pass
+        who = _named(owner)
+        own = re.fullmatch(r'process (\d+) on (.*) since .*', who)
+        if not own or own[2] != socket.gethostname():
+            raise InUseError(f"{file.parent} may be in use by {who or 'another process'}: its file system has no "
+                             f"locks, so that cannot be known. If nobody writes there, remove {owner}")
+        if int(own[1]) == os.getpid() or _is_alive(int(own[1])): raise _in_use(file, who)
+        owner.unlink(missing_ok=True)
+    raise _in_use(file, 'another process')
+
+def _is_alive(pid):
+    if os.name != 'posix': return True # not known; there, os.kill would end it
+    try: os.kill(pid, 0)
+    except ProcessLookupError: return False
+    except OSError: pass # it is there, and somebody else's
+    return True
 
 # %% ../nbs/00f_locks_and_signals.ipynb #0a1c47f3
 class Stopped(KeyboardInterrupt):
@@ -47,13 +90,27 @@ class Stopped(KeyboardInterrupt):
         super().__init__('stopped; the same call goes on from here')
         self.code = 128 + sig
 
+def _is_importing(frame, outside):
+    "Whether a module is being loaded: some of those that are written in C++ end the process when that is interrupted."
+    while frame and frame is not outside:
+        if frame.f_code.co_filename.startswith('<frozen importlib'): return True
+        frame = frame.f_back
+    return False
+
+def _again_soon(sig):
+    again = threading.Timer(.05, signal.raise_signal, [sig])
+    again.daemon = True
+    again.start()
+
 @contextmanager
 def stoppable(
     defer: bool = False, # Note the first signal instead of raising at once
 ) -> Iterator[list[int]]: # The signals that were noted
     "Yields the list of signals that were noted; raises `Stopped` on a signal, at the latest in the end."
     asked: list[int] = []
+    outside = sys._getframe(2) # who says `with`
     def handler(sig, frame):
+        if _is_importing(frame, outside): return _again_soon(sig)
         asked.append(sig)
         if len(asked) > defer: raise Stopped(sig)
     main = threading.current_thread() is threading.main_thread()

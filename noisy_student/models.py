@@ -49,7 +49,8 @@ def _build(arch, n_out, c_in, pretrained):
         width = re.match(r'resnet9\D+([1-9]\d*)', name)
         known = [*timm.list_models(), 'tf_efficientnet_l0', 'tf_efficientnet_l1', 'keras_resnet50', 'resnet9_24',
                  *([f'resnet9_{width[1]}'] if width else [])]
-        raise ValueError(f"unknown architecture {arch!r}: use a timm name or resnet9_24{did_you_mean(name, known, 3)}")
+        raise ValueError(f"unknown architecture {arch[:80]!r}: use a timm name or resnet9_24"
+                         f"{did_you_mean(name, known, 3)}")
     try:
         with hub_cache_if_unreachable() if pretrained else nullcontext():
             return timm.create_model(arch, pretrained=pretrained, num_classes=n_out, in_chans=c_in)

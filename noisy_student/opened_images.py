@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+import torch
 
 from .datasets import Decoded, Splits, load_images
 from .distributed import first_rank_first
@@ -21,6 +22,7 @@ from .files import sealed, unsealed
 from .leaks import find_leaks
 from .progress import StageProgress
 from .pseudo_labels import PseudoLabels
+from .run_record import LEAKS
 from .run_warnings import leak_warnings
 from .rundir import RunDir
 from .same_data import Whereabouts, fingerprint # noqa: F401, it is public here too
@@ -53,9 +55,22 @@ class OpenedImages:
             cache = None if isinstance(split.images, np.ndarray) else self.dir.path/'cache'
             with first_rank_first():
                 d = load_images(split.images, self.size, cache, StageProgress(self.tell, f'decoding {name} images'))
+            if digest := getattr(d, 'digest', None): self._compare(name, digest)
             if d.bad: self._complain(name, d, len(split))
             self.decoded[name] = d
         return self.decoded[name]
+
+    # With what the run has seen before: names and sizes may be those of other pictures
+    def _compare(self, name, digest):
+        key = f'{name}-{self.size}'
+        try: seen = unsealed(self.dir.path/'images.json', {str: str})
+        except (OSError, ValueError): seen = {}
+        if seen.get(key) == digest: return
+        if key in seen and self.dir.has_begun():
+            warnings.warn(f"the {name} images have changed since {self.dir.path} was begun: same names and sizes, "
+                          "other pixels, unless another version of Pillow decodes them. What was learned from the "
+                          "earlier ones stays in it: start over in another folder")
+        else: self.dir.write('images.json', sealed({**seen, key: digest}))
 
     def all_given(self) -> None:
         "Decode the labeled, validation and test images: a bad file stops the run here, before training."
@@ -124,7 +139,8 @@ class OpenedPool(OpenedImages):
 
 # %% ../nbs/08a_opened_images.ipynb #ab000016
 def leaks_of(opened: OpenedImages, # Of a run
-             name: str # Of a split that trains
+             name: str, # Of a split that trains
+             device: str | torch.device = 'cpu' # As `find_leaks`
             ) -> list[dict]: # pile, position, item, also_in, other, kind, difference
     "A dict per image that is also a validation or test image."
     data, images = opened.data, opened.images(name)
@@ -133,7 +149,7 @@ def leaks_of(opened: OpenedImages, # Of a run
     for n, other in enumerate(held):
         others = opened.images(other)
         def tell(done, of): name == 'unlabeled' and opened.tell('looking for leaks (images)', n * of + done, total)
-        for o in find_leaks(images.images, others.images, tell).itertuples():
+        for o in find_leaks(images.images, others.images, tell, device).itertuples():
             i, j = int(images.good[o.position]), int(others.good[o.other])
             out.append(dict(pile=name, position=i, item=opened.item(name, i), also_in=other,
                             other=opened.item(other, j), kind=o.kind, difference=round(o.difference, 4)))
@@ -147,10 +163,11 @@ class Opened(OpenedPool):
                  size: int, # Side of the decoded images in pixels
                  directory: RunDir, # Of the run: cache, skipped.csv, leaks.json
                  tell: Callable[[str, int, int], None], # Called with (stage, done, total)
-                 pool: bool = True # Whether the unlabeled images are needed
+                 pool: bool = True, # Whether the unlabeled images are needed
+                 device: str | torch.device = 'cpu' # Where leaks are searched
                 ):
         super().__init__(data, size, directory, tell)
-        self.pool_is_needed = pool
+        self.pool_is_needed, self.device = pool, device
         self._left_out: dict[int, str] | None = None # Once leaks were searched
 
     def find_leaks(self) -> None:
@@ -160,7 +177,7 @@ class Opened(OpenedPool):
 
     def check_leaks(self) -> None:
         "A damaged leaks.json of finished rounds is made again, too."
-        try: unsealed(self.dir.path/'leaks.json')
+        try: unsealed(self.dir.path/'leaks.json', LEAKS)
         except FileNotFoundError: pass
         except ValueError: self.find_leaks()
 
@@ -189,11 +206,11 @@ class Opened(OpenedPool):
     # Of leaks.json, or searched: a dict per image, as `leaks_of` gives it
     def _kept_leaks(self):
         splits = ['labeled', *(['unlabeled'] if self.pool_is_needed else [])]
-        try: old = unsealed(self.dir.path/'leaks.json')
+        try: old = unsealed(self.dir.path/'leaks.json', LEAKS)
         except FileNotFoundError: old = dict(searched=[])
         except ValueError as e: old = dict(searched=[]); warnings.warn(f"{e}: leaks are searched again")
         if not set(splits) <= set(old['searched']):
-            old = dict(searched=splits, found=[o for name in splits for o in leaks_of(self, name)])
+            old = dict(searched=splits, found=[o for name in splits for o in leaks_of(self, name, self.device)])
             self.dir.write('leaks.json', sealed(old))
             for o in leak_warnings(old['found']): warnings.warn(o)
         return old['found']

@@ -36,8 +36,8 @@ from .label_pool import as_items, is_streamed
 from .label_queries import connect, count_probs
 from .selection import PseudoLabels, Selection, check_pool, open_selection, read_selection, selected_by
 from .selection import summarize
-from .label_shards import check_settings, finish_shard, label_part, labeling_metadata, parts_of_shard
-from .label_shards import save_part, shard_range
+from .label_shards import check_labeling, finish_shard, label_part, labeling_metadata, parts_of_shard
+from .label_shards import save_part, shard_range, with_digests
 from .finished_labels import find_labels
 from .teacher import Teacher, probabilities
 
@@ -70,7 +70,7 @@ def predict_pseudo_labels(
     Raises `PseudoLabelError` if there is nothing to label, the teacher's output is not finite, or the folder holds
     other labels; OSError if the folder cannot be written. Algorithm 1, step 2, of Xie et al."""
     items, folder, leave_out = as_items(items), Path(out), leave_out or {}
-    check_settings(items, num_shards, part_size, bs, temperature, names)
+    check_labeling(items, num_shards, part_size, bs, temperature, names)
     if not 0 <= shard < num_shards: raise PseudoLabelError(f"shard={shard} must be in 0..{num_shards - 1}")
     if leave_out and is_streamed(items):
         raise PseudoLabelError("leave_out counts images, and items are archives: give the images")
@@ -86,9 +86,10 @@ def predict_pseudo_labels(
     with locked(folder/f'.lock-{name}'), stoppable(), t.evaluating(), Behind() as behind:
         known = read_sums(sums)
         def save(*args): behind(save_part, *args, sums)
-        for part in parts_of_shard(items, shard, num_shards, part_size, folder):
+        parts_here = parts_of_shard(items, shard, num_shards, part_size, folder)
+        for part, own_digest in with_digests(parts_here, items, names):
             tick = tell and (lambda b: tell(part, b))
-            done, rows = label_part(t, part, meta, names, bs, tick, known, leave_out, save)
+            done, rows = label_part(t, part, meta, names, bs, tick, known, leave_out, save, own_digest)
             n += part.stop - part.start
             skipped += done['skipped']; parts[part.file.name] = rows
     finish_shard(folder, name, n, parts, skipped, read_sums(sums), sum(lo <= j < hi for j in leave_out))
@@ -134,7 +135,7 @@ def select_pseudo_labels(
             raise PseudoLabelError(f"no pseudo label reaches threshold={threshold}: the highest confidence is "
                                    f"{rows.top.max():.4f}; lower the threshold")
         classes = meta.get('classes', [str(i) for i in range(k)])
-        stats = class_counts(rows, classes)
+        stats = class_counts(rows, classes, Path(files[0]).parent)
         target = rows_per_class(per_class, stats.passed)
         for o in class_warnings(stats, threshold, share, target): warnings.warn(o)
         if not source.is_one: check_unique(con, files, passing if share is None else passing._replace(over='true'))

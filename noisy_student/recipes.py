@@ -17,7 +17,7 @@ if TYPE_CHECKING: import pandas as pd
 from .efficientnets import EFFICIENTNETS
 from .files import did_you_mean
 from .noise import Noise
-from .setting_ranges import check_settings, shares_of
+from .setting_ranges import check_ranges, shares_of
 
 # %% ../nbs/06d_recipes.ipynb #3cf08c70
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Recipe:
     teacher_epochs: int | None = None # Epochs of the first teacher; None: as the students
     steps: int | None = None # Batches per epoch; None: one pass over the labeled images
     bs: int = 64 # Labeled images per batch; with `ratio=None` all images of a batch
-    ratio: int | None = 3 # Pseudo-labeled images per labeled one, 1..14 in the paper; None: all shuffled into one pile
+    ratio: float | None = 3 # Pseudo-labeled images per labeled one, 1..14 in the paper; None: all in one pile
     accumulate: int = 1 # Parts of a batch that go through the network one after the other, for one step
-    optimizer: str = 'adamw' # 'adamw', 'adam' or 'rmsprop' in TensorFlow's form
+    optimizer: str = 'adamw' # 'adamw', 'adam', 'rmsprop' in TensorFlow's form, or 'sgd' with Nesterov momentum
     schedule: str = 'one-cycle' # 'one-cycle', 'staircase' (the paper) or 'plateau' (constant for 5/6 of the epochs)
     lr: float = 2e-3 # Learning rate, the highest of the schedule
     lr_per: int | None = None # `lr` is for this many labeled images per batch, and scales with `bs`; None: it does not
@@ -79,7 +79,8 @@ class Recipe:
         words = {'hub': True, 'none': False} # those of the command line
         object.__setattr__(self, 'pretrained', words.get(self.pretrained, self.pretrained))
         if isinstance(self.share, list): object.__setattr__(self, 'share', tuple(self.share)) # as JSON has it
-        check_settings(self)
+        if isinstance(self.ratio, float) and self.ratio.is_integer(): object.__setattr__(self, 'ratio', int(self.ratio))
+        check_ranges(self)
 
     @property
     def rate(self) -> float:
@@ -91,6 +92,16 @@ class Recipe:
         "The share of the pool that the student of round k learns from."
         shares = shares_of(self.share)
         return shares[min(k, len(shares)) - 1]
+
+    def epochs_of(self, role: str # 'teacher', the first one, or 'student'
+                 ) -> int:
+        "For how many epochs it trains."
+        return self.teacher_epochs if role == 'teacher' and self.teacher_epochs else self.epochs
+
+    def noise_of(self, role: str # 'teacher', the first one, or 'student'
+                ) -> Noise:
+        "The noise it trains under."
+        return self.teacher_noise if role == 'teacher' and self.teacher_noise is not None else self.noise
 
     def stairs(self, epochs: int # Of this round
               ) -> dict: # `every` and `warmup` of `staircase`
@@ -182,9 +193,10 @@ def _training_words(r):
                 'staircase': f"x0.97 every {stairs['every']:.3g} epochs, {stairs['warmup']:g} of warm-up",
                 'plateau': f"constant for {round(r.epochs * 5 / 6)} epochs, then x0.1 on a plateau of 3 epochs, end "
                            "after 10"}[r.schedule]
-    optimizer = {'adamw': 'AdamW', 'adam': 'Adam', 'rmsprop': 'RMSProp .9, momentum .9, eps .001'}[r.optimizer]
+    optimizer = {'adamw': 'AdamW', 'adam': 'Adam', 'rmsprop': 'RMSProp .9, momentum .9, eps .001',
+                 'sgd': 'SGD, Nesterov momentum .9'}[r.optimizer]
     teacher = f", teacher {r.teacher_epochs}" if r.teacher_epochs else ''
-    return {'batch / ratio': f"{r.bs} / {r.ratio}x" if r.ratio else f"{r.bs}, concatenated and shuffled",
+    return {'batch / ratio': f"{r.bs} / {r.ratio:g}x" if r.ratio else f"{r.bs}, concatenated and shuffled",
             'epochs': f"{r.epochs}{teacher}{f', of {r.steps} steps' if r.steps else ''}",
             'optimizer': f"{optimizer}; lr {r.lr:g}{f' per {r.lr_per}' if r.lr_per else ''}", 'schedule': schedule}
 

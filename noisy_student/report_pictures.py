@@ -21,7 +21,7 @@ from PIL import Image
 from .datasets import ImageFileError, Split, load_image, square
 from .label_queries import connect, parquet_sql
 from .run_record import RunRecord, Truth, item_name, short
-from .report_tables import MAX_CLASSES, Cell, Table, percent
+from .report_tables import MAX_CLASSES, Cell, ReportTable, percent
 from .suspects import flipped_labels
 
 # %% ../nbs/07h_report_pictures.ipynb #b5000006
@@ -116,7 +116,7 @@ MAX_PICTURES = 24
 @dataclass
 class Flips:
     "Pseudo labels that changed between two labelings of the pool."
-    table: Table # A row per round that labeled it again
+    table: ReportTable # A row per round that labeled it again
     pictures: list[Picture] # The latest, those first that the student is surest of; none if there is none at hand
     n: int # How many of the latest there are
     judged: bool # Whether the truth of any of the latest is known
@@ -136,7 +136,7 @@ def label_flips(run: RunRecord # From `read_run`
         counts = [Cell(f'{good:,}', 'good'), Cell(f'{bad:,}', 'bad'), f'{len(flips) - good - bad:,}']
         rows.append([*row, *(counts if judged else [''] * 3)])
     titles = ('labels of round', 'flipped', 'of the pool', 'now right', 'now wrong', 'neither')
-    table = Table([(o, False) for o in titles], rows)
+    table = ReportTable([(o, False) for o in titles], rows)
     if not any(r[3] for r in table.rows): table = table.first(3)
     album, pictures = Album(run.data.unlabeled if run.data else None), []
     for o in flips.head(MAX_PICTURES).itertuples():

@@ -116,8 +116,7 @@ class Task(Parts):
 
     def noise(self, role: str # 'teacher' or 'student'
              ) -> Any: # In training
-        r = self.recipe
-        return r.teacher_noise if role == 'teacher' and r.teacher_noise is not None else r.noise
+        return self.recipe.noise_of(role)
 
     def check(self, k: int # Round
              ) -> None:

@@ -8,8 +8,10 @@ Docs: https://noisy-student.github.io/noisy_student/rounds.html.md"""
 __all__ = ['Loop', 'ImageLoop', 'NoisyStudent', 'load_model', 'read_summary']
 
 # %% ../nbs/09_rounds.ipynb #76c8d33c
-import time, warnings
+import inspect, time, warnings
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +35,13 @@ from .same_data import identity
 from .predictions import predict_table
 from .progress import StageProgress, default_progress
 from .pseudo_labels import Selection
-from .recipes import Recipe
+from .recipes import Recipe, setting_hint
 from .run_results import Results
 from .rundir import RunDir, read_metrics, read_summary, run_folder, weights_file # noqa: F401
 from .run_file import check_config, config_of, write_run
 from .run_setup import Setup, settle
-from .tables import open_data
-from .threads import keep_memory
+from .tables import DATA_SETTINGS, open_data
+from .threads import compute_threads, keep_memory
 from .run_suspects import find_suspects
 
 _all_ = ['read_summary'] # Public here too
@@ -72,9 +74,10 @@ class Loop(Results):
             raise ValueError(f"last must be a round, in 0..{self.recipe.rounds}, got {last}")
         begun = time.perf_counter()
         if self.task.device.type == 'cpu': keep_memory()
-        with self.dir.alone(), stoppable(), warnings.catch_warnings():
+        with self.dir.alone(), stoppable(), warnings.catch_warnings(), ExitStack() as threads:
             with first_rank_first():
                 self.open_dir()
+                threads.enter_context(compute_threads(self._threads()))
                 for k in range(self.recipe.rounds + 1): self.task.check(k)
             self.task.prepare(begun)
             old = not _is_whole(self.path/'report.html')
@@ -98,10 +101,20 @@ class Loop(Results):
         config, old = self.config, config_of(self.dir, vars(type(self.recipe)()))
         if old is None or check_config(self.dir, old, config): self.write_run(config)
 
+    # That the run was begun with, where it counts; a network computes other bits with another number of them
+    def _threads(self):
+        begun, now = self.dir.about.get('threads'), torch.get_num_threads()
+        if self.task.device.type != 'cpu' or begun in (None, now): return None
+        if not 1 <= begun <= 1024: return None
+        warnings.warn(f"{self.path} was begun with {begun} threads and is resumed with as many, not {now}: the result "
+                      "depends on it in its last bits")
+        return begun
+
     def write_run(self, config: dict # As `config`
                  ) -> None:
         "Write run.json."
-        about = dict(device=str(self.task.device), sizes=self.task.sizes(), source=self.source, **self.task.settled)
+        about = dict(device=str(self.task.device), sizes=self.task.sizes(), source=self.source,
+                     threads=self.dir.about.get('threads') or torch.get_num_threads(), **self.task.settled)
         write_run(self.dir, config, **about)
 
     # What is wrong with a round that has just been made; a run that configured itself stops at chance level
@@ -208,11 +221,12 @@ class NoisyStudent(ImageLoop):
         force: bool = False, # Go on though a network is no better than chance
         metrics: Callable | list | None = None, # More fastai metrics, for history.csv and `learner`
         folds: int | None = None, # Networks per round, at least 2; None: one
-        **settings # Fields of `Recipe` to change, such as epochs=10
+        **settings # Fields of `Recipe` to change, such as epochs=10; what `open_data` takes, such as unlabeled='new'
     ):
         begun, limit = time.perf_counter(), None if time_limit is None else seconds(time_limit)
+        said = _of_data(settings)
         if folds is not None: check_folds(folds, pseudo_labels)
-        directory, given = RunDir(run_folder(path, data)), open_data(data, seed=seed)
+        directory, given = RunDir(run_folder(path, data)), open_data(data, seed=seed, **said)
         setup = settle(
             given if folds is None else joined(given), archs, recipe, noise, seed=seed, device=device, limit=limit,
             folds=folds, before=directory.about if directory.has_begun() else {}, pseudo_labels=pseudo_labels,
@@ -225,6 +239,16 @@ class NoisyStudent(ImageLoop):
         self.opened, self.learners, self.labeling = task.opened, task.learners, task.labeling
         self.parts = [self] if folds is None else task.parts # runs, one per fold
         task.timing.making = time.perf_counter() - begun
+
+def _of_data(settings): # what is said of data, taken out; ValueError for a name that nothing has
+    recipe = [f.name for f in fields(Recipe) if f.name not in ('archs', *DATA_SETTINGS)]
+    known = [*inspect.signature(NoisyStudent).parameters, *DATA_SETTINGS, *recipe]
+    for k in settings:
+        if k not in known:
+            raise ValueError(f"unknown setting {k!r}{setting_hint(k, known)}: a recipe has {', '.join(recipe)}; data "
+                             f"have {', '.join(DATA_SETTINGS)}")
+    return {k: settings.pop(k) for k in DATA_SETTINGS if k in settings}
+
 
 # %% ../nbs/09_rounds.ipynb #031d82e9
 def load_model(path: str | Path, # A run directory (its best round), a round_K folder, or a model.safetensors

@@ -9,24 +9,34 @@ __all__ = ['SELECTION', 'write_run', 'config_of', 'flat', 'check_config']
 
 # %% ../nbs/07c_run_file.ipynb #f1000003
 import platform
-from importlib.metadata import version
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 
-from .files import sealed, unsealed
+from .files import sealed
 from .models import resolved
-from .rundir import RunDir
+from .rundir import RunDir, read_about
 
 
 # %% ../nbs/07c_run_file.ipynb #f1000006
 # Settings that older runs do not know
 _SINCE = ('share', 'share_of', 'head_rounds', 'body_lr', 'freeze_norm', 'class_weights', 'choose_by', 'student_lr')
-_VERSIONS = ('noisy_student', 'torch', 'fastai', 'timm', 'numpy', 'pillow')
+# Packages whose versions are written down, with the module of each
+_VERSIONS = dict(noisy_student='noisy_student', torch='torch', fastai='fastai', timm='timm', numpy='numpy',
+                 pillow='PIL')
+
+# A source tree, or a library copied onto the path, has no metadata: then the code says it
+def _version(package, module):
+    try: return version(package)
+    except PackageNotFoundError: pass
+    try: return str(import_module(module).__version__)
+    except (ImportError, AttributeError): return 'unknown'
 
 def write_run(directory: RunDir, # Of a run
               config: dict, # Its settings, as JSON types
               **about # More to know about it: device, sizes, source, speed
              ) -> None:
     "Write run.json. Raises OSError, naming the file."
-    versions = {o: version(o) for o in _VERSIONS}
+    versions = {o: _version(o, m) for o, m in _VERSIONS.items()}
     run = dict(config=config, versions=versions, python=platform.python_version(), **about)
     directory.write('run.json', sealed(run))
 
@@ -37,7 +47,7 @@ def config_of(directory: RunDir, # Of a run
     file = directory.path/'run.json'
     if not file.exists(): return None
     try:
-        config = unsealed(file)['config']
+        config = read_about(directory.path)['config']
         config['recipe'] = {**{k: v for k, v in defaults.items() if k in _SINCE}, **config['recipe']}
         return config
     except (ValueError, KeyError, TypeError):
@@ -46,6 +56,8 @@ def config_of(directory: RunDir, # Of a run
 
 # %% ../nbs/07c_run_file.ipynb #f1000009
 SELECTION = ('threshold', 'per_class', 'strict', 'binned', 'share', 'share_of') # Settings that select pseudo labels
+
+_NAMED = 12 # Settings, at most, that a message names
 
 def flat(
     d: dict, # As run.json has them, with dictionaries in it
@@ -79,9 +91,9 @@ def check_config(directory: RunDir, # Of a run
         if k == 'content' and a['data'] == b['data']: return "data: files were replaced by others of their names"
         if k == 'data': return "data: other images or labels, by changed files, labels, seed or pool, or moved files"
         if k == 'content': return "data: other images or labels, by changed files, labels, seed or pool"
-        return f"{k.removeprefix('recipe.')}: {a.get(k)} there, {b.get(k)} here"
+        return f"{k.removeprefix('recipe.')[:80]}: {str(a.get(k))[:80]} there, {str(b.get(k))[:80]} here"
     if bad := [k for k in diff if k not in free]:
-        raise ValueError(f"{directory.path} holds a run with other settings ({'; '.join(map(describe, bad))}): "
-                         "choose another folder, remove this one to start over, or give the same settings to go on "
-                         "with it")
+        some = '; '.join([*map(describe, bad[:_NAMED]), *(['...'] if len(bad) > _NAMED else [])])
+        raise ValueError(f"{directory.path} holds a run with other settings ({some}): choose another folder, remove "
+                         "this one to start over, or give the same settings to go on with it")
     return bool(diff) or is_new

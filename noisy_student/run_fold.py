@@ -42,8 +42,10 @@ class OpenedFold(Opened):
 
     def images(self, name):
         if name not in ('labeled', 'valid'): return self.whole.images(name)
-        rows = np.flatnonzero(self.held if name == 'valid' else ~self.held)
-        return Decoded(self.whole.images('labeled').images[rows], np.arange(len(rows)), [])
+        if name not in self.decoded:
+            rows = np.flatnonzero(self.held if name == 'valid' else ~self.held)
+            self.decoded[name] = Decoded(self.whole.images('labeled').images[rows], np.arange(len(rows)), [])
+        return self.decoded[name]
 
     def all_given(self): self.whole.all_given()
 
@@ -89,9 +91,10 @@ class _FoldHeads(Heads): # features are computed once for all folds
         return labeled[~self.held], pool
 
 class _FoldTiming(Timing): # what is measured is measured once for all folds
-    def __init__(self, first, *args): # None: this is the first one
+    def __init__(self, whole, first, *args): # None: this is the first one
         super().__init__(*args)
-        self.first, self.steps_of = first, first.steps_of if first else {} # seconds by round
+        self.whole, self.first, self.steps_of = whole, first, first.steps_of if first else {} # seconds by round
+    whole: ImageTask
     first: Timing | None
     steps_of: dict[int, float]
 
@@ -100,6 +103,9 @@ class _FoldTiming(Timing): # what is measured is measured once for all folds
     def step_seconds(self, k, selection, noise):
         if k not in self.steps_of: self.steps_of[k] = super().step_seconds(k, selection, noise)
         return self.steps_of[k]
+
+    @property
+    def features(self): return 0 if self.first or self.whole.heads.known else self.whole.timing.features
 
     def tell(self): pass # the whole run does
 
@@ -115,7 +121,8 @@ class FoldTask(ImageTask):
         setup = replace(s, data=data, limit=s.limit and s.limit / folds, reasons={}, settled={})
         directory, tell = RunDir(whole.dir.path/f'fold_{f}'), Within(whole.tell, f'fold {f + 1} of {folds}, ')
         learners = FoldLearners(whole.learners, OpenedFold(whole.opened, held, data, directory, tell))
-        timing = _FoldTiming(first and first.timing, learners, setup.limit)
+        timing = _FoldTiming(whole, first and first.timing, learners, setup.limit, s.auto_batch,
+                             whole.timing.fills)
         super().__init__(setup, learners, _FoldHeads(whole.heads, held, learners, tell), timing, tell)
         self.is_first = first is None
     learners: FoldLearners
@@ -126,6 +133,8 @@ class FoldTask(ImageTask):
 
     def figures(self, k, scores): return valid_figures(self.true_labels('valid'), scores)
     def findings(self, k): return label_warnings(read_run(self.dir.path), k) if self.is_first else []
-    def say_left_out(self, k): pass # the run that it belongs to does
+    # the run that it belongs to does these
+    def try_networks(self, todo): pass
+    def say_left_out(self, k): pass
     def end(self): pass
 

@@ -26,7 +26,7 @@ from .fitting import splitter, student_view
 from .learner import Noise, noisy_student_learner
 from .losses import SoftLabelCrossEntropy, class_weights
 from .models import create_model, load_weights
-from .network import Network
+from .network import Network, images_at_once
 from .opened_images import Opened
 from .pseudo_labels import PseudoLabels
 from .recipes import Recipe
@@ -43,10 +43,16 @@ class RoundSettings:
                  archs: list[str], # Names, teacher first; the last one serves all further rounds
                  seed: int, # Of the run
                  device: torch.device, # Where it trains
-                 metrics: list | None = None # More fastai metrics beside accuracy
+                 metrics: list | None = None, # More fastai metrics beside accuracy
+                 given: bool = False # Whether round 0 is a student already, of pseudo labels made elsewhere
                 ):
-        self.opened, self.recipe, self.networks, self.archs = opened, recipe, networks, archs
+        self.opened, self.recipe, self.networks, self.archs, self.given = opened, recipe, networks, archs, given
         self.data, self.dir, self.seed, self.device, self.metrics = opened.data, opened.dir, seed, device, metrics or []
+        self._stats: dict[str, tuple[list[float], list[float]]] = {}
+
+    def role_of(self, k: int # Round
+               ) -> str: # 'teacher' or 'student'
+        return 'student' if k or self.given else 'teacher'
 
     def arch(self, k: int # Round
             ) -> str: # Name of its architecture
@@ -63,6 +69,11 @@ class RoundSettings:
     def stats(self, k: int # Round
              ) -> tuple[list[float], list[float]]: # Mean and standard deviation per channel
         "Those of the pretraining, or of (some of) the labeled images."
+        key = self.arch(k) if self.recipe.pretrained else ''
+        if key not in self._stats: self._stats[key] = self._stats_of(k)
+        return self._stats[key]
+
+    def _stats_of(self, k):
         images = self.opened.images('labeled').images
         if self.recipe.pretrained:
             with torch.device('meta'): model = create_model(self.networks[self.arch(k)], len(self.data.classes))
@@ -104,7 +115,8 @@ def halve_batch(made: RoundSettings, # Of the run that ran out of memory
         raise MemoryError(f"out of memory in round {k}: ask for auto_batch (--auto-batch), which computes batches in "
                           "parts, or start a new run with a smaller size, bs or network")
     r, folder = made.recipe_of(k), made.dir.round(k)
-    if r.bs % (2 * r.accumulate):
+    half = r.bs // (2 * r.accumulate)
+    if r.bs % (2 * r.accumulate) or (r.ratio or 0) * half % 1:
         raise MemoryError(f"out of memory in round {k}, and batches of {r.bs} in {r.accumulate} parts cannot be "
                           "halved: use a smaller size or network")
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +124,7 @@ def halve_batch(made: RoundSettings, # Of the run that ran out of memory
     gc.collect()
     if torch.cuda.is_initialized(): torch.cuda.empty_cache()
     warnings.warn(f"out of memory in round {k}: from the last checkpoint on, batches of {r.bs} are computed in "
-                  f"{2 * r.accumulate} parts of {r.bs // (2 * r.accumulate)}")
+                  f"{2 * r.accumulate} parts of {half}")
 
 
 # %% ../nbs/08b_run_learners.ipynb #ac000013
@@ -180,7 +192,9 @@ class Learners(RoundSettings):
     def scores(self, learn: Learner, # A trained one
                name: str # 'labeled', 'valid' or 'test'
               ) -> np.ndarray: # float32 (n, K) logits of the clean view
-        return Network.of(learn).scores(self.opened.images(name).images, min(256, learn.dls.valid.bs))
+        images = self.opened.images(name).images
+        most = images_at_once(self.device, images.shape[1])
+        return Network.of(learn).scores(images, min(most, learn.dls.valid.bs))
 
     def accuracy(self, learn: Learner, # A trained one
                  name: str # 'valid' or 'test'

@@ -52,6 +52,11 @@ class Setup:
     cbs: Callable[[int, Path], list] = lambda k, folder: [] # More callbacks
 
     @property
+    def fills_time(self) -> bool:
+        "Whether trainings are as long as the limit allows: nobody has said how long they are to be."
+        return {'epochs', 'steps'} <= self.reasons.keys()
+
+    @property
     def config(self) -> dict:
         "Settings that must match to resume a run, as JSON types."
         # defaults and remarks; size stands for itself
@@ -120,7 +125,7 @@ def _check_networks(s):
     n_in, r = channels(s.data), s.recipe
     for i, arch in enumerate(s.archs):
         with torch.device('meta'): model = create_model(s.networks[arch], len(s.data.classes), n_in)
-        (r.noise if i else r.teacher_noise or r.noise).callbacks(model)
+        r.noise_of('student' if i or s.given else 'teacher').callbacks(model)
         splitter(r)(model)
         try:
             with torch.no_grad(): model(torch.empty(2, n_in, s.size, s.size, device='meta'))

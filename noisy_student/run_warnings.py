@@ -134,7 +134,7 @@ def unfinished_warnings(run: RunRecord # From `read_run`
     "Which rounds are not there, and how they come."
     done, wanted = len(run.metrics), run.recipe.get('rounds', 0) + 1
     if done >= wanted: return []
-    folders = (RunDir(o) for o in (run.path, run.path/'fold_0'))
+    folders = (RunDir(o) for o in (run.path, *sorted(run.path.glob('fold_*'))))
     said = f"{done} of {wanted} rounds are done"
     if any(o.plan(done).get('steps') == 0 for o in folders):
         return [f"{said}: round {done} is left out, as the time limit leaves too little time for it. With a longer one "

@@ -63,7 +63,7 @@ def open_selection(selection: Selection | str | Path # What select_pseudo_labels
     names = set(pq.read_schema(path).names)
     if not {'item', 'label', 'confidence', 'probs', 'copies'} <= names or 'classes' not in meta:
         raise PseudoLabelError(f"{path} is not a selection: make one with select_pseudo_labels")
-    check_content(path, meta)
+    check_content(path, meta, len(meta['classes']))
     if not pq.read_metadata(path).num_rows: raise PseudoLabelError(f"the selection {path} has no row: select again")
     return path, meta
 

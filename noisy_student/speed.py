@@ -17,7 +17,8 @@ from fastai.callback.core import Callback, CancelFitException
 
 from .checkpoints import seeded
 from .learner import Noise
-from .run_learners import Learners
+from .network import images_at_once
+from .run_learners import Learners, halve_batch
 from .precision import fast
 from .pseudo_labels import PseudoLabels
 from .recipes import Recipe
@@ -51,13 +52,14 @@ class StepClock(Callback):
 # %% ../nbs/08e_speed.ipynb #08d00009
 class Speed:
     "How fast the trainings of a run are on this machine."
-    speed: tuple[dict[int, float], float] | None = None # What `measured` has found
+    speed: tuple[dict[int, float], dict[int, float]] | None = None # What `measured` has found
 
     def __init__(
         self,
         learners: Learners, # Of the run
         limit: float | None = None, # Seconds that all rounds may take together: with a limit more steps are timed
-    ): self.learners, self.limit = learners, limit
+        auto_batch: bool = False, # Whether batches may be computed in parts where memory does not suffice
+    ): self.learners, self.limit, self.auto_batch = learners, limit, auto_batch
 
     @property
     def recipe(self) -> Recipe: return self.learners.recipe
@@ -68,12 +70,19 @@ class Speed:
         selection: PseudoLabels | None, # Of a student
         noise: Noise, # In training
     ) -> float:
-        "How long one step takes, on a network that is thrown away."
+        "How long one step takes, on a network that is thrown away. Raises MemoryError as `halve_batch`."
+        while True:
+            try: return self._step_seconds(k, selection, noise)
+            except torch.cuda.OutOfMemoryError: pass
+            halve_batch(self.learners, k, self.auto_batch) # after `except`, whose traceback would keep the batch alive
+
+    def _step_seconds(self, k, selection, noise):
         a = self.learners
         r = a.recipe_of(k)
         with seeded(0), warnings.catch_warnings():
             warnings.simplefilter('ignore') # each is told when the round's own network is made
-            learn = a.new(k, selection, noise)
+            teacher = a.new(k - 1, None, Noise.none()) if k and r.on_the_fly else None
+            learn = a.new(k, selection, noise, teacher=teacher)
             learn.dls.train.n = (steps := max(60, len(learn.dls.train))) * learn.dls.train.bs
             learn.dls.train.steps = steps
             learn.create_opt()
@@ -82,30 +91,38 @@ class Speed:
                 learn.fit(1, 1e-9, cbs=[clock, *([FrozenStatistics()] if r.freeze_norm else [])])
         return clock.step * r.accumulate
 
-    def label_rate(self) -> float: # Images per second
-        "How fast a forward pass without noise is."
+    def label_rate(
+        self,
+        k: int, # Round
+    ) -> float: # Images per second
+        "How fast a forward pass of its network without noise is."
         a = self.learners
         with seeded(0), warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            learn = a.new(0, None, Noise.none())
+            learn = a.new(k, None, Noise.none())
         images = a.opened.images('labeled').images
-        images = np.concatenate([images] * -(-64 // len(images)))[:64]
-        network = a.network(0, learn)
+        n = 64 if a.device.type == 'cpu' else images_at_once(a.device, images.shape[1]) # few would time Python
+        images = np.concatenate([images] * -(-n // len(images)))[:n]
+        network = a.network(k, learn)
         network.scores(images)
         begun = time.perf_counter()
         network.scores(images)
         return len(images) / (time.perf_counter() - begun)
 
-    def measured(self) -> tuple[dict[int, float], float]:
-        "Seconds per step of every round that trains, and images per second; measured once per process."
+    def measured(self) -> tuple[dict[int, float], dict[int, float]]:
+        """Seconds per step of every round that trains, and images per second of every round's network; measured once
+        per process, and once for rounds that are alike."""
         if self.speed is None:
-            r, kinds, step = self.recipe, {}, {}
-            for k in range(r.head_rounds, r.rounds + 1):
-                if (kind := (self.learners.arch(k), k > 0)) not in kinds:
-                    noise = r.teacher_noise if not k and r.teacher_noise is not None else r.noise
-                    kinds[kind] = self.step_seconds(k, self._any_selection() if k and not r.on_the_fly else None, noise)
+            r, arch, kinds, rates = self.recipe, self.learners.arch, {}, {}
+            step: dict[int, float] = {}
+            for k in range(r.rounds + 1):
+                if arch(k) not in rates: rates[arch(k)] = self.label_rate(k)
+                if k < r.head_rounds: continue
+                if (kind := (arch(k), role := self.learners.role_of(k))) not in kinds:
+                    selection = self._any_selection() if role == 'student' and not (k and r.on_the_fly) else None
+                    kinds[kind] = self.step_seconds(k, selection, r.noise_of(role))
                 step[k] = kinds[kind]
-            self.speed = step, self.label_rate()
+            self.speed = step, {k: rates[arch(k)] for k in range(r.rounds + 1)}
         return self.speed
 
     def _any_selection(self): # as a student has one

@@ -8,13 +8,14 @@ Docs: https://noisy-student.github.io/noisy_student/svhn.html.md"""
 __all__ = ['SVHN_STATS', 'svhn']
 
 # %% ../nbs/01i_svhn.ipynb #daa10003
-import json, os, shutil
+import json, math, os, shutil
 from pathlib import Path
 
 import numpy as np
 
 from .files import into_place
 from .images import new_array
+from .reading import check_regular, may_fetch, open_array, read_json
 from .unlabeled import find_pool
 from .splits import Split, Splits, labeled_subset
 
@@ -28,6 +29,7 @@ def _svhn_names(root, name):
 
 def _svhn_download(root, missing):
     "Fetch these .mat files."
+    may_fetch('svhn')
     from torchvision.datasets import SVHN
     from torchvision.datasets.utils import download_url
     wanted = ', '.join(SVHN.split_list[o][0] for o in missing)
@@ -40,10 +42,16 @@ def _svhn_download(root, missing):
         finally: shutil.rmtree(part, ignore_errors=True)
 
 # %% ../nbs/01i_svhn.ipynb #74e78ddb
+_MOST = 3072 * 600_000 # Numbers in an array; the largest set has 531,131 images
+
 def _read_mat(mat):
     "Images uint8 (32, 32, 3, N) and labels int64 (N,), checked."
-    from scipy.io import loadmat
-    try: d = loadmat(mat, variable_names=['X', 'y'])
+    from scipy.io import loadmat, whosmat
+    try:
+        check_regular(mat)
+        # before memory is taken
+        if any(math.prod(shape) > _MOST for _, shape, _ in whosmat(mat)): raise ValueError("more numbers than SVHN has")
+        d = loadmat(mat, variable_names=['X', 'y'])
     except (FileNotFoundError, PermissionError, MemoryError): raise
     except Exception as e: # a damaged file makes the reader raise all sorts
         raise ValueError(f"{mat} is not a whole MATLAB file ({str(e) or type(e).__name__}): remove it, "
@@ -54,15 +62,20 @@ def _read_mat(mat):
                          "and y, N labels of 1 to 10")
     return X, np.where(y == 10, 0, y).astype(np.int64) # zero has the label 10
 
+def _converted(images, labels):
+    "The Split of two arrays, None unless they belong together."
+    a, b = open_array(images), open_array(labels)
+    if a.dtype != np.uint8 or a.shape != (len(b), 32, 32, 3) or b.dtype != np.int64 or b.ndim != 1: return None
+    return Split(a, np.array(b)) if np.isin(b, range(10)).all() else None
+
 def _svhn_array(root, name):
     "The Split of one .mat file, memory-mapped."
     mat, *done = _svhn_names(root, name)
     images, labels, meta = done
     made_of = [mat.stat().st_size, mat.stat().st_mtime_ns] if mat.exists() else None
     try:
-        if made_of in (None, json.loads(meta.read_text())):
-            return Split(np.load(images, mmap_mode='r', allow_pickle=False), np.load(labels, allow_pickle=False))
-    except (OSError, ValueError, EOFError): pass # never made, or damaged
+        if made_of in (None, read_json(meta, [int])) and (found := _converted(images, labels)): return found
+    except (OSError, ValueError): pass # never made, or damaged
     X, y = _read_mat(mat)
     part = [o.with_name(f'.{o.name}.{os.getpid()}') for o in done] # several processes may start at once
     try:
@@ -78,7 +91,7 @@ def _svhn_array(root, name):
                                "put it where there is room for its pixels") from None
     finally:
         for o in part: o.unlink(missing_ok=True)
-    return Split(np.load(images, mmap_mode='r', allow_pickle=False), np.load(labels, allow_pickle=False))
+    return _converted(images, labels)
 
 # %% ../nbs/01i_svhn.ipynb #e149b9af
 def svhn(

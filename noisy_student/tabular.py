@@ -64,6 +64,11 @@ class TabularRecipe:
     @property
     def rate(self) -> float: return self.lr
 
+    def noise_of(self, role: str # 'teacher', the first one, or 'student'
+                ) -> TabularNoise:
+        "As `Recipe.noise_of`."
+        return self.teacher_noise if role == 'teacher' and self.teacher_noise is not None else self.noise
+
     def __post_init__(self):
         for name, low in dict(rounds=0, epochs=1, steps=1, bs=2, ratio=1, wd=0, threshold=0).items():
             if getattr(self, name) < low: raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")

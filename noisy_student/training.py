@@ -31,10 +31,11 @@ OPTIMIZERS = { # name: what fastai's `Learner` takes as `opt_func`
     'adamw': partial(OptimWrapper, opt=torch.optim.AdamW),
     'adam': partial(OptimWrapper, opt=torch.optim.Adam),
     'rmsprop': partial(OptimWrapper, opt=RMSpropTF, alpha=.9, momentum=.9, eps=1e-3),
+    'sgd': partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9, nesterov=True),
 }
 
 def optimizer(
-    name: str, # 'adamw', 'adam' or 'rmsprop'
+    name: str, # 'adamw', 'adam', 'rmsprop' or 'sgd'
     device: torch.device = torch.device('cpu'), # Where the weights are
 ) -> Callable: # `opt_func` of a fastai Learner
     "The optimizer of that name, fused into one kernel where PyTorch can. Raises ValueError for an unknown name."

@@ -23,8 +23,8 @@ def pack(
     "Split `state` into tensors and a JSON skeleton; `unpack` puts it together again."
     def go(o, path):
         if isinstance(o, (torch.Tensor, np.ndarray)):
-            tensors[path] = torch.as_tensor(o.astype(np.int64) if isinstance(o, np.ndarray) and o.dtype == np.uint32
-                                            else o).detach().cpu().contiguous().clone()
+            x = torch.as_tensor(o.astype(np.int64) if isinstance(o, np.ndarray) and o.dtype == np.uint32 else o)
+            tensors[path] = torch.empty(x.shape, dtype=x.dtype).copy_(x.detach()) # one copy, whatever its strides
             return {'tensor': path}
         if isinstance(o, dict): return {'dict': [[k, go(v, f'{path}.{k}')] for k, v in o.items()]}
         if isinstance(o, (list, tuple)): return {type(o).__name__: [go(v, f'{path}.{i}') for i, v in enumerate(o)]}

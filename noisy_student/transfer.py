@@ -8,7 +8,7 @@ Docs: https://noisy-student.github.io/noisy_student/transfer.html.md"""
 __all__ = ['package_file', 'read_checkpoint', 'load_pretrained', 'load_body']
 
 # %% ../nbs/03m_transfer.ipynb #0b200003
-import argparse, datetime, pickle, re
+import argparse, datetime, pickle, re, zipfile
 from importlib import metadata
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -34,6 +34,14 @@ def package_file(
     found = [o for o in files if o.suffix in ('.safetensors', '.pth', '.pt')]
     if len(found) == 1: return Path(found[0].locate())
     raise ValueError(f"package:{name} has {len(found)} weight files where one is expected: give the path of a file")
+
+def _check_stored(file): # torch compresses nothing, a bomb does
+    if not zipfile.is_zipfile(file): return
+    try:
+        with zipfile.ZipFile(file) as z: sizes = [(o.compress_type, o.file_size) for o in z.infolist()]
+    except Exception as e: raise ValueError(f"{file} is refused: it is torn ({type(e).__name__})") from None
+    if any(kind for kind, _ in sizes) or sum(n for _, n in sizes) > file.stat().st_size:
+        raise ValueError(f"{file} is refused: it is compressed, which torch.save never does")
 
 # What training scripts keep beside the weights: values that do nothing when they are made
 _SCALAR = np.float64(0).__reduce__()[0] # makes a number of numpy
@@ -77,6 +85,7 @@ def read_checkpoint(
     file = package_file(weights[8:]) if weights.startswith('package:') else Path(weights)
     if not file.is_file(): raise FileNotFoundError(f"no weight file {file}")
     if file.suffix == '.safetensors': return load_tensors(file)[0], file
+    _check_stored(file)
     try: found = _load(file)
     except OSError as e: raise OSError(e.errno, f"cannot read {file}: {e.strerror}") from None
     except Exception as e: # of any kind, as a torn or hostile file may hold anything

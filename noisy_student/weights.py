@@ -16,6 +16,7 @@ from torch import nn
 
 from .files import replacing
 from .network_parts import own_name, unwrapped
+from .reading import check_regular
 
 # %% ../nbs/03l_weights.ipynb #7793d85b
 _CHECKSUM = 'noisy_student_sha256' # in the header; files made elsewhere have none
@@ -60,10 +61,12 @@ def load_tensors(
     "Read a safetensors file. Raises ValueError, naming the file, if it is torn, altered or of another kind."
     from safetensors import SafetensorError, safe_open
     try:
+        check_regular(file)
         with safe_open(str(file), framework='pt') as f:
             tensors, metadata = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
     except FileNotFoundError: raise FileNotFoundError(f"no file {file}") from None
-    except (SafetensorError, OSError, TypeError) as e: # the last one: a type of number that torch does not have
+    # the last ones: a type of number that torch does not have, sizes that it cannot count
+    except (SafetensorError, OSError, TypeError, ValueError, RuntimeError, OverflowError) as e:
         raise ValueError(f"{file} is not a whole safetensors file ({e}): remove it to have it made again") from None
     if metadata.pop(_CHECKSUM, None) not in (None, _checksum(tensors, metadata)):
         raise ValueError(f"{file} is not what was written (its checksum is another): remove it to have it made again")

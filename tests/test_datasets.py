@@ -206,4 +206,4 @@ def test_decoding_goes_on_where_it_was_interrupted(tmp_path, monkeypatch):
     b = datasets.load_images(files, 8, tmp_path/"other")
     assert np.array_equal(a.images, b.images) and np.array_equal(a.good, b.good) and a.bad == b.bad
     assert len(a.bad) == 600
-    assert sorted(o.suffix for o in (tmp_path/"cache").iterdir()) == [".json", ".npy"]
+    assert sorted(o.suffix for o in (tmp_path/"cache").glob("[!.]*")) == [".json", ".npy"]

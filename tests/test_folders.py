@@ -1,5 +1,5 @@
 """The benchmark of folders: settings are chosen on other images than those reported, and the table is right."""
-import hashlib, importlib.util
+import hashlib, importlib.util, json
 from pathlib import Path
 
 import numpy as np
@@ -68,3 +68,17 @@ def test_results_compare_with_the_best_of_the_others_and_leave_errors_out(tmp_pa
     assert (t.ours, t.difference.split()[0], t.share_of_gap) == ('93.5 ± 2.1', '+3.0', '50%')
     page = folders.markdown(folders.results(tmp_path/'folders.csv'))
     assert '**93.5 ± 2.1**' in page and 'selftrain' not in page
+    short = folders.for_people(folders.results(tmp_path/'folders.csv')).splitlines()
+    assert short[2] == '| digits | 50 | 79.5 | 90.5 | **93.5** | as good |' and short[-1].startswith('Of 1 cases')
+
+def test_a_mean_of_fewer_seeds_says_so():
+    shown = [folders._percent(pd.Series(o), 2) for o in ([.5, .6], [.5], [])]
+    assert shown == ['55.0 ± 7.1', '50.0 (1 of 2 seeds)', '']
+
+def test_pages_show_the_table_of_the_rows():
+    notebook, page = (o.read_text(encoding='utf-8') for o in folders.PAGES)
+    cells = [''.join(o['source']) for o in json.loads(notebook)['cells']]
+    assert sum(bool(folders.MARKED.search(o)) for o in [*cells, page]) == 2
+    for text, spread in [*((o, False) for o in cells), (page, True)]:
+        assert folders.paged(text, spread) == text, "python benchmarks/folders.py pages"
+

@@ -26,7 +26,7 @@ from noisy_student import batch_ops
 from noisy_student.randaugment import BatchRandAugment, OPS
 
 rng = np.random.default_rng(0)
-for h, w, c, reference in ((9, 14, 3, False), (1, 1, 1, False), (37, 29, 3, True)):
+for h, w, c, reference in ((9, 14, 3, False), (1, 1, 1, False), (67, 63, 3, True)): # the last: more than one step
     tfm = BatchRandAugment(n=2, m=27, ops=OPS, schedule='random', seed=h, reference=reference)
     draws = tfm.draw(16, (h, w))
     draws.op[:] = np.arange(16), rng.permutation(16)
@@ -68,14 +68,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from noisy_student import fused
 
-constants = dict(C=3, BLOCK=1024, REFERENCE=False)
+launches = dict(zip((fused._tables_kernel, fused._pixels_kernel), fused._launches(224 * 224)))
 for capability, read, write in ((75, '*u8', '*fp16'), (90, '*fp32', '*bf16')): # T4; H100 and H200
-    for kernel in (fused._tables_kernel, fused._pixels_kernel):
+    for kernel, launch in launches.items():
+        constants = dict(C=3, BLOCK=launch['BLOCK'], REFERENCE=False)
+        options = dict(enable_fp_fusion=False, num_warps=launch['num_warps'])
         names = inspect.signature(kernel.fn).parameters
         pointers = dict(x=read, out=write, tables='*u8', plan='*i64')
         types = {o: pointers.get(o, 'constexpr' if o in constants else 'i32') for o in names}
         source = ASTSource(kernel, types, {o: constants[o] for o in names if o in constants})
-        code = triton.compile(source, GPUTarget('cuda', capability, 32), dict(enable_fp_fusion=False)).asm
+        code = triton.compile(source, GPUTarget('cuda', capability, 32), options).asm
         assert code['cubin'] and 'fma.rn.f' not in code['ptx'] and 'div.full' not in code['ptx']
 """
 
@@ -97,6 +99,18 @@ def test_kernels_that_do_not_work_are_named_and_replaced(monkeypatch, fails):
                         **kw: x if a[:1] == (torch.device('cuda:0'),) else to(x, *a, **kw))
     kernels._fused.cache_clear()
     with pytest.warns(UserWarning, match='C compiler' if fails else 'wrong'):
-        assert kernels._fused(torch.device('cuda:0'), torch.float32) is None
+        assert kernels._fused(torch.device('cuda:0'), torch.float32, False) is None
     kernels._fused.cache_clear()
 
+
+
+def test_what_is_tried_once_is_launched_as_all_others_of_its_kind():
+    "Small images and large ones are two kinds, each compiled for itself"
+    fused = pytest.importorskip('noisy_student.fused')
+    kinds = {}
+    for h, w in ((1, 1), (32, 32), (64, 64), (64, 65), (224, 224), (800, 600)):
+        x = torch.empty(0, 3, h, w)
+        tried, _ = kernels._trial(torch.uint8, kernels._is_large(x))
+        assert fused._launches(h * w) == fused._launches(tried[0, 0].numel())
+        kinds[kernels._is_large(x)] = fused._launches(h * w)
+    assert kinds[False] != kinds[True]

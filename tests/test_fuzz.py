@@ -13,7 +13,7 @@ def test_whole_files_are_used(kind): assert CHECKS[kind](samples()[kind]) == "us
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_mutated_files_and_lines(kind):
-    for i in range(12 if kind == "line" else 40): one(kind, np.random.default_rng(i))
+    for i in range(12 if kind in ("line", "streams") else 40): one(kind, np.random.default_rng(i))
 
 
 @settings(max_examples=60)

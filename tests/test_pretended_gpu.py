@@ -117,6 +117,7 @@ STUDENTS = {
     "images on the host": dict(free=0),
     "teacher on the fly": dict(fly=True),
     "rmsprop": dict(opt="rmsprop"),
+    "Nesterov momentum": dict(opt="sgd"),
 }
 
 
@@ -131,7 +132,7 @@ def test_training_step_never_waits(watched, name):
     assert all(o.is_cuda for o in learn.model.parameters())
 
 
-@pytest.mark.parametrize("name", ["adamw", "rmsprop"])
+@pytest.mark.parametrize("name", ["adamw", "rmsprop", "sgd"])
 def test_float16_trains_as_fastai_does_and_waits_less(name):
     "Steps that overflow, the first ones here, are left out; a fused optimizer does it without asking"
     def train(cb):
@@ -150,7 +151,7 @@ def test_float16_trains_as_fastai_does_and_waits_less(name):
     (ours, seen, weights), (_, expected, other) = train(Half), train(MixedPrecision)
     assert seen == expected and {2. ** 33, 2. ** 32} < set(seen)
     assert all(map(torch.equal, weights, other))
-    assert all("grad_scaler" in o for o in ours) and bool(ours) == (name != "adamw"), ours
+    assert all("grad_scaler" in o for o in ours) and bool(ours) == (name == "rmsprop"), ours
 
 
 def test_progress_bar_does_not_wait_in_every_step(gpu, monkeypatch):

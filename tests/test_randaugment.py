@@ -148,6 +148,36 @@ def test_the_way_of_other_devices_is_the_same(monkeypatch):
         assert tfm.apply(batch.to('meta'), draws).shape == batch.shape  # has no data: nothing may wait for any
 
 
+def test_many_draws_at_once_are_those_one_by_one():
+    "The arguments as the reference writes them, draw by draw, to the last bit"
+    px, rotate, shear, blend = {40: 5., 100: 100 * (100 / 224)}, *(lambda m, k=k, o=o: k * m + o
+                                                                   for k, o in ((30, 0), (.3, 0), (1.8, .1)))
+    def argument(name, m, size, reference):
+        whole = dict(Posterize=(4 * m, 1, 8), Solarize=(256 * m, 0, 256), SolarizeAdd=(110 * m, 0, np.inf),
+                     Cutout=((5. if size == 40 else 40 * (size / 224)) * m, 0, np.inf))
+        if name in whole:
+            v, low, high = whole[name]
+            return np.trunc(v) if reference else min(max(np.trunc(v), low), high)
+        if name.startswith('Translate'): return px[size] * m
+        if name.startswith('Shear'): return shear(m)
+        if name in ('Color', 'Contrast', 'Brightness', 'Sharpness'): return blend(m)
+        return rotate(m) if name == 'Rotate' else 0.
+    for size, schedule, reference in ((40, 'constant', False), (100, 'growing', False), (40, 'random', True)):
+        tfm = BatchRandAugment(2, 27.3, ops=OPS, schedule=schedule, reference=reference, seed=5)
+        tfm.progress = .37
+        twin = copy.deepcopy(tfm)
+        draws, u = tfm.draw(200, (size, size + 3)), torch.rand(2, 200, 5, dtype=torch.float64,
+                                                               generator=twin._generator()).numpy()
+        for at in np.ndindex(2, 200):
+            name, (_, k, coin, y, x) = OPS[int(u[at][0] * 16)], u[at]
+            m = 27.3 * (tfm.progress if schedule == 'growing' else 1.) * (k if schedule != 'constant' else 1.)
+            v = argument(name, m / 10, size, reference)
+            signed = name in ('Rotate', 'ShearX', 'ShearY', 'TranslateX', 'TranslateY')
+            assert OPS[draws.op[at]] == name and draws.value[at] == (-v if signed and coin < .5 else v), (name, m)
+            assert tuple(draws.center[at]) == (int(y * size), int(x * (size + 3)))
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_device_equals_host_and_never_synchronizes():
     for size in (32, 96):

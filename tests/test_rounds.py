@@ -450,9 +450,29 @@ def test_mistaken_metrics_and_settings_are_refused_before_training(tmp_path):
     ns = NoisyStudent(miniature(), "resnet9_4", tmp_path/"a", metrics=F1Score(), **SETTINGS)  # of two classes
     with pytest.raises(ValueError, match="average='macro'"): ns.fit()
     assert not list((tmp_path/"a").glob("round_*/*"))
-    for name, meant in dict(timelimit="time_limit", batch_size="bs", thresold="threshold").items():
+    for name, meant in dict(timelimit="time_limit", time_limt="time_limit", batch_size="bs", thresold="threshold",
+                            unlabelled="unlabeled", lable="label").items():
         with pytest.raises(ValueError, match=f"unknown setting '{name}' .did you mean {meant}"):
             NoisyStudent(miniature(), "resnet9_4", tmp_path/"b", **{name: 1})
+
+
+def test_what_is_said_of_the_data_reaches_them(tmp_path):
+    "A pool, a folder of images and columns by name; for data that are there already they are refused."
+    from noisy_student.rounds import NoisyStudent
+    rng = np.random.default_rng(0)
+    for i in range(30):
+        file = tmp_path/("new" if i < 10 else "images")/f"{i}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(file)
+    rows = [dict(photo=f"{i}.png", age=i, breed="ab"[i % 2]) for i in range(10, 30)]
+    pd.DataFrame(rows).to_csv(tmp_path/"t.csv", index=False)
+    said = dict(images=tmp_path/"images", unlabeled=tmp_path/"new", image="photo", label="breed", valid_pct=.5)
+    ns = NoisyStudent(tmp_path/"t.csv", "resnet9_4", tmp_path/"a", recipe="default", **said)
+    assert [len(o) for o in (ns.data.labeled, ns.data.unlabeled, ns.data.valid)] == [10, 10, 10]
+    assert ns.data.classes == ["a", "b"]
+    for one in ("unlabeled", "label"):
+        with pytest.raises(ValueError, match=f"{one} cannot be given with Splits"):
+            NoisyStudent(ns.data, "resnet9_4", tmp_path/"a", recipe="default", **{one: said[one]})
 
 
 def test_the_figures_are_seen_where_a_run_is_printed(tmp_path):
@@ -508,3 +528,19 @@ def test_a_run_is_named_after_its_data():
     from noisy_student.rundir import run_folder
     names = dict(photos="photos", **{"photos.v2": "photos.v2", "a/b/": "b", "t.csv": "t", "T.CSV": "T"})
     for given, name in names.items(): assert run_folder(None, given) == Path("runs")/name
+
+
+def test_libraries_without_metadata_are_asked_themselves(tmp_path, monkeypatch):
+    "As in a source tree that nobody installed; one that does not say its version stops nobody"
+    import noisy_student, timm
+    from importlib.metadata import PackageNotFoundError
+    from noisy_student import run_file
+    from noisy_student.rundir import RunDir
+    def nowhere(name): raise PackageNotFoundError(name)
+    monkeypatch.setattr(run_file, "version", nowhere)
+    monkeypatch.delattr(timm, "__version__")
+    with (run := RunDir(tmp_path / "run")).alone(): run_file.write_run(run, dict(seed=0))
+    versions = run.about["versions"]
+    assert versions["noisy_student"] == noisy_student.__version__ and versions["timm"] == "unknown"
+    import PIL, torch
+    assert (versions["torch"], versions["pillow"]) == (str(torch.__version__), PIL.__version__)

@@ -1,0 +1,126 @@
+"A time limit: what was decided stays, what has gone counts, and nobody trains in vain."
+import json, shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+pytestmark = pytest.mark.usefixtures("no_page")
+SMALL = dict(recipe="digits", rounds=1, epochs=2, teacher_epochs=6, steps=5, bs=8, size=8, threshold=0., force=True)
+
+
+class Interrupted(Exception): pass
+
+
+def run(path, stop=None, **changes):
+    "50 labeled digits; `stop` ends the teacher's training after so many batches."
+    from dataclasses import replace
+    from noisy_student.datasets import digits
+    from noisy_student.rounds import NoisyStudent
+    torch.set_num_threads(1)
+    full = digits(seed=0)
+    data = replace(full, labeled=full.labeled[np.arange(0, 100, 2)], unlabeled=full.unlabeled[:100], test=None)
+    def tell(stage, done, total):
+        if stop and "training the teacher" in stage and done == stop: raise Interrupted
+    return NoisyStudent(data, "resnet9_4", path, progress=tell, **{**SMALL, **changes})
+
+
+@pytest.fixture
+def checkpoints_everywhere(monkeypatch):
+    from noisy_student.checkpoints import RunState
+    monkeypatch.setattr(RunState, "every", 0.)
+
+
+def test_a_training_that_has_begun_keeps_its_length(tmp_path, checkpoints_everywhere):
+    "Interrupted without a limit and resumed with one, it ends as it would have, bit by bit."
+    from noisy_student.models import load_tensors
+    with pytest.raises(Interrupted): run(tmp_path/"a", stop=22).fit()
+    run(tmp_path/"a", time_limit=100).fit_to(0)
+    run(tmp_path/"b").fit_to(0)
+    a, b = (tmp_path/o/"round_0" for o in "ab")
+    assert len(pd.read_csv(a/"history.csv")) == 6
+    (one, _), (other, _) = (load_tensors(o/"model.safetensors") for o in (a, b))
+    assert all((v == other[k]).all() for k, v in one.items())
+
+
+def test_the_time_of_an_interrupted_training_counts(tmp_path, checkpoints_everywhere):
+    with pytest.raises(Interrupted): run(tmp_path/"a", stop=22, time_limit=100).fit()
+    clock = run(tmp_path/"a", time_limit=100).task.timing
+    assert clock.earlier > 0 and clock.gone == clock.earlier
+    plan = json.loads((tmp_path/"a"/"round_0"/"plan.json").read_text())
+    begun = plan.get("begun") or plan["content"]["begun"]
+    assert clock.trained_seconds(0) > 0 and clock.earlier == pytest.approx(begun + clock.trained_seconds(0))
+
+
+def test_a_limit_shortens_what_was_asked_for_and_never_lengthens_it(tmp_path, monkeypatch):
+    ns = run(tmp_path/"a", time_limit="2h")
+    assert list(ns.plan().amount[:1]) == ["30 steps"]
+    ns.fit()
+    assert [len(pd.read_csv(tmp_path/"a"/f"round_{k}"/"history.csv")) for k in (0, 1)] == [6, 2]
+    slow = run(tmp_path/"b", time_limit=100, epochs=400)
+    monkeypatch.setattr(slow.task.timing, "step_seconds", lambda k, *_: .1)
+    student = slow.plan().query("round == 1 and stage.str.startswith('student')")
+    assert 0 < int(student.amount.iloc[0].split()[0].replace(",", "")) < 400 * 5
+    assert slow.plan().seconds.sum() < 100
+
+
+def test_where_one_fold_has_no_time_none_trains_in_vain(tmp_path, monkeypatch):
+    from noisy_student.run_clock import Clock
+    from noisy_student.run_record import read_run
+    from noisy_student.run_warnings import run_warnings
+    real = Clock.left
+    late = lambda self, k: -1. if k and "fold_2" in str(self.learners.dir.path) else real(self, k)  # noqa: E731
+    monkeypatch.setattr(Clock, "left", late)
+    ns = run(tmp_path/"a", folds=3, time_limit=100, teacher_epochs=2)
+    with pytest.warns(UserWarning, match="round 1 is left out"): s = ns.fit()
+    assert list(s["round"]) == [0] and not any(o.dir.is_done(1) for o in ns.parts)
+    assert "With a longer one" in run_warnings(read_run(tmp_path/"a"))[0]
+
+
+def test_memory_that_does_not_suffice_is_noticed_while_measuring(tmp_path):
+    "Batches are halved there, as in training, if that is allowed."
+    def too_large(module, args):
+        if module.training and len(args[0]) > 8: raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+    for allowed in (True, False):
+        ns = run(tmp_path/str(allowed), bs=16, rounds=0, teacher_epochs=1, auto_batch=allowed, time_limit=60)
+        make = ns.learners.new
+        def learner(*a, make=make, **k):
+            learn = make(*a, **k)
+            learn.model.register_forward_pre_hook(too_large)
+            return learn
+        ns.learners.new = learner
+        if allowed:
+            with pytest.warns(UserWarning, match="in 2 parts of 8"): assert len(ns.fit()) == 1
+        else:
+            with pytest.raises(MemoryError, match="auto_batch"): ns.fit()
+
+
+def test_a_given_selection_makes_round_0_a_student(tmp_path):
+    "Also where time is planned: its epochs are those of a student."
+    teacher = run(tmp_path/"a")
+    teacher.fit()
+    ns = run(tmp_path/"b", rounds=0, pseudo_labels=tmp_path/"a"/"round_1"/"selected.parquet")
+    plan = ns.plan()
+    assert list(plan.stage[:1]) == ["student: resnet9_4"] and list(plan.amount[:1]) == ["10 steps"]
+
+
+def test_after_a_torn_checkpoint_the_whole_one_stays(tmp_path, monkeypatch):
+    "A kill while the next one is written leaves what was there."
+    from noisy_student import checkpoints
+    c = checkpoints.Checkpoint(tmp_path/"state.safetensors")
+    for i in range(2): c.save(dict(step=i, w=torch.ones(3), seconds=float(i)))
+    assert checkpoints.seconds_of(c.file) == 1. and checkpoints.seconds_of(tmp_path/"nowhere") == 0.
+    c.file.write_bytes(c.file.read_bytes()[:-4])
+    found = []
+    with pytest.warns(UserWarning, match="goes on from an earlier point"): c.load(found.append)
+    def killed(*_): raise SystemExit
+    monkeypatch.setattr(checkpoints, "into_place", killed)
+    with pytest.raises(SystemExit): c.save(dict(step=2, w=torch.ones(3)))
+    monkeypatch.undo()
+    with pytest.warns(UserWarning, match="goes on from an earlier point"): c.load(found.append)
+    assert [o["step"] for o in found] == [0, 0]
+    c.save(dict(step=2, w=torch.ones(3)))
+    c.load(found.append)
+    shutil.rmtree(tmp_path)
+    assert found[-1]["step"] == 2
