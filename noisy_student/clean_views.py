@@ -8,7 +8,7 @@ Docs: https://noisy-student.github.io/noisy_student/clean_views.html.md"""
 __all__ = ['view_of']
 
 # %% ../nbs/05c_clean_views.ipynb #0db311e3
-import io, os
+import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from .archives import open_item, split_item
 from .datasets import MAX_PIXELS, BadImage, ImageFileError, load_image, load_images
+from .image_files import open_image
 from .label_table import PseudoLabelError
 from .network import check_stats
 
@@ -119,10 +120,10 @@ class _FastaiView(_View):
             img = Image.fromarray(o[..., 0] if o.shape[-1] == 1 else o)
             return cls(img.convert(cls._open_args['mode']))
         try:
-            with open_item(o) as f: data = f.read()
-            if (n := np.prod(Image.open(io.BytesIO(data)).size)) > MAX_PIXELS:
-                raise ValueError(f"{n:,} pixels are too many")
-            return cls.create(data)
+            with open_item(o) as f: # of a kind that is safe to decode, which `create` does not ask for
+                if (n := np.prod(open_image(f).size)) > MAX_PIXELS: raise ValueError(f"{n:,} pixels are too many")
+                f.seek(0)
+                return cls.create(f.read())
         except Exception as e: # decoders raise all sorts
             try: load_image(o)
             except ImageFileError as known: return BadImage(o, known.reason)

@@ -40,7 +40,8 @@ def _trained_by_all(path, splits):
     try: config = read_about(path)['config']
     except (OSError, ValueError, KeyError): return False
     if not config.get('folds'): return False
-    if not isinstance(splits.valid.images, list): return is_same(splits, config)
+    if is_same(splits, config): return True
+    if not isinstance(splits.valid.images, list): return False
     run = RunDir(path)
     tables = (read_csv(run.round(k)/'oof.csv', ['item']) for k in run.there('oof.csv'))
     known = {os.path.abspath(str(o)) for t in tables for o in t.item}

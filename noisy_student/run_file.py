@@ -80,17 +80,17 @@ def check_config(directory: RunDir, # Of a run
     "Raises ValueError, naming the settings that differ and may not."
     a, b = flat(old), flat(new)
     alike = ['archs'] if _networks(old) == _networks(new) else []
-    if 'content' not in a: alike.append('content') # an older run knows its images by their whole names alone
-    else: alike.append('data') # which may be elsewhere now
+    alike.append('content') # told by `data`; of the same names and sizes, the pixels are compared once they are decoded
+    if a.get('content') and a['content'] == b.get('content'): alike.append('data') # elsewhere now
     diff = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and k not in alike]
-    is_new = any(a.get(k) != b.get(k) for k in ('data', 'content'))
+    is_new = a.get('data') != b.get('data') or 'content' in b and 'content' not in a # which an older run does not have
     free = {'recipe.rounds'} if b['recipe.rounds'] > a['recipe.rounds'] else set()
     if not directory.has_begun('selected.parquet'): free |= {f'recipe.{o}' for o in SELECTION}
     if not directory.has_begun(): free = set(diff) # nothing has been made yet
     def describe(k):
-        if k == 'content' and a['data'] == b['data']: return "data: files were replaced by others of their names"
-        if k == 'data': return "data: other images or labels, by changed files, labels, seed or pool, or moved files"
-        if k == 'content': return "data: other images or labels, by changed files, labels, seed or pool"
+        if k == 'data':
+            moved = '' if 'content' in a else '; that they have moved is known of newer runs only'
+            return f"data: other images or labels, by changed files, labels, seed or pool{moved}"
         return f"{k.removeprefix('recipe.')[:80]}: {str(a.get(k))[:80]} there, {str(b.get(k))[:80]} here"
     if bad := [k for k in diff if k not in free]:
         some = '; '.join([*map(describe, bad[:_NAMED]), *(['...'] if len(bad) > _NAMED else [])])

@@ -104,7 +104,7 @@ def is_same(
     known: dict, # As `identity` gives it; of older runs without `content`
 ) -> bool:
     "Whether they are those of before, wherever they are."
-    return known['content'] == content_digest(data) if 'content' in known else known.get('data') == fingerprint(data)
+    return known.get('data') == fingerprint(data) or known.get('content') == content_digest(data)
 
 # %% ../nbs/01l_same_data.ipynb #7c200009
 class Whereabouts:

@@ -1,5 +1,6 @@
 "One class per image, from logits, of images whose view is known: what does not fit is refused before it is used."
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -158,6 +159,15 @@ def test_the_teacher_sees_what_get_preds_sees(pictures, tmp_path, view, pool):
     model = strong(1 if 'image' in VIEWS[view] else 3)
     learn = Learner(loaders(pictures, **VIEWS[view]), model, CrossEntropyLossFlat())
     assert gap(learn, pool(tmp_path, pictures), tmp_path/'labels') < 1e-3
+
+def test_the_teacher_of_a_learner_decodes_nothing_that_acts(pictures, tmp_path):
+    Image.open(pictures[0]).save(tmp_path/'0.eps')
+    (tmp_path/'0.eps').rename(tmp_path/'0.png')
+    learn = Learner(loaders(pictures), strong(), CrossEntropyLossFlat())
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        folder = predict_pseudo_labels(learn, [*pictures[:2], str(tmp_path/'0.png')], tmp_path/'labels')
+    assert [Path(o).name for o in pd.read_csv(next(folder.glob('_skipped*'))).item] == ['0.png']
 
 class Flip(Callback):
     def before_batch(self): self.learn.xb = (self.xb[0].flip(-1),)
