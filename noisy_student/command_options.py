@@ -184,8 +184,7 @@ def settings_of(
         if not equals: raise ValueError(f"--set must be NAME=VALUE, got {pair!r}")
         if name in _ELSEWHERE: raise ValueError(f"--set {name}: use {_ELSEWHERE[name]}")
         if name not in names:
-            raise ValueError(f"--set {name}: there is no such setting{setting_hint(name, names)}; there are "
-                             f"{', '.join(names)}")
+            raise ValueError(f"--set {name}: there is no such setting{setting_hint(name, names)}")
         if name.startswith('noise.'):
             part = name.partition('.')[2]
             before, value = found.get('noise', base), {part: parse_value(name, text, parts[part])}

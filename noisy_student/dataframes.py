@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .columns import (as_frame, bools, check_files, class_codes, found_columns, found_suffix, group_codes,
-                                   image_files, pick_column)
+from .columns import as_frame, bools, class_codes, files_of, found_columns, group_codes, pick_column
 from .files import did_you_mean, folders_beside
 from .folders import find_test
 from .unlabeled import pool_files, without_labeled
@@ -56,9 +55,7 @@ def _more_unlabeled(unlabeled, image, folder, suffix):
         if not found and isinstance(unlabeled, (str, Path)):
             raise ValueError(f"unlabeled must hold images, but there is none in {unlabeled}")
         return found
-    files = image_files(pick_column(as_frame(unlabeled, 'unlabeled'), image, 'image'), folder, suffix)
-    check_files(files, folder)
-    return files
+    return files_of(pick_column(as_frame(unlabeled, 'unlabeled'), image, 'image'), folder, suffix)
 
 def _pool_of(rest, more):
     "The unlabeled rows and more files, each once; every further file is a group of its own."
@@ -82,8 +79,7 @@ def _test_split(test, classes, image, label, folder, suffix):
     if (codes < 0).any():
         raise ValueError(f"test must have a label in every row, but {(codes < 0).sum()} have none: images without "
                          "labels are predicted, or given as unlabeled")
-    files = image_files(pick_column(df, image, 'image'), folder, suffix)
-    check_files(files, folder)
+    files = files_of(pick_column(df, image, 'image'), folder, suffix)
     return Split(files, codes)[_rows_once(files, codes, False, classes)]
 
 def _check_test(splits):
@@ -115,10 +111,7 @@ def from_df(
     if len(classes) < 2:
         found = f"the one class {classes[0]!r}" if classes else "no label"
         raise ValueError(f"column {label!r} has {found}: at least 2 classes are needed")
-    names = pick_column(df, image, 'image')
-    suffix = suffix or found_suffix(names, folder)
-    files = image_files(names, folder, suffix)
-    check_files(files, folder)
+    files = files_of(pick_column(df, image, 'image'), folder, suffix)
     flags = np.zeros(len(files), bool) if valid is None else bools(pick_column(df, valid, 'valid'))
     keep = _rows_once(files, codes, flags, classes)
     together = None if group is None else pick_column(df, group, 'group')

@@ -161,9 +161,10 @@ _OTHER_NAMES = dict( # as other libraries have it, or other fingers
 
 def setting_hint(name: str, # That does not exist
                  known: Iterable[str] # Those that do
-                ) -> str: # The end of a message; empty if nothing is near
-    "Which setting was meant."
-    return f' (did you mean {_OTHER_NAMES[name]}?)' if name in _OTHER_NAMES else did_you_mean(name, known)
+                ) -> str: # The end of a message
+    "Which setting was meant, or which there are."
+    near = f' (did you mean {_OTHER_NAMES[name]}?)' if name in _OTHER_NAMES else did_you_mean(name, known)
+    return near or f": there are {', '.join(known)}"
 
 def get_recipe(recipe: str | Recipe, # A name in `RECIPES`, or a recipe
                **changes # Fields of `Recipe` to change
@@ -178,7 +179,7 @@ def get_recipe(recipe: str | Recipe, # A name in `RECIPES`, or a recipe
     known = [f.name for f in fields(Recipe)]
     for k in changes:
         if k not in known:
-            raise ValueError(f"unknown setting {k!r}{setting_hint(k, known)}: a recipe has {', '.join(known)}")
+            raise ValueError(f"unknown setting {k!r}{setting_hint(k, known)}")
     return replace(recipe, **changes)
 
 # %% ../nbs/06d_recipes.ipynb #33bdbd9d

@@ -241,12 +241,10 @@ class NoisyStudent(ImageLoop):
         task.timing.making = time.perf_counter() - begun
 
 def _of_data(settings): # what is said of data, taken out; ValueError for a name that nothing has
-    recipe = [f.name for f in fields(Recipe) if f.name not in ('archs', *DATA_SETTINGS)]
-    known = [*inspect.signature(NoisyStudent).parameters, *DATA_SETTINGS, *recipe]
+    arguments = [k for k, p in inspect.signature(NoisyStudent).parameters.items() if p.kind != p.VAR_KEYWORD]
+    known = list(dict.fromkeys([*arguments, *DATA_SETTINGS, *(f.name for f in fields(Recipe))]))
     for k in settings:
-        if k not in known:
-            raise ValueError(f"unknown setting {k!r}{setting_hint(k, known)}: a recipe has {', '.join(recipe)}; data "
-                             f"have {', '.join(DATA_SETTINGS)}")
+        if k not in known: raise ValueError(f"unknown setting {k!r}{setting_hint(k, known)}")
     return {k: settings.pop(k) for k in DATA_SETTINGS if k in settings}
 
 
