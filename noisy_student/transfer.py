@@ -8,7 +8,7 @@ Docs: https://noisy-student.github.io/noisy_student/transfer.html.md"""
 __all__ = ['package_file', 'read_checkpoint', 'load_pretrained', 'load_body']
 
 # %% ../nbs/03m_transfer.ipynb #0b200003
-import argparse, datetime, pickle, re, zipfile
+import argparse, datetime, re, zipfile
 from importlib import metadata
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -56,7 +56,8 @@ _PLACES = ('state_dict_ema', 'model_ema', 'ema_state_dict', 'state_dict', 'model
 def _load(file):
     "What is in it, if that does nothing"
     try: return torch.load(file, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError: # more than tensors
+    except OSError: raise
+    except Exception: # of any kind, as with more than tensors in it
         with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(file, map_location='cpu', weights_only=True)
 
