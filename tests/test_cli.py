@@ -297,7 +297,7 @@ def test_stages_on_odd_images(folder, teacher, call, mistake, tmp_path):
     assert all(o.startswith('warning: ') for o in (err + err2).splitlines() if 'labeling (images):' not in o)
     skipped = pd.concat([pd.read_csv(f) for f in labels.glob('_skipped-*.csv')])
     assert {os.path.basename(o) for o in skipped.iloc[:, 0]} == {'corrupt.jpg', 'empty.png'}
-    mistake(r"shard=2 must be in 0..1", 'label', teacher, pool, '--out', labels, '--shard', '2', '--num-shards', '2',
+    mistake(r"--shard 2 must be in 0..1", 'label', teacher, pool, '--out', labels, '--shard', '2', '--num-shards', '2',
             '--device', 'cpu')
     mistake(r"temperature=0.0 must be greater than 0", 'label', teacher, pool, '--out', tmp_path/'x', '--temperature',
             '0', '--device', 'cpu')
