@@ -24,7 +24,7 @@ from .distributed import rank, world
 from .files import into_place
 from .models import load_tensors, save_tensors
 from .locks_and_signals import Stopped
-from .reading import parse_json
+from .reading import check_regular, parse_json
 from .training_state import pack, random_state, seeded, set_random_state, unpack
 
 _all_ = ['seeded', 'unpack'] # public here too
@@ -41,7 +41,9 @@ def seconds_of(file: str | Path # Of a `Checkpoint`
     "How long the training had taken when it was written; reads no more than its first bytes."
     from safetensors import SafetensorError, safe_open
     try:
-        with safe_open(str(file), framework='pt') as f: return float((f.metadata() or {}).get('seconds', 0))
+        check_regular(file)
+        with safe_open(str(file), framework='pt') as f: seconds = float((f.metadata() or {}).get('seconds', 0))
+        return seconds if 0 <= seconds < float('inf') else 0.
     except (SafetensorError, OSError, ValueError): return 0.
 
 class Checkpoint:

@@ -60,10 +60,13 @@ def _key(net, images, labels, asked):
     for i in range(0, len(images), 1024): h.update(np.ascontiguousarray(images[i:i + 1024]))
     return h.hexdigest()[:16] + '-' + hashlib.sha256(np.ascontiguousarray(labels)).hexdigest()[:8]
 
-def _read(file):
+def _read(file, corrupted, perturbed):
     "A measurement that is there already, or None."
-    try: return unsealed(file) if file else None
-    except (FileNotFoundError, ValueError): return None # a damaged one is made again
+    names = [(str, int)]
+    shape = dict(row={str: (float, None)}, rates={str: float} if perturbed else bool,
+                 errors=dict(index=names, columns=names, data=[[float]]) if corrupted else bool)
+    try: return unsealed(file, shape) if file else None
+    except (OSError, ValueError): return None # a damaged one is made again
 
 def _networks(run, device):
     "In order, by round or name, and the directory of the run."
@@ -130,7 +133,7 @@ def evaluate_run(
     for k, net in nets.items():
         tell = lambda stage: None if progress is None else lambda done, total: progress(f'{k}: {stage}', done, total)
         file = None if base is None else base/'cache'/'robustness'/f'{_key(net, images, labels, asked)}.json'
-        measured = _read(file)
+        measured = _read(file, corruptions, perturbations)
         if measured is None:
             logits = net.scores(images)
             row = _accuracy('', logits, labels) | dict(n=len(labels), ece=ece(softmax(logits), labels))

@@ -8,13 +8,14 @@ Docs: https://noisy-student.github.io/noisy_student/finished_labels.html.md"""
 __all__ = ['Sources', 'find_labels']
 
 # %% ../nbs/05f_finished_labels.ipynb #14f8f282
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from .files import file_sha256, read_sums
 from .label_table import PseudoLabelError, read_metadata
-from .label_shards import what_differs
+from .label_shards import parts_in, what_differs
 from .reading import read_json
 
 # %% ../nbs/05f_finished_labels.ipynb #fee90211
@@ -36,7 +37,7 @@ def find_labels(src: str | Path | list # Folder(s) of predict_pseudo_labels with
     for s in map(Path, [src] if isinstance(src, (str, Path)) else src):
         if not s.exists(): raise PseudoLabelError(f"no pseudo labels at {s}: there is no such file or folder")
         if s.is_dir(): _check_sums(s)
-        found = [s] if s.is_file() else sorted(s.glob('part-*.parquet')) or sorted(s.glob('*.parquet'))
+        found = [s] if s.is_file() else parts_in(s) or sorted(s.glob('*.parquet'))
         if not found: raise PseudoLabelError(f"no pseudo labels in {s}: make them with predict_pseudo_labels")
         files += [f.resolve() for f in found]
     files = sorted(set(files))
@@ -53,7 +54,8 @@ def find_labels(src: str | Path | list # Folder(s) of predict_pseudo_labels with
     return Sources(files, metas[0], {m.get('pool') for m in metas})
 
 def _check_sums(folder): # of all parts in it
-    known = {k: v for o in sorted(folder.glob('_sha256-*.txt')) for k, v in read_sums(o).items() if (folder/k).exists()}
+    lists = [o for o in sorted(folder.glob('_sha256-*.txt')) if re.fullmatch(r'_sha256-\d+-of-\d+', o.stem)]
+    known = {k: v for o in lists for k, v in read_sums(o).items() if (folder/k).exists()}
     with ThreadPoolExecutor() as pool: sums = pool.map(file_sha256, [folder/o for o in known])
     for name, sha256 in zip(known, sums):
         if sha256 != known[name]:
@@ -81,8 +83,12 @@ def _check_shards(files, metas):
                                    f"predict_pseudo_labels(..., shard={missing[0]}, num_shards={num})")
         for shard, folder in found.items():
             manifest = folder/f"_shard-{shard:05d}-of-{num:05d}.json"
-            try: parts = read_json(manifest, {'parts': {str: int}})['parts']
-            except (OSError, ValueError): parts = {'missing': 0} # or damaged
-            if {folder/o for o in parts} <= set(files): continue
+            here = {f for f in files if f.parent == folder and _shard_of(f) == shard}
+            try: listed = {folder/o for o in read_json(manifest, {'parts': {str: int}})['parts']}
+            except (OSError, ValueError): listed = {manifest} # it is missing, or damaged
+            if stray := sorted(here - listed) if here > listed else []:
+                raise PseudoLabelError(f"{stray[0]} is not among the parts of its shard, which {manifest.name} names: "
+                                       "remove it")
+            if listed <= here: continue
             raise PseudoLabelError(f"shard {shard} of {num} in {folder} is not complete: run "
                                    f"predict_pseudo_labels(..., shard={shard}, num_shards={num}) again")

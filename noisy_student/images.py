@@ -95,9 +95,9 @@ def _read_cache(file, meta, n, size):
     "What `_fill_cache` returned, None if it has to be made (again)."
     if not (file.exists() and meta.exists()): return None
     try:
-        d = read_json(meta, {**_SHAPE, 'sha256?': str, 'pixels?': str})
-        known = d.pop('sha256', None)
-        if _is_array(file, (max(n, 1), size, size, 3)) and known in (None, file_sha256(file, json.dumps(d))): return d
+        d = read_json(meta, {**_SHAPE, 'sha256': str, 'pixels?': str})
+        known = d.pop('sha256')
+        if _is_array(file, (max(n, 1), size, size, 3)) and known == file_sha256(file, json.dumps(d)): return d
     except (ValueError, OSError): pass # no JSON, or not ours
     warnings.warn(f"{file} or {meta.name} has been altered since it was written: the images are decoded again")
 

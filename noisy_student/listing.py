@@ -12,11 +12,10 @@ __all__ = ['is_image', 'is_run', 'is_own_table', 'list_files', 'expand_archives'
 import mimetypes, os, warnings
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from .archives import is_archive, list_archive
+from .reading import open_parquet, open_regular
 
 # %% ../nbs/01b_listing.ipynb #b0a10006
 _NO_PICTURES = ('PDF', 'MPEG', 'HDF5', 'GRIB', 'BUFR', 'EPS') # formats that Pillow knows
@@ -39,7 +38,7 @@ def is_run(
     "Whether a folder is the directory of a run of this package."
     if 'run.json' not in files: return False
     try:
-        with open(os.path.join(folder, 'run.json'), 'rb') as f: head = f.read(1 << 16)
+        with open_regular(os.path.join(folder, 'run.json')) as f: head = f.read(1 << 16)
     except OSError: return False
     return b'"config"' in head and b'"recipe"' in head
 
@@ -48,8 +47,8 @@ def is_own_table(
 ) -> bool:
     "Whether it is a parquet file of pseudo labels, which holds no images."
     if not file.endswith('.parquet'): return False
-    try: return {'item', 'label', 'confidence', 'probs'} <= set(pq.read_schema(file).names)
-    except (pa.ArrowException, OSError): return False # opening it says what it is
+    try: return {'item', 'label', 'confidence', 'probs'} <= set(open_parquet(file).schema_arrow.names)
+    except (ValueError, OSError): return False # opening it says what it is
 
 def list_files(
     folder: str | Path, # A folder; links to folders are followed

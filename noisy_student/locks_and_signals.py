@@ -16,6 +16,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from .reading import open_regular
+
 # %% ../nbs/00f_locks_and_signals.ipynb #c7f9d499
 class InUseError(OSError):
     "Another process is writing here; the message names it."
@@ -38,7 +40,7 @@ def locked(
         if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS): yield; return # what is to be written will say so
         lock = None
     try:
-        if lock: owner.write_text(_me())
+        if lock: owner.unlink(missing_ok=True); owner.write_text(_me())
         else: _claim(file, owner)
     except BaseException:
         if lock: lock.release()
@@ -52,7 +54,8 @@ def _me(): return f"process {os.getpid()} on {socket.gethostname()} since {time.
 
 def _named(owner):
     "Who wrote it; empty where there is none."
-    try: return owner.read_text(errors='replace')[:200]
+    try:
+        with open_regular(owner) as f: return f.read(200).decode(errors='replace')
     except OSError: return ''
 
 def _in_use(file, who):

@@ -130,7 +130,7 @@ class Loop(Results):
         if text := read_metrics(self.dir.round(k)).get('verdict'): warnings.warn(f"{text} Round {self.best} is used.")
 
 def _is_whole(page): # whether a page is there to its end
-    return page.exists() and page.read_bytes().endswith(b'</html>\n')
+    return page.is_file() and page.read_bytes().endswith(b'</html>\n')
 
 
 # %% ../nbs/09_rounds.ipynb #ab100003

@@ -17,6 +17,7 @@ import pandas as pd
 
 from .datasets import Splits
 from .files import altered, unsealed
+from .label_shards import parts_in
 from .label_table import batches
 from .pseudo_labels import selected_by, share_cuts
 from .reading import read_csv
@@ -90,7 +91,7 @@ def _passing(chosen, everything, how):
 def _count_labels(folder, K, truth):
     "RoundLabels of a round's folder."
     chosen, everything = folder/'selected.parquet', folder/'pseudo_labels'
-    files = sorted(everything.glob('part-*.parquet')) if everything.exists() else [chosen]
+    files = parts_in(everything) if everything.exists() else [chosen]
     passing = _passing(chosen, everything, how := selected_by(chosen))
     def per_class(label, weights=None): return np.bincount(label, weights, K).astype(int)
     seen, passed, kept, rows, right_of, known_of = np.zeros((6, K), int)

@@ -19,7 +19,7 @@ import pandas as pd
 
 from .distributed import first_rank_first, rank, write_once
 from .files import altered, locked, unsealed, write_sums
-from .reading import open_parquet, read_csv, read_json
+from .reading import misfit, open_parquet, read_csv, read_json
 from .round_scores import accuracy_error
 from .weights import load_tensors
 
@@ -43,6 +43,8 @@ _RUN = {
     'sizes?': ({'labeled?': int, 'unlabeled?': int, 'valid?': int, 'test?': int}, None), 'threads?': int,
     'device?': str, 'source?': (_SOURCE, None), 'speed?': (float, None), 'settled_for?': (float, None),
     'versions?': {str: str}, 'python?': str} # Of run.json
+_PLAN = {**{f'{o}?': (float, None) for o in ('step_seconds', 'limit', 'left')}, 'steps?': (int, None), 'begun?': float,
+         'epochs?': lambda o: not misfit(o, {str: int}) and all(map(str.isdecimal, o))} # Of plan.json
 
 def read_about(path: str | Path # Run directory
               ) -> dict: # config, versions, sizes, and more
@@ -154,7 +156,7 @@ class Rounds:
             ) -> dict: # steps, step_seconds, limit; empty before anything was decided
         "What was decided about its length. Raises ValueError, naming the file, if it is not what was written."
         file = self.round(k)/'plan.json'
-        try: return unsealed(file, {'steps?': (int, None), 'step_seconds?': (float, None), 'limit?': (float, None)})
+        try: return unsealed(file, _PLAN)
         except (FileNotFoundError, NotADirectoryError): return {}
         except ValueError: raise ValueError(f"{file} is damaged: remove the folder {file.parent}") from None
 
@@ -213,7 +215,7 @@ class RunDir(Rounds):
     def write_summary(self) -> None:
         "Bring summary.csv up to date: a kill may have come between it and the metrics of a round."
         file, text = self.path/'summary.csv', self.summary.to_csv(index=False)
-        if not file.exists() or file.read_text(errors='replace') != text: write_once(file, text)
+        if not file.is_file() or file.read_text(errors='replace') != text: write_once(file, text)
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from .archives import split_item
 from .inputs import whole_name
+from .reading import open_regular
 from .splits import Splits
 
 # %% ../nbs/01l_same_data.ipynb #7c200006
@@ -32,7 +33,7 @@ def _bytes_digest(stat):
     if stat not in _read:
         h = hashlib.blake2b(digest_size=16)
         try:
-            with open(stat[0], 'rb') as f:
+            with open_regular(stat[0]) as f:
                 h.update(f.read(1 << 20)) # of an archive the beginning and the end
                 if stat[1] > 1 << 20: f.seek(max(1 << 20, stat[1] - (1 << 20))); h.update(f.read(1 << 20))
         except OSError: h.update(b'unreadable')

@@ -83,6 +83,40 @@ def test_images_are_opened_in_one_place():
     assert not {"EPS", "PDF", "WMF", "FITS", "ICNS", "ICO", "GRIB", "HDF5", "BUFR", "MPEG"} & {*FORMATS}
 
 
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nx\n%%EOF\n"
+
+
+@posix
+@pytest.mark.parametrize("content", [None, EPS])
+def test_a_learners_own_view_of_such_files(finished, tmp_path, monkeypatch, content):
+    "A pipe, and what would start Ghostscript: pseudo labels go without them, as a run does."
+    from fastai.vision.all import ImageDataLoaders, resnet18, vision_learner
+    from noisy_student.pseudo_labels import predict_pseudo_labels
+    (tmp_path/"gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n"); (tmp_path/"gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    dls = ImageDataLoaders.from_folder(finished[0], valid="valid", bs=4, num_workers=0)
+    (pool := tmp_path/"pool").mkdir()
+    Image.open(next(finished[0].rglob("*.png"))).save(pool/"a.png")
+    if content is None: os.mkfifo(pool/"x.png")
+    else: (pool/"x.png").write_bytes(content)
+    with pytest.warns(UserWarning, match="1 of 2"):
+        teacher = vision_learner(dls, resnet18, pretrained=False)
+        out = predict_pseudo_labels(teacher, sorted(pool.iterdir()), tmp_path/"o")
+    assert "x.png" in next(out.glob("_skipped-*.csv")).read_text() and not (tmp_path/"started").exists()
+
+
+@posix
+def test_a_pool_with_pipes_is_recognized(finished, tmp_path):
+    "What looks into files to know them again, or to leave a run's own files out, waits for none of them."
+    from noisy_student.listing import is_own_table, is_run
+    from noisy_student.same_data import content_digest
+    from noisy_student.splits import Split, Splits
+    for name in ("run.json", "a.parquet", "x.png"): os.mkfifo(tmp_path/name)
+    assert not is_run(str(tmp_path), ["run.json"]) and not is_own_table(str(tmp_path/"a.parquet"))
+    one = Split([str(tmp_path/"x.png")], np.zeros(1, int))
+    assert content_digest(Splits(one, Split([]), one, None, ["a"]))
+
+
 def test_other_formats_are_refused_whatever_they_are_called(tmp_path):
     Image.init()
     rgb, used, refused = Image.fromarray(np.zeros((64, 64, 3), np.uint8)), set(), set()
@@ -98,7 +132,7 @@ def test_other_formats_are_refused_whatever_they_are_called(tmp_path):
 def test_eps_starts_no_program(tmp_path, monkeypatch):
     (tmp_path/"gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n"); (tmp_path/"gs").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    (tmp_path/"x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nx\n%%EOF\n")
+    (tmp_path/"x.png").write_bytes(EPS)
     assert "not an image" in load_images([str(tmp_path/"x.png")], 8).bad[0].reason
     assert not (tmp_path/"started").exists()
 
@@ -124,6 +158,16 @@ def test_pipes_are_not_waited_for(run, tmp_path):
         file = pipe(name)
         with pytest.raises((ValueError, OSError)) as e: read(file)
         assert file.name in str(e.value) or str(file.parent) in str(e.value), name
+
+
+@posix
+def test_pipes_in_a_run_are_not_waited_for(finished, run):
+    "Where a run has files of its own: they are written anew."
+    for name in (".lock.txt", "summary.csv", "report.html", "images.json"):
+        (run/name).unlink(missing_ok=True); os.mkfifo(run/name)
+    noisy_student(finished[0], run, rounds=2, epochs=1, teacher_epochs=1).fit()
+    assert len(read_summary(run)) == 3 and [o for o in ("summary.csv", "report.html", "images.json")
+                                            if not (run/o).is_file()] == []
 
 
 # Numbers in files are not believed
@@ -394,6 +438,20 @@ def test_metadata_of_tables(finished, tmp_path, name, value):
     meta = {k: v for k, v in t.schema.metadata.items() if k != b"sha256"}
     pq.write_table(t.replace_schema_metadata({**meta, name.encode(): value.encode()}), tmp_path/"s.parquet")
     with pytest.raises(PseudoLabelError, match="s.parquet"): read_selection(tmp_path/"s.parquet")
+
+
+@pytest.mark.parametrize("measured", [{}, dict(row=5, errors=False, rates=False),
+                                      dict(row=dict(accuracy="x"), errors=False, rates=False),
+                                      dict(row=dict(accuracy=.5), errors=True, rates=True),
+                                      dict(row={}, errors=dict(index=[1], columns=5, data=[]), rates={}),
+                                      dict(row={}, errors=False, rates=dict(a=[1]))])
+def test_measurements(tmp_path, measured):
+    from noisy_student.evaluation import _read
+    whole = dict(row=dict(accuracy=.5, n=3), errors=dict(index=["blur"], columns=[1], data=[[.5]]), rates=dict(a=.1))
+    (file := tmp_path/"a.json").write_text(sealed(whole))
+    assert _read(file, True, True) == whole
+    file.write_text(sealed(measured))
+    assert _read(file, True, True) is None  # it is made again
 
 
 def test_checkpoints_of_another_shape(finished, tmp_path):
