@@ -88,6 +88,7 @@ def check_files(
     elif Path(name).stem in known: remedy = f"the suffix there is {known[Path(name).stem]}"
     elif below := [o for o in sorted(Path(folder).iterdir()) if (o/os.path.relpath(missing[0], folder)).exists()]:
         remedy = f"it is in {below[0]}: give that as folder"
+    elif len(missing) < len(files) / 2: remedy = "the others are: put it there, or drop its row"
     else: remedy = f"{folder} holds {describe_folder(Path(folder))}: give the folder that the names are relative to"
     raise FileNotFoundError(f"{len(missing):,} of {len(files):,} image files are not there, the first is {missing[0]}: "
                             f"{remedy}")

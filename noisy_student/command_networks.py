@@ -84,7 +84,8 @@ def about_run(
     path: Path, # A run directory, a folder or a file in it
 ) -> dict[str, Any]: # Its run.json; empty: it belongs to no run
     "What is known of the run that a network belongs to. Raises ValueError for a run.json that is damaged."
-    from noisy_student.rundir import read_about
     for folder in [path, *path.resolve().parents[:2]]:
-        if (folder/'run.json').exists(): return read_about(folder)
+        if (folder/'run.json').exists():
+            from noisy_student.rundir import read_about
+            return read_about(folder)
     return {}

@@ -141,8 +141,6 @@ def evaluate(
         raise ValueError(f"{model} is not the directory of a run with a finished round: name the data to evaluate it "
                          "on")
     require_model(path)
-    from noisy_student.rundir import RunDir
-    rounds = [RunDir(path).weights(k) for k in RunDir(path).there('model.safetensors')]
     if data is None and not robustness:
         from noisy_student.rundir import read_summary
         return print_run(path, records(read_summary(path)), as_json)
@@ -156,6 +154,8 @@ def evaluate(
             to_stderr(f"warning: the run has seed {own}: with --seed {seed} its training images may be among the "
                       "validation images")
         splits = load_data(data, seed=own if seed is None else seed)
+    from noisy_student.rundir import RunDir # which needs torch: a mistake in the data is said before
+    rounds = [RunDir(path).weights(k) for k in RunDir(path).there('model.safetensors')]
     if robustness: return _robustness(path, rounds, data, splits, limit, device, as_json)
     print_table(_measure(path, rounds, data, splits, device), as_json)
 

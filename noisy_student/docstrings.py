@@ -72,12 +72,20 @@ def _annotate(f, lines):
     parameters = [o for o in parameters if o[0].lstrip('*') in known and o[0] not in ('self', 'cls')]
     if parameters or returns: f.__doc__ = _text(f.__doc__, parameters, returns)
 
+def _inherited(c):
+    "What a base class of the same package says of its parameters."
+    package = c.__module__.partition('.')[0]
+    docs = (o.__doc__ or '' for o in c.__mro__[1:] if o.__module__.partition('.')[0] == package)
+    return next((m[0].rstrip() for o in docs if (m := re.search(r'^Args:\n(?:    .*\n?)+', o, re.M))), '')
+
 def _annotate_class(c, lines):
     init = c.__init__ # written here, maybe for a private base class, or made from the fields
     written = (isinstance(init, FunctionType) and init.__code__.co_filename.endswith('.py')
                and init.__module__ == c.__module__)
     parameters = _signature(lines, init.__code__.co_firstlineno - 1)[0] if written else _fields(lines, c.__name__)
     if parameters: c.__doc__ = _text(c.__doc__, parameters, None)
+    elif not written and (about := _inherited(c)) and 'Args:\n' not in (c.__doc__ or ''):
+        c.__doc__ = f"{inspect.cleandoc(c.__doc__ or '')}\n\n{about}"
     for k, o in list(vars(c).items()):
         o = o.fget if isinstance(o, property) else getattr(o, '__func__', o)
         if isinstance(o, FunctionType) and o.__module__ == c.__module__ and not k.startswith('_'): _annotate(o, lines)

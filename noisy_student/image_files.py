@@ -70,8 +70,14 @@ def _to_rgb(img, white=255):
     return (img if img.mode == 'RGB' else img.convert('RGBA').convert('RGB') if img.mode in ('P', 'PA')
             else img.convert('RGB'))
 
+def _decoded(img, white, size):
+    "RGB, upright, and about twice as large as `size` where that is given."
+    img.load() # without a copy where nothing is to be turned
+    img = _to_rgb(img if img.getexif().get(0x0112, 1) == 1 else ImageOps.exif_transpose(img), white)
+    return img.reduce(max(1, min(img.size) // (2 * size))) if size else img
+
 def load_image(path: str | Path, # An image file of any format and mode that Pillow reads
-               size: int | None = None, # Side in pixels that is wanted at least: JPEG then decodes at a fraction
+               size: int | None = None, # Side in pixels that is wanted at least: JPEG and large images are made smaller
                max_pixels: int = MAX_PIXELS # Larger images are refused before they are decoded
               ) -> Image.Image: # RGB, upright, first frame
     "Decode an image file completely. Raises `ImageFileError`, naming the file, for whatever is not a usable image."
@@ -87,9 +93,10 @@ def load_image(path: str | Path, # An image file of any format and mode that Pil
             if size: img.draft('RGB', (2 * size, 2 * size))
             try: white = _white(img) if img.mode.startswith(('I', 'F')) else 255
             except ValueError as e: raise fail(str(e)) from None
-            with _large if img.width * img.height > _LARGE else nullcontext():
-                img.load() # without a copy where nothing is to be turned
-                return _to_rgb(img if img.getexif().get(0x0112, 1) == 1 else ImageOps.exif_transpose(img), white)
+            is_large = img.width * img.height > _LARGE
+            with _large if is_large else nullcontext(): # within which what is large goes again
+                img = _decoded(img, white, size if is_large else None)
+                return img
     except ImageFileError: raise
     except ArchiveError as e: raise fail(str(e)) from None
     except FileNotFoundError: raise fail("dangling link" if Path(path).is_symlink() else "no such file") from None

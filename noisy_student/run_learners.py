@@ -171,9 +171,9 @@ class Learners(RoundSettings):
         "An untrained learner of the architecture of a round."
         r = self.recipe
         learn = noisy_student_learner(
-            dls, self.networks[self.arch(k)], noise, pretrained, label_smoothing=r.label_smoothing, loss_func=loss,
-            opt_func=optimizer(r.optimizer, self.device), metrics=[accuracy, *self.metrics],
-            class_weights=None if loss else weights, splitter=splitter(r))
+            dls, self.networks[self.arch(k)], noise, pretrained, loss_func=loss,
+            label_smoothing=0. if loss else r.label_smoothing, class_weights=None if loss else weights,
+            opt_func=optimizer(r.optimizer, self.device), metrics=[accuracy, *self.metrics], splitter=splitter(r))
         learn.model.to(self.device, memory_format=torch.channels_last)
         return learn
 

@@ -123,6 +123,10 @@ def read_table(file: Path, # CSV
         return read_csv(file, columns, numbers)
     except (OSError, ValueError): raise ValueError(f"{file} is damaged: {remedy}") from None
 
+# Columns of robustness.csv that hold numbers
+_ROBUSTNESS = ('round', 'n', 'accuracy', 'ece', 'corrupted_error', 'mce_vs_first', 'flip_rate', 'mfr_vs_first',
+               'fgsm_accuracy')
+
 def things_in(config: dict # Settings of a run
              ) -> str: # 'images' or 'rows'
     "What its pool consists of."
@@ -159,8 +163,7 @@ class RunRecord:
         "What `noisy-student evaluate --robustness` has measured. Raises ValueError for a damaged table."
         if not (file := self.path/'robustness.csv').exists(): return None
         remedy = "remove it, or measure again with noisy-student evaluate --robustness"
-        needed = ['round', 'accuracy', 'low', 'high']
-        return read_table(file, remedy, needed, [*needed, 'n', 'ece']).set_index('round')
+        return read_table(file, remedy, ['round', 'accuracy'], _ROBUSTNESS).set_index('round')
 
     @property
     def suspects(self) -> pd.DataFrame | None: # A row per label, most suspicious first; None if they were not searched

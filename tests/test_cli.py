@@ -299,7 +299,7 @@ def test_stages_on_odd_images(folder, teacher, call, mistake, tmp_path):
     assert {os.path.basename(o) for o in skipped.iloc[:, 0]} == {'corrupt.jpg', 'empty.png'}
     mistake(r"--shard 2 must be in 0..1", 'label', teacher, pool, '--out', labels, '--shard', '2', '--num-shards', '2',
             '--device', 'cpu')
-    mistake(r"temperature=0.0 must be greater than 0", 'label', teacher, pool, '--out', tmp_path/'x', '--temperature',
+    mistake(r"--temperature 0.0 must be greater than 0", 'label', teacher, pool, '--out', tmp_path/'x', '--temperature',
             '0', '--device', 'cpu')
     mistake(r"holds other pseudo labels", 'label', teacher, pool, '--out', labels, '--num-shards', '2', '--temperature',
             '2', '--device', 'cpu')

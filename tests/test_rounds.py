@@ -540,7 +540,7 @@ def test_libraries_without_metadata_are_asked_themselves(tmp_path, monkeypatch):
     monkeypatch.setattr(run_file, "version", nowhere)
     monkeypatch.delattr(timm, "__version__")
     with (run := RunDir(tmp_path / "run")).alone(): run_file.write_run(run, dict(seed=0))
-    versions = run.about["versions"]
+    versions = json.loads((run.path / "run.json").read_text())["versions"]
     assert versions["noisy_student"] == noisy_student.__version__ and versions["timm"] == "unknown"
     import PIL, torch
     assert (versions["torch"], versions["pillow"]) == (str(torch.__version__), PIL.__version__)

@@ -85,11 +85,18 @@ def test_labels(home, labels, classes):
      "1 rows of the table have no file name, the first is row 11"),
     (dict(image=["0.png"] * N),
      r"1 files have several rows with different labels, the first is .*0.png \('a' and 'b'\)"),
-    (dict(image=[*range(N - 1), 'gone']), 'add suffix=".png"'),
+    (dict(image=[*range(N - 1), 'gone']), "1 of 12 .*gone.png: the others are: put it there, or drop its row"),
                                           (dict(image=[f"gone/{i}.png" for i in range(N)]), "12 of 12 image files"),
     (dict(label=["a"] * (N - 1) + ["b"]), "class 'b' in the table has one image")])
 def test_mistakes(home, change, text):
     with pytest.raises((ValueError, FileNotFoundError), match=text): from_df(frame().assign(**change), home/"images")
+
+
+def test_of_two_files_of_every_name_one_is_to_be_named(home):
+    for i in range(N): draw(home/"images"/f"{i}.jpg", i)
+    df = frame().assign(image=range(N))
+    with pytest.raises(FileNotFoundError, match='add suffix=".png"'): from_df(df, home/"images")
+    assert len(from_df(df, home/"images", suffix=".png").labeled)
 
 
 def test_wrong_folder_names_the_right_one(home):
