@@ -8,7 +8,7 @@ Docs: https://noisy-student.github.io/noisy_student/commands_train.html.md"""
 __all__ = ['run_settings', 'run', 'train']
 
 # %% ../nbs/12f_commands_train.ipynb #12f00003
-import warnings
+import sys, warnings
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -117,6 +117,7 @@ def run(
                   suffix=suffix)
     source = source_of(data, labels, unlabeled, seed, recipe, table)
     how = given(auto_batch=auto_batch or None, time_limit=time_limit, folds=folds, force=force or None)
+    if sys.stderr.isatty(): to_stderr(f"reading {data}") # torch takes some seconds to load
     splits = load_data(**source)
     if wanted and not isinstance(files, list): # a table whose files may be elsewhere, which training shall not wait for
         from noisy_student.predictions import named_images

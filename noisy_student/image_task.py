@@ -8,7 +8,7 @@ Docs: https://noisy-student.github.io/noisy_student/image_task.html.md"""
 __all__ = ['ImageRounds', 'ImageTask']
 
 # %% ../nbs/08i_image_task.ipynb #a7000003
-import gc, warnings
+import gc, sys, warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -128,8 +128,16 @@ class ImageTask(ImageRounds):
         self.timing.start(begun)
         self.opened.check_leaks()
         if not todo: return
+        if not rank(): self.say_choices()
         self.opened.all_given()
         if not rank(): self.timing.tell()
+
+    def say_choices(self) -> None:
+        "What was chosen of network and size, on stderr, where the plan is told."
+        if not self.timing.is_told: return
+        values = dict(network=('archs', ', '.join(self.archs)), size=('size', f'{self.setup.size} px'))
+        for name, (setting, value) in values.items():
+            if why := self.setup.reasons.get(setting): print(f'{name}: {value} ({why})', file=sys.stderr, flush=True)
 
     def try_networks(self, todo: list[int] # Rounds that are not done
                     ) -> None:

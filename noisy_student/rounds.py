@@ -90,6 +90,7 @@ class Loop(Results):
                 self.dir.seal(k)
                 self.dir.write_summary() # also for a finished round: a kill may have come between the two files
                 if new: old = True; self._look_at(k)
+                self._stop_at_chance(k)
             if not rank() and last == self.recipe.rounds:
                 if old: self.write_report()
                 if new: self.task.end()
@@ -117,17 +118,21 @@ class Loop(Results):
                      threads=self.dir.about.get('threads') or torch.get_num_threads(), **self.task.settled)
         write_run(self.dir, config, **about)
 
-    # What is wrong with a round that has just been made; a run that configured itself stops at chance level
+    # What is wrong with a round that has just been made
     def _look_at(self, k):
         try: found = self.task.findings(k)
         except Exception as e:
             found = [f"round {k} could not be looked through ({type(e).__name__}: {e}); the run goes on"]
+        if text := read_metrics(self.dir.round(k)).get('verdict'): found.append(f"{text} Round {self.best} is used.")
         for o in found: warnings.warn(o)
+
+    # A run that configured itself goes no further than a network at chance level
+    def _stop_at_chance(self, k):
+        if not self.stops or k == self.recipe.rounds or self.dir.is_done(k + 1): return
         y, accuracy = self.task.true_labels('valid'), self.summary.valid_accuracy[k]
         right, share = round(accuracy * len(y)), majority(y).share
         chance = against_chance(right, len(y), len(self.data.classes), share, f'round {k}')
-        if chance.stop and self.stops and k < self.recipe.rounds: raise ValueError(f"round {k}: {chance.text}")
-        if text := read_metrics(self.dir.round(k)).get('verdict'): warnings.warn(f"{text} Round {self.best} is used.")
+        if chance.stop: raise ValueError(f"round {k}: {chance.text}")
 
 def _is_whole(page): # whether a page is there to its end
     return page.is_file() and page.read_bytes().endswith(b'</html>\n')

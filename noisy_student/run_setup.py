@@ -28,6 +28,7 @@ from .inputs import utf8_names
 from .learner import Noise
 from .models import arch_name, create_model
 from .pseudo_labels import PseudoLabels, Selection, read_selection
+from .published_weights import NO_WEIGHTS
 from .recipes import Recipe
 from .same_data import identity
 from .splits import unseen_classes
@@ -47,7 +48,7 @@ class Setup:
     given: PseudoLabels | None = None # Made elsewhere: round 0 is a student of that teacher
     limit: float | None = None # Seconds that all rounds may take together
     reasons: dict[str, str] = field(default_factory=dict) # Of the settings that were decided
-    settled: dict = field(default_factory=dict) # What the settings were decided by: `speed`, `settled_for`
+    settled: dict = field(default_factory=dict) # What was decided, and by what: `speed`, `settled_for`, `chosen`
     auto_batch: bool = False # Whether batches may be computed in parts
     cbs: Callable[[int, Path], list] = lambda k, folder: [] # More callbacks
 
@@ -94,6 +95,20 @@ def _tell_kept(kept, other, first, limit):
     if names := [k for k in a if a[k] != b[k]]:
         warnings.warn(f"the run goes on with the settings that were chosen for {said(first)} when it began; those for "
                       f"{said(limit)} would be others ({', '.join(names)}): name another folder to have them")
+
+# What was chosen when a run began, of network and weights that would be others now
+def _as_begun(found, chosen):
+    now = _chosen(found)
+    kept = {k: chosen[k] for k in now if k in chosen}
+    if all(now[k] == v for k, v in kept.items()): return {}
+    def said(o): return ', '.join(f'{k}={o[k]!r}' for k in kept)
+    warnings.warn(f"the run goes on with {said(kept)}, as was chosen when it began; {said(now)} would be chosen now: "
+                  "name another folder to have that")
+    return kept
+
+def _chosen(found): # network and weights, where nobody has named them
+    r, names = found.recipe, [arch_name(o) for o in found.archs]
+    return {k: v for k, v in dict(archs=names, pretrained=r.pretrained).items() if k in found.reasons}
 
 # Whether there are images for all that the recipe wants
 def _check_images(s):
@@ -155,12 +170,19 @@ def settle(
     "Decide what is open, and look all of it through. Raises ValueError for settings or data that cannot work."
     device = own_device(device)
     _check_archs(archs)
-    def decide(limit):
+    def decide(limit, archs=archs, **chosen):
         return configure(data, archs, recipe, noise, device, limit and limit / (folds or 1), before.get('speed'),
-                         **settings)
+                         **{**settings, **chosen})
     first = before.get('settled_for', limit)
-    found, made, reasons, speed = decide(first)
-    if reasons and first != limit: _tell_kept(made, decide(limit).recipe, first, limit)
+    configured = decide(first)
+    if chosen := _as_begun(configured, before.get('chosen', {})):
+        configured = decide(first, **chosen)
+        configured.reasons.update(dict.fromkeys(chosen, "as when the run began"))
+    found, made, reasons, speed = configured
+    if reasons and first != limit: _tell_kept(made, decide(limit, **chosen).recipe, first, limit)
+    if not before and NO_WEIGHTS in reasons.get('pretrained', ''):
+        warnings.warn(f"training starts from scratch, as {NO_WEIGHTS}: with pretrained weights a few labels do for what "
+                      "takes hundreds without")
     names = [arch_name(o) for o in found]
     _check_recipe(made, names)
     if device.type == 'cuda' and not torch.cuda.is_available():
@@ -169,7 +191,7 @@ def settle(
     metrics = _metrics(metrics)
     if pseudo_labels is not None: _check_given(given := read_selection(pseudo_labels), data)
     s = Setup(data, made, size, dict(zip(names, found)), names, seed, device, metrics, given, limit, reasons,
-              dict(speed=speed, settled_for=first) if reasons else {}, auto_batch, cbs or (lambda k, folder: []))
+              dict(speed=speed, settled_for=first, chosen=_chosen(configured)) if reasons else {}, auto_batch, cbs or (lambda k, folder: []))
     _check_images(s)
     join(device)
     _check_networks(s)

@@ -42,7 +42,7 @@ _RUN = {
         'recipe': {'rounds?': int, 'choose_by?': str, 'pretrained?': (bool, str, None), 'threshold?': (float, None)}},
     'sizes?': ({'labeled?': int, 'unlabeled?': int, 'valid?': int, 'test?': int}, None), 'threads?': int,
     'device?': str, 'source?': (_SOURCE, None), 'speed?': (float, None), 'settled_for?': (float, None),
-    'versions?': {str: str}, 'python?': str} # Of run.json
+    'chosen?': {'archs?': [str], 'pretrained?': (bool, str)}, 'versions?': {str: str}, 'python?': str} # Of run.json
 _PLAN = {**{f'{o}?': (float, None) for o in ('step_seconds', 'limit', 'left')}, 'steps?': (int, None), 'begun?': float,
          'epochs?': lambda o: not misfit(o, {str: int}) and all(map(str.isdecimal, o))} # Of plan.json
 

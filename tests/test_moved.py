@@ -6,10 +6,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from noisy_student import configure
 from noisy_student.datasets import from_folder
 from noisy_student.files import sealed
 from noisy_student.pseudo_labels import predict_pseudo_labels, read_selection, relabel_pseudo_labels
 from noisy_student.pseudo_labels import select_pseudo_labels
+from noisy_student.published_weights import Choice
 from noisy_student.rounds import NoisyStudent
 
 pytestmark = pytest.mark.usefixtures("no_page", "one_thread")
@@ -99,3 +101,15 @@ def test_a_selection_is_of_use_where_its_images_have_moved(images, tmp_path):
     np.testing.assert_array_equal(after.probs, before.probs)
     with pytest.raises(ValueError, match='give the pool that was labeled'):
         relabel_pseudo_labels(learn, selection, tmp_path/'r.parquet', pool[:3])
+
+def test_a_resumed_run_keeps_the_network_that_was_chosen_when_it_began(images, tmp_path, monkeypatch):
+    "Where others could be chosen since, as weights were installed, that is said; one that is named now is refused."
+    def choose(arch): monkeypatch.setattr(configure, 'default_arch', lambda *_, **__: Choice(arch, False, 'small'))
+    def start(archs=None): return NoisyStudent(images, archs, tmp_path/'run', **SETTINGS)
+    choose('resnet9_4')
+    start().fit_to(0)
+    choose('resnet9_8')
+    with pytest.warns(UserWarning, match=r"goes on with archs=\['resnet9_4'\].* archs=\['resnet9_8'\]"): ns = start()
+    assert ns.archs == ['resnet9_4'] and ns.why.set_index('setting').why.archs == "as when the run began"
+    assert list(ns.fit().arch) == ['resnet9_4'] * 2
+    with pytest.raises(ValueError, match="other settings .*archs"): start('resnet9_8').fit()
