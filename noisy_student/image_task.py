@@ -136,6 +136,7 @@ class ImageTask(ImageRounds):
         "What was chosen of network and size, on stderr, where the plan is told."
         if not self.timing.is_told: return
         values = dict(network=('archs', ', '.join(self.archs)), size=('size', f'{self.setup.size} px'))
+        if not self.recipe.rounds: values['rounds'] = ('rounds', '0')
         for name, (setting, value) in values.items():
             if why := self.setup.reasons.get(setting): print(f'{name}: {value} ({why})', file=sys.stderr, flush=True)
 
