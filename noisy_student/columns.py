@@ -70,6 +70,16 @@ def _listings(files, known=None):
         known[d] = set(os.listdir(d)) if os.path.isdir(d) else set()
     return known
 
+def _folder_below(files, folder):
+    "The folder in `folder` that has most of 20 of the files, and how many of all that is."
+    names = [os.path.relpath(o, folder) for o in files]
+    some = names[::-(-len(names) // 20)]
+    found = {o: sum((o/n).exists() for n in some) for o in sorted(Path(folder).iterdir()) if o.is_dir()}
+    best = max(found, key=lambda o: (found[o], 'train' in o.name), default=None)
+    return (best, sum((best/n).exists() for n in names)) if best and found[best] else None
+
+def _some(n, of): return 'they are' if n == of else f'{n:,} of them are'
+
 def check_files(
     files: list[str], # Absolute
     folder: str | Path, # Where their names begin, for the message
@@ -86,8 +96,8 @@ def check_files(
     elif name in known: remedy = f'add suffix="{known[name]}"'
     elif Path(name).stem in content[os.path.dirname(missing[0])]: remedy = "leave suffix out: the names have one"
     elif Path(name).stem in known: remedy = f"the suffix there is {known[Path(name).stem]}"
-    elif below := [o for o in sorted(Path(folder).iterdir()) if (o/os.path.relpath(missing[0], folder)).exists()]:
-        remedy = f"it is in {below[0]}: give that as folder"
+    elif len(missing) == len(files) and (below := _folder_below(files, folder)):
+        remedy = f"{_some(below[1], len(files))} in {below[0]}: give that folder"
     elif len(missing) < len(files) / 2: remedy = "the others are: put it there, or drop its row"
     else: remedy = f"{folder} holds {describe_folder(Path(folder))}: give the folder that the names are relative to"
     raise FileNotFoundError(f"{len(missing):,} of {len(files):,} image files are not there, the first is {missing[0]}: "
@@ -134,13 +144,17 @@ def found_columns(
     that is left beside it."""
     names = list(df.columns)
     listed: dict[str, set[str]] = {}
-    def are_files(o): # most of them: which one is missing is said later
+    def are_files(o, folder=folder): # most of them: which one is missing is said later
         some = df[o].dropna().head(20)
         try: files = image_files(some, folder, suffix or found_suffix(some, folder, listed))
         except ValueError: return False
         return sum(map(os.path.isfile, files)) > len(files) / 2
+    def are_names(o): # of files that are elsewhere, which is said later
+        some = df[o].dropna().head(20).astype(str)
+        below = [f.path for f in os.scandir(folder) if f.is_dir()][:50] if os.path.isdir(folder) else []
+        return len(some) > 0 and (all(map(is_image, some)) or any(are_files(o, f) for f in below))
     if image == 'image' and image not in names and len(set(names)) == len(names):
-        files = [o for o in names if o != label and are_files(o)]
+        files = [o for o in names if o != label and are_files(o)] or [o for o in names if are_names(o)]
         image = files[0] if len(files) == 1 else image
     left = [o for o in names if o != image]
     return image, left[0] if label == 'label' and label not in names and image in names and len(left) == 1 else label

@@ -37,6 +37,8 @@ def require_model(
     if path.is_dir():
         if (path/'model.safetensors').exists() or any(path.glob('round_*/*')): return
     elif path.exists() or name.split('.')[0] in known or _is_former(name): return
+    if (run := Path('runs')/path.name) != path and (run/'run.json').exists():
+        raise FileNotFoundError(f"no trained model at {name}: the run on it is {run}")
     raise FileNotFoundError(f"no trained model at {name}: give a run directory, a round_K folder, a model.safetensors, "
                             f"a timm name or package:NAME{did_you_mean(name, [*folders_beside(name), *known])}")
 

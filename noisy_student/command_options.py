@@ -7,7 +7,7 @@ Docs: https://noisy-student.github.io/noisy_student/command_options.html.md"""
 # %% auto #0
 __all__ = ['DataArg', 'ModelArg', 'LabelsOpt', 'SizeOpt', 'PretrainedOpt', 'EpochsOpt', 'RecipeOpt', 'SeedOpt', 'DeviceOpt',
            'AutoBatchOpt', 'BatchOpt', 'JsonOpt', 'ImagesOpt', 'ImageColumnOpt', 'LabelColumnOpt', 'ValidColumnOpt',
-           'GroupColumnOpt', 'SuffixOpt', 'CsvOpt', 'ColumnsOpt', 'LikeOpt', 'RoundsOpt', 'ThresholdOpt',
+           'GroupColumnOpt', 'SuffixOpt', 'CsvOpt', 'ColumnsOpt', 'LikeOpt', 'FillOpt', 'RoundsOpt', 'ThresholdOpt',
            'TimeLimitOpt', 'BsOpt', 'LrOpt', 'StepsOpt', 'RatioOpt', 'ShareOpt', 'NoiseOpt', 'FoldsOpt', 'ForceOpt',
            'SetOpt', 'help_of', 'option', 'noise_named', 'parse_value', 'weights_named', 'settings_of', 'given']
 
@@ -103,6 +103,7 @@ ColumnsOpt = Annotated[Optional[str], _text(
     "Headers of that file: of image and label, such as id,label, or of image and classes. Default: image,label.",
     'NAME,NAME')]
 LikeOpt = Annotated[Optional[str], option('predictions.write_submission.like', 'FILE')]
+FillOpt = Annotated[Optional[str], option('predictions.write_submission.fill', 'CLASS')]
 
 RoundsOpt = Annotated[Optional[int], option('recipes.Recipe.rounds', 'N', min=0, default=_RECIPES)]
 ThresholdOpt = Annotated[Optional[float], option('recipes.Recipe.threshold', 'X', min=0, max=1, default=_RECIPES)]

@@ -48,9 +48,10 @@ def check_file(
     csv: str | None, # The file, as --csv takes it
     columns: str | None = None, # As --columns takes them
     like: str | None = None, # As --like takes it
+    fill: str | None = None, # As --fill takes it
 ) -> None:
     "Raises ValueError or FileNotFoundError for a file that could not be written as asked for."
-    for o, v in (('--columns', columns), ('--like', like)):
+    for o, v in (('--columns', columns), ('--like', like), ('--fill', fill)):
         if v and not csv: raise ValueError(f"{o} is about the file that --csv writes: give --csv FILE")
     if like and not Path(like).is_file():
         raise FileNotFoundError(f"no file {like}{did_you_mean(like, map(str, Path(like).parent.glob('*.csv')))}")
@@ -90,9 +91,10 @@ def write_predictions(
     csv: str, # File to write
     columns: str | None = None, # As --columns takes them
     like: str | None = None, # As --like takes it
+    fill: str | None = None, # As --fill takes it
 ) -> None:
     "Write the file, and say so. Raises ValueError for columns that do not fit."
     from noisy_student.predictions import write_submission
-    out = write_submission(table, csv, columns.split(',') if columns else None, like=like,
+    out = write_submission(table, csv, columns.split(',') if columns else None, like=like, fill=fill,
                            stem=not like and names_without_suffix(model))
     to_stderr(f"{out}: {len(table):,} images")

@@ -16,7 +16,7 @@ import typer
 
 from .auto import check_settings
 from .command_options import (
-    AutoBatchOpt, BsOpt, ColumnsOpt, CsvOpt, DataArg, DeviceOpt, EpochsOpt, FoldsOpt, ForceOpt, GroupColumnOpt,
+    AutoBatchOpt, BsOpt, ColumnsOpt, CsvOpt, DataArg, DeviceOpt, EpochsOpt, FillOpt, FoldsOpt, ForceOpt, GroupColumnOpt,
     ImageColumnOpt, ImagesOpt, JsonOpt, LabelColumnOpt, LabelsOpt, LikeOpt, LrOpt, NoiseOpt, PretrainedOpt, RatioOpt,
     RecipeOpt, RoundsOpt, SeedOpt, SetOpt, ShareOpt, SizeOpt, StepsOpt, SuffixOpt, ThresholdOpt, TimeLimitOpt,
     ValidColumnOpt, given, noise_named, option, settings_of, weights_named)
@@ -92,7 +92,7 @@ def run(
     predict: Annotated[Optional[list[str]], typer.Option(metavar='IMAGE', show_default=False, help=(
         "Then label these, into the file of --csv: a folder, an archive, an image or a .csv file that names them; may "
         "be repeated."))] = None,
-    csv: CsvOpt = None, columns: ColumnsOpt = None, like: LikeOpt = None,
+    csv: CsvOpt = None, columns: ColumnsOpt = None, like: LikeOpt = None, fill: FillOpt = None,
     auto_batch: AutoBatchOpt = False, as_json: JsonOpt = False,
 ):
     """Train a teacher and its noised students, and show the accuracy of every round.
@@ -106,7 +106,7 @@ def run(
     Can be interrupted: the same command goes on where it stopped.
     """
     if bool(predict) != bool(csv): raise ValueError("--predict and --csv go together: which images, and which file")
-    check_file(csv, columns, like)
+    check_file(csv, columns, like, fill)
     wanted = named_items(predict, {}) if predict else {}
     if isinstance(files := wanted.get('items'), list): require_files(files)
     recipe = recipe or DATA.get(data, FOLDER).recipe
@@ -119,12 +119,14 @@ def run(
     how = given(auto_batch=auto_batch or None, time_limit=time_limit, folds=folds, force=force or None)
     if sys.stderr.isatty(): to_stderr(f"reading {data}") # torch takes some seconds to load
     splits = load_data(**source)
+    if fill and fill not in splits.classes: # known after hours else
+        raise ValueError(f"--fill must be a class ({', '.join(splits.classes)}), got {fill!r}")
     if wanted and not isinstance(files, list): # a table whose files may be elsewhere, which training shall not wait for
         from noisy_student.predictions import named_images
         named_images(files)
     made = _fit(data, splits, out, arch, recipe, seed, device, as_json, settings, source=source, **how)
     if not csv or made is None: return
-    write_predictions(predictions_of(open_network(made, device), wanted), made, csv, columns, like)
+    write_predictions(predictions_of(open_network(made, device), wanted), made, csv, columns, like, fill)
 
 # %% ../nbs/12f_commands_train.ipynb #12f00013
 def train(

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from .command_options import (ColumnsOpt, CsvOpt, DeviceOpt, ImageColumnOpt, ImagesOpt, JsonOpt, LikeOpt,
+from .command_options import (ColumnsOpt, CsvOpt, DeviceOpt, FillOpt, ImageColumnOpt, ImagesOpt, JsonOpt, LikeOpt,
                                            ModelArg, SuffixOpt, given)
 from .command_output import to_stderr
 from .command_networks import open_network, require_model
@@ -26,7 +26,7 @@ def predict(
     items: Annotated[list[str], typer.Argument(metavar='IMAGE', help=(
         "Image files, folders or archives of them, or one .csv file that names them."))],
     top: Annotated[int, typer.Option(metavar='K', min=1, help="How many classes to show per image.")] = 5,
-    csv: CsvOpt = None, columns: ColumnsOpt = None, like: LikeOpt = None,
+    csv: CsvOpt = None, columns: ColumnsOpt = None, like: LikeOpt = None, fill: FillOpt = None,
     images: ImagesOpt = None, image_column: ImageColumnOpt = None, suffix: SuffixOpt = None,
     device: DeviceOpt = None, as_json: JsonOpt = False,
 ):
@@ -38,13 +38,13 @@ def predict(
       noisy-student predict runs/mine photo.jpg --top 3
       noisy-student predict runs/mine test_images --csv submission.csv --like sample_submission.csv
     """
-    check_file(csv, columns, like)
+    check_file(csv, columns, like, fill)
     named = named_items(items, given(folder=images, image=image_column, suffix=suffix))
     require_model(model)
     if isinstance(files := named['items'], list): require_files(files)
     t = open_network(model, device)
     table = predictions_of(t, named)
-    if csv: return write_predictions(table, model, csv, columns, like)
+    if csv: return write_predictions(table, model, csv, columns, like, fill)
     from noisy_student.predictions import class_columns
     read = table[table.label.notna()]
     probs = read[class_columns(t.classes)].to_numpy()

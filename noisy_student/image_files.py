@@ -9,7 +9,7 @@ __all__ = ['MAX_PIXELS', 'FORMATS', 'ImageFileError', 'BadImage', 'open_image', 
 
 # %% ../nbs/01ba_image_files.ipynb #1ba00003
 import threading, warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -36,7 +36,10 @@ class BadImage(NamedTuple):
 # %% ../nbs/01ba_image_files.ipynb #ffd0746d
 # The decoders that are used: those that read a picture and do nothing else. EPS would start a program, Ghostscript
 FORMATS = ('PNG', 'JPEG', 'MPO', 'GIF', 'BMP', 'DIB', 'TIFF', 'WEBP', 'AVIF', 'JPEG2000', 'PPM', 'TGA', 'PCX', 'SGI',
-           'HEIF') # the last one where a package has registered it
+           'HEIF') # the last one, the photographs of a phone, with pillow-heif
+with suppress(ImportError):
+    from pillow_heif import register_heif_opener
+    register_heif_opener()
 
 def open_image(
     file: BinaryIO, # From `open_item`
@@ -102,7 +105,10 @@ def load_image(path: str | Path, # An image file of any format and mode that Pil
     except FileNotFoundError: raise fail("dangling link" if Path(path).is_symlink() else "no such file") from None
     except IsADirectoryError: raise fail("is a folder, not an image") from None
     except PermissionError: raise fail("no permission to read it") from None
-    except UnidentifiedImageError: raise fail("not an image, or of a format that is not read") from None
+    except UnidentifiedImageError:
+        is_heif = str(path).lower().endswith(('.heic', '.heif')) and 'HEIF' not in Image.OPEN
+        raise fail(f"not an image, or of a format that is {'read with pip install pillow-heif' if is_heif else 'not read'}"
+                   ) from None
     except OSError as e: raise fail(e.strerror if e.filename else f"damaged image ({e})") from None
     except Image.DecompressionBombError:
         raise fail(f"more pixels than the limit of {max_pixels:,}: make it smaller") from None

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 
 from .archives import is_archive
 from .background_work import ahead
@@ -37,6 +38,7 @@ def named_images(
     "Which images are meant. Raises ValueError or FileNotFoundError for items that cannot be."
     images: Any
     if isinstance(items, Split): items = items.images
+    if isinstance(items, Image.Image): items = np.asarray(items.convert('RGB'))[None]
     if is_table(items): items, folder = read_table(items), Path(items).parent if folder is None else folder
     if isinstance(items, np.ndarray):
         if items.dtype != np.uint8 or items.ndim != 4:
@@ -48,7 +50,10 @@ def named_images(
         images = image_files(names, folder, suffix or found_suffix(names, folder)) if len(names) else []
         if not any(map(os.path.exists, images)): check_files(images, folder) # all of them: a folder or suffix is wrong
     else:
-        if isinstance(items, (str, Path)): items = _listed(items)
+        items = _listed(items) if isinstance(items, (str, Path)) else list(items)
+        if odd := [o for o in items if not isinstance(o, (str, Path))]:
+            raise ValueError(f"items must be names of files, got a {type(odd[0]).__name__} among them: save images as "
+                             "files, or give those of one size as one uint8 array (N, H, W, C)")
         images = [str(o) for o in items]
         names = pd.Series(images, dtype=object)
     if not len(images): raise ValueError("items must hold at least one image, got none")
@@ -124,7 +129,7 @@ def class_columns(classes: Sequence[str] # K names
 
 def predict_table(
     networks: Network | Sequence[Network], # One, or several with equal classes, whose probabilities are averaged
-    items: Any, # A folder, a file or a list of them, a DataFrame or .csv file, uint8 (N, H, W, C), or a `Split`
+    items: Any, # A folder, a file or a list of them, a DataFrame or .csv file, a PIL image, uint8 (N, H, W, C), a `Split`
     folder: str | Path | None = None, # Where the file names of a table begin; None: the folder of the .csv file, or '.'
     image: str | int = 'image', # Column of a table that holds file names, by name or number; else the one that does
     suffix: str = '', # Put behind every file name of a table, such as '.jpg'; '': none, or what makes all files
@@ -190,6 +195,8 @@ def write_submission(
 ) -> Path: # The file, whole or as it was before
     """Write predictions as a competition wants them: file names without folders, then labels or probabilities. Raises
     ValueError for columns or ids that do not fit, OSError, naming the file, if it cannot be written."""
+    if not isinstance(table, pd.DataFrame):
+        raise ValueError(f"table must be what predict has returned, got {table!r}: write_submission(table, 'mine.csv')")
     if list(table.columns[:3]) != ['image', 'label', 'confidence']:
         raise ValueError(f"table must be one of predict_table, got the columns {list(table.columns[:5])}")
     sample = None if like is None else read_table(like) if is_table(like) else as_frame(like, 'like')
@@ -200,8 +207,8 @@ def write_submission(
         raise ValueError(f"the table has no column {odd[0]!r}: it has {', '.join(table)}")
     if fill is not None: table = _filled(table, fill)
     elif n := table.label.isna().sum():
-        warnings.warn(f"{n} images could not be read: their cells are empty, which few competitions take; fill= names "
-                      "a class")
+        warnings.warn(f"{n} images could not be read: their cells are empty, which few competitions take; fill (--fill) "
+                      "names a class")
     out = (_in_order(table, sample.iloc[:, 0]) if sample is not None else
            table.assign(image=_short(table.image, stem)))[list(meaning.values())]
     if sample is None and (twice := out.image[out.image.duplicated()]).size:

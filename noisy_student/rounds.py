@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 from fastai.learner import Learner
 from torch import nn
 
@@ -172,7 +173,7 @@ class ImageLoop(Loop):
 
     def predict(
         self, # After `fit`
-        items: str | Path | list | np.ndarray | pd.DataFrame, # Folder, file(s), table of files, or uint8 (N, H, W, C)
+        items: str | Path | list | np.ndarray | pd.DataFrame | Image.Image, # Files, a folder or table, uint8 (N, H, W, C)
         k: int | None = None, # Round; None: the best
         **kwargs # To `predict_table`: folder, image, suffix, bs
     ) -> pd.DataFrame: # image, label, confidence, and one column per class; a row per item, in order

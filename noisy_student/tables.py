@@ -27,6 +27,8 @@ def read_table(
     file: str | Path, # Columns separated by commas, semicolons or tabs; UTF-8
 ) -> pd.DataFrame: # Of texts; an empty cell is ''
     "A CSV file as it stands there. Raises FileNotFoundError, and ValueError for a file that is no table."
+    if isinstance(file, pd.DataFrame): raise ValueError("file must be a CSV file, got a DataFrame: from_df takes that")
+    if os.path.isdir(file): raise ValueError(f"file must be a CSV file, got the folder {file}: from_folder takes that")
     if not os.path.isfile(file):
         near = [str(o) for o in Path(file).parent.glob('*.csv')] if Path(file).parent.is_dir() else []
         raise FileNotFoundError(f"no file {file}{did_you_mean(file, near)}")
@@ -66,6 +68,8 @@ def from_csv(
     df, beside = read_table(file), Path(file).parent
     if folder is not None and not os.path.isdir(folder) and (beside/folder).is_dir():
         raise FileNotFoundError(f"no folder {folder} here, but beside the table: give {beside/folder}")
+    if folder is not None and not os.path.exists(folder):
+        raise FileNotFoundError(f"no folder {folder}{did_you_mean(folder, folders_beside(folder))}")
     folder = beside if folder is None else folder
     image, label = found_columns(df, image, label, folder, suffix)
     by_number = isinstance(image, int) and -len(df.columns) <= image < len(df.columns)

@@ -487,9 +487,17 @@ def test_a_competition_in_one_command(call, mistake, tmp_path):
     mistake(r"--predict and --csv go together", *line, '--csv', out)
     mistake(r"nowhere.csv", *line, '--predict', tests, '--csv', out, '--like', 'nowhere.csv')
     mistake(r"no such file", *line, '--predict', tmp_path/'tost_images', '--csv', out)
+    mistake(r"--fill must be a class .blue, red., got 'green'", *line, '--predict', tests, '--csv', out, '--fill', 'green')
     assert not (tmp_path/'run').exists()
     call(*line, '--predict', tests, '--csv', out, '--like', tmp_path/'sample.csv')
     written = pd.read_csv(out)
     assert list(written) == ['id', 'color'] and list(written.id) == order and set(written.color) <= {'red', 'blue'}
     call(*line, '--predict', tests, '--csv', tmp_path/'all.csv', '--columns', 'id,color')
     assert set(pd.read_csv(tmp_path/'all.csv').id) == {f'te{i}' for i in range(5)}  # as the table names its images
+    (tests/'te4.png').write_bytes(b'no picture')
+    for fill, found in ([], True), (['--fill', 'blue'], 'blue'):
+        ask = ['predict', tmp_path/'run', tests, '--csv', out, '--like', tmp_path/'sample.csv', *fill]
+        err = call(*ask)[1]
+        color = pd.read_csv(out).set_index('id').color
+        assert color.isna().te4 if found is True else color.te4 == found
+        assert ('--fill' in err) is (found is True) and color.drop('te4').notna().all()

@@ -99,8 +99,34 @@ def test_of_two_files_of_every_name_one_is_to_be_named(home):
     assert len(from_df(df, home/"images", suffix=".png").labeled)
 
 
+def test_where_names_begin_is_said_before_what_columns_are_called(home):
+    "Where no file of a table is found, its folder is wrong, and not the name of a column."
+    for sub in ("train", "test"):
+        for i in range(N): draw(home/"all"/sub/f"{i}.png", i)
+    for names in (frame().image, range(N)):
+        pd.DataFrame(dict(id=names, breed=frame().label)).to_csv(home/"t.csv", index=False)
+        assert len(open_data(home/"t.csv", images=home/"all"/"train").classes) == 2
+        with pytest.raises(FileNotFoundError, match="are not there"): open_data(home/"t.csv", images=home/"all")
+        with pytest.raises(FileNotFoundError, match="no folder .*/al .did you mean .*/all"):
+            open_data(home/"t.csv", images=home/"al")
+    with pytest.raises(FileNotFoundError, match="they are in .*/all/train: give that folder"):
+        from_df(frame(), home/"all")
+    (home/"all"/"train"/"0.png").unlink()
+    with pytest.raises(FileNotFoundError, match="they are in .*/all/test: give that folder"):
+        from_df(frame(), home/"all")
+    (home/"all"/"test"/"1.png").unlink(); (home/"all"/"test"/"2.png").unlink()
+    with pytest.raises(FileNotFoundError, match="11 of them are in .*/all/train: give that folder"):
+        from_df(frame(), home/"all")
+
+
+@pytest.mark.parametrize("call, remedy", [(lambda d: from_csv(frame(), d), "from_df"),
+                                          (lambda d: from_csv(d), "from_folder")])
+def test_of_three_ways_in_the_right_one_is_named(home, call, remedy):
+    with pytest.raises(ValueError, match=f"file must be a CSV file, got .*: {remedy} takes that"): call(home)
+
+
 def test_wrong_folder_names_the_right_one(home):
-    with pytest.raises(FileNotFoundError, match="it is in .*/images: give that as folder"): from_df(frame(), home)
+    with pytest.raises(FileNotFoundError, match="they are in .*/images: give that folder"): from_df(frame(), home)
     with pytest.raises(FileNotFoundError, match="did you mean .*/images"): from_df(frame(), home/"imges")
     with pytest.raises(FileNotFoundError, match="leave suffix out"): from_df(frame(), home/"images", suffix=".png")
     with pytest.raises(FileNotFoundError, match="but beside the table"):

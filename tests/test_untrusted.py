@@ -219,6 +219,18 @@ def png(width, height, bits=16, kind=0):
             + chunk(b"IDAT", data) + chunk(b"IEND", b""))
 
 
+def test_photographs_of_a_phone(tmp_path, monkeypatch):
+    "HEIC is read where pillow-heif is installed, without a line of code; elsewhere the package is named."
+    heif = pytest.importorskip("pillow_heif")
+    pixels = np.zeros((64, 96, 3), np.uint8)
+    pixels[:, :48, 0] = 200
+    heif.from_pillow(Image.fromarray(pixels)).save(file := tmp_path/"a.HEIC", quality=95)
+    found = np.asarray(load_image(file)).astype(int)
+    assert found.shape == pixels.shape and abs(found - pixels)[:, [0, 40, 60, 95]].max() < 12
+    monkeypatch.delitem(Image.OPEN, "HEIF")  # as without the package
+    with pytest.raises(image_files.ImageFileError, match="a.HEIC: .*pip install pillow-heif"): load_image(file)
+
+
 @posix
 def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
     for i in range(4): (tmp_path/f"{i}.png").write_bytes(png(5000, 5000))
