@@ -149,12 +149,11 @@ def found_columns(
         try: files = image_files(some, folder, suffix or found_suffix(some, folder, listed))
         except ValueError: return False
         return sum(map(os.path.isfile, files)) > len(files) / 2
-    def are_names(o): # of files that are elsewhere, which is said later
-        some = df[o].dropna().head(20).astype(str)
+    def are_below(o): # which is said later
         below = [f.path for f in os.scandir(folder) if f.is_dir()][:50] if os.path.isdir(folder) else []
-        return len(some) > 0 and (all(map(is_image, some)) or any(are_files(o, f) for f in below))
+        return any(are_files(o, f) for f in below)
     if image == 'image' and image not in names and len(set(names)) == len(names):
-        files = [o for o in names if o != label and are_files(o)] or [o for o in names if are_names(o)]
+        files = [o for o in names if o != label and are_files(o)] or [o for o in names if are_below(o)]
         image = files[0] if len(files) == 1 else image
     left = [o for o in names if o != image]
     return image, left[0] if label == 'label' and label not in names and image in names and len(left) == 1 else label
