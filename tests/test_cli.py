@@ -487,7 +487,8 @@ def test_a_competition_in_one_command(call, mistake, tmp_path):
     mistake(r"--predict and --csv go together", *line, '--csv', out)
     mistake(r"nowhere.csv", *line, '--predict', tests, '--csv', out, '--like', 'nowhere.csv')
     mistake(r"no such file", *line, '--predict', tmp_path/'tost_images', '--csv', out)
-    mistake(r"--fill must be a class .blue, red., got 'green'", *line, '--predict', tests, '--csv', out, '--fill', 'green')
+    mistake(r"--fill must be a class .blue, red., got 'green'", *line, '--predict', tests, '--csv', out, '--fill',
+            'green')
     assert not (tmp_path/'run').exists()
     call(*line, '--predict', tests, '--csv', out, '--like', tmp_path/'sample.csv')
     written = pd.read_csv(out)
