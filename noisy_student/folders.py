@@ -74,6 +74,10 @@ def _train_folder(path):
     if len(classes) < 2:
         raise ValueError(f"{where} has {len(classes)} class folder(s) with images, at least 2 are needed: "
                          f"{_layout(path)}")
+    if where == path and (tables := sorted(map(str, path.glob('*.csv')))):
+        warnings.warn(f"the folders of {path} are taken for classes ({', '.join(classes[:5])}"
+                      f"{', ...' if len(classes) > 5 else ''}), and {tables[0]} is not read: give the table itself for "
+                      "the labels in it")
     return train, classes
 
 def _tell_unused(path):

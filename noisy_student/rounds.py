@@ -41,7 +41,7 @@ from .run_results import Results
 from .rundir import RunDir, read_metrics, read_summary, run_folder, weights_file # noqa: F401
 from .run_file import check_config, config_of, write_run
 from .run_setup import Setup, settle
-from .tables import DATA_SETTINGS, open_data
+from .tables import DATA_SETTINGS, open_data, source_of_names
 from .threads import compute_threads, keep_memory
 from .run_suspects import find_suspects
 
@@ -50,7 +50,7 @@ _all_ = ['read_summary'] # Public here too
 # %% ../nbs/09_rounds.ipynb #ab100001
 class Loop(Results):
     "Rounds, one after the other, in a directory that can be looked at and resumed."
-    source: dict | None = None # How the command line made the data: kept for `noisy-student report`
+    source: dict | None = None # Where the data came from: kept for `noisy-student report`
 
     def __init__(self, task: Any, # Makes the rounds: an `ImageTask`, `Folds`, or that of a table
                  stops: bool = False # Whether a network at chance level ends the run
@@ -243,6 +243,7 @@ class NoisyStudent(ImageLoop):
         super().__init__(task, stops=bool(setup.reasons) and not force)
         self.setup, self.size, self.device, self.folds = setup, setup.size, setup.device, folds
         self.opened, self.learners, self.labeling = task.opened, task.learners, task.labeling
+        self.source = source_of_names(data, seed, **said)
         self.parts = [self] if folds is None else task.parts # runs, one per fold
         task.timing.making = time.perf_counter() - begun
 

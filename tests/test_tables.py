@@ -125,6 +125,14 @@ def test_of_three_ways_in_the_right_one_is_named(home, call, remedy):
     with pytest.raises(ValueError, match=f"file must be a CSV file, got .*: {remedy} takes that"): call(home)
 
 
+def test_a_table_beside_folders_that_are_taken_for_classes_is_named(home):
+    for i in range(N): draw(home/"mine"/"ab"[i % 2]/f"{i}.png", i)
+    assert not [o for o in said(lambda: from_folder(home/"mine"))[1] if "classes" in o]
+    frame().to_csv(home/"mine"/"labels.csv", index=False)
+    with pytest.warns(UserWarning, match="taken for classes .a, b., and .*labels.csv is not read: give the table"):
+        from_folder(home/"mine")
+
+
 def test_wrong_folder_names_the_right_one(home):
     with pytest.raises(FileNotFoundError, match="they are in .*/images: give that folder"): from_df(frame(), home)
     with pytest.raises(FileNotFoundError, match="did you mean .*/images"): from_df(frame(), home/"imges")

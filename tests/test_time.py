@@ -62,7 +62,7 @@ def test_a_limit_shortens_what_was_asked_for_and_never_lengthens_it(tmp_path, mo
     monkeypatch.setattr(slow.task.timing, "step_seconds", lambda k, *_: .1)
     student = slow.plan().query("round == 1 and stage.str.startswith('student')")
     assert 0 < int(student.amount.iloc[0].split()[0].replace(",", "")) < 400 * 5
-    assert slow.plan().seconds.sum() < 100
+    assert slow.plan().seconds.sum() <= 100
 
 
 def test_where_one_fold_has_no_time_none_trains_in_vain(tmp_path, monkeypatch):
