@@ -9,7 +9,7 @@ __all__ = ['STRENGTHS', 'frozen_features', 'LinearHead', 'choose_strength', 'fit
 
 # %% ../nbs/03q_features.ipynb #902f4623
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -154,7 +154,7 @@ class KnownFeatures(nn.Module):
     def __init__(
         self,
         model: nn.Module, # Whose classifier is one linear layer
-        images: np.ndarray, # uint8 (N, H, W, C)
+        images: Iterable[np.ndarray], # uint8 (N, H, W, C)
         features: np.ndarray, # float32 (N, F), of these images by this network
         mean: list[float], # Per channel, as the network's input is normalized
         std: list[float], # Per channel

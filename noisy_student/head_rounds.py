@@ -8,12 +8,14 @@ Docs: https://noisy-student.github.io/noisy_student/head_rounds.html.md"""
 __all__ = ['MAX_FEATURES', 'Heads']
 
 # %% ../nbs/08c_head_rounds.ipynb #ad000003
-import hashlib, warnings
-from collections.abc import Callable
+import hashlib, itertools, warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from fastai.learner import Learner
+from torch import nn
 
 from .checkpoints import named_figures, seeded
 from .distributed import first_rank_first
@@ -35,12 +37,12 @@ class _Features:
         learners: Learners, # Of the run
         tell: Callable[[str, int, int], None], # Called with (stage, done, total)
     ): self.learners, self.tell, self.known, self.data_key = learners, tell, {}, ''
-    known: dict[str, tuple] # Features by network
+    known: dict[str, dict[str, np.ndarray]] # Features by network and split
 
     def features(
         self,
         k: int, # Round
-    ) -> tuple[np.ndarray, np.ndarray | None]: # float32 (n, F): of the labeled images, of the first of the pool
+    ) -> dict[str, np.ndarray]: # float32 (n, F) by split; of the pool, the first `MAX_FEATURES`
         "What the pretrained network of round k sees, computed once."
         a = self.learners
         self.data_key = self.data_key or content_digest(a.data) # which looks at every file
@@ -50,22 +52,33 @@ class _Features:
             file = a.dir.path/'cache'/f'features-{key}.safetensors'
             with first_rank_first():
                 try: tensors, _ = load_tensors(file)
-                except FileNotFoundError: tensors = self._compute(k, file)
-                except ValueError as e: warnings.warn(f"{e}; it is made again now"); tensors = self._compute(k, file)
-            self.known[key] = tensors['labeled'].numpy(), tensors['pool'].numpy() if 'pool' in tensors else None
+                except FileNotFoundError: tensors = {}
+                except ValueError as e: warnings.warn(f"{e}; it is made again now"); tensors = {}
+                if missing := [o for o in self._splits() if o not in tensors]:
+                    tensors |= self._compute(k, missing)
+                    save_tensors(tensors, file)
+            self.known[key] = {o: tensors[o].numpy() for o in self._splits()}
         return self.known[key]
 
-    def _compute(self, k, file):
-        "Compute them, and keep them in `file`"
-        a, pool = self.learners, self.learners.opened.images('unlabeled').images[:MAX_FEATURES]
+    def _splits(self): # whose features are needed
+        d = self.learners.data
+        return [o for o in ('labeled', 'unlabeled', 'valid', 'test') if len(getattr(d, o) or ())]
+
+    def images(
+        self,
+        name: str, # Of a split
+    ) -> np.ndarray: # uint8 (n, H, W, C)
+        "Those whose features are kept."
+        return self.learners.opened.images(name).images[:MAX_FEATURES if name == 'unlabeled' else None]
+
+    def _compute(self, k, names):
+        a, tensors = self.learners, {}
         with seeded(0): learn = a.new(k, None, Noise.none(), a.recipe.pretrained)
-        sets = dict(labeled=a.opened.images('labeled').images, **(dict(pool=pool) if len(pool) else {}))
-        tensors = {}
-        for name, images in sets.items():
+        for name in names:
+            images = self.images(name)
             progress = StageProgress(self.tell, f'features of {name} images (images)')
             found = frozen_features(learn.model, images, learn.dls.clean_view, progress=progress)
             tensors[name] = torch.from_numpy(found)
-        save_tensors(tensors, file)
         return tensors
 
 # %% ../nbs/08c_head_rounds.ipynb #ad000009
@@ -78,7 +91,8 @@ class Heads(_Features):
         selection: PseudoLabels | None, # What it learns from, beside the labels
     ) -> None:
         "The classifier that the labels of round k give on frozen features."
-        a, (labeled, pool) = self.learners, self.features(k)
+        a, known = self.learners, self.features(k)
+        labeled, pool = known['labeled'], known.get('unlabeled')
         pseudo = None if selection is None or pool is None else self._targets(selection, len(pool))
         weights = a.class_weights()
         put_head(learn.model, fit_head(labeled, a.labels('labeled'), pool, pseudo, seed=a.seed,
@@ -96,27 +110,42 @@ class Heads(_Features):
 
     def history(
         self,
+        k: int, # Round
         learn: Learner, # Whose classifier was replaced
         stage: str, # What it is called
     ) -> list[dict]: # As `fit_resumably` gives it
         "The figures of a training that has no epochs."
         a = self.learners
-        with learn.no_bar(), learn.no_logging(): valid_loss, acc, *more = learn.validate()
-        known = a.labels('labeled')[:2000]
-        train = torch.from_numpy(a.scores(learn, 'labeled')[:2000])
-        loss = learn.loss_func(train, torch.from_numpy(known))
+        with self.knowing(k, learn, 'labeled', 'valid'):
+            with learn.no_bar(), learn.no_logging(): valid_loss, acc, *more = learn.validate()
+            train = torch.from_numpy(a.scores(learn, 'labeled')[:2000])
+        loss = learn.loss_func(train, torch.from_numpy(a.labels('labeled')[:2000]))
         figures = dict(train_loss=float(loss), valid_loss=float(valid_loss), valid_accuracy=float(acc),
                        **named_figures(learn.metrics[1:], more))
         StageProgress(self.tell, stage).epoch(1, 1, figures)
         return [dict(epoch=0, **figures)]
 
-    def with_known(
+    def knows(
         self,
-        k: int, # Round whose network differs from the pretrained one in its classifier only
-        learn: Learner, # Its learner; changed in place
-    ) -> Learner:
-        "Labels the pool by the features that are known."
-        known, (_, features) = self.learners.opened.images('unlabeled').images[:MAX_FEATURES], self.features(k)
-        assert features is not None # there is a pool
-        learn.model = KnownFeatures(learn.model, known, features, *self.learners.stats(k))
-        return learn
+        k: int, # Round
+        model: nn.Module, # Its network
+        *names: str, # Splits
+    ) -> nn.Module: # Answers as `model`, in evaluation mode
+        "A network that uses the features of these splits, if only its classifier was trained; else it is as it was."
+        if k >= self.learners.recipe.head_rounds: return model
+        known = {o: v for o, v in self.features(k).items() if o in names}
+        images = itertools.chain.from_iterable(map(self.images, known))
+        return KnownFeatures(model, images, np.concatenate([*known.values()]), *self.learners.stats(k))
+
+    @contextmanager
+    def knowing(
+        self,
+        k: int, # Round
+        learn: Learner, # Its learner
+        *names: str, # Splits
+    ) -> Iterator[Learner]: # `learn`
+        "Inside, the network of a learner `knows`."
+        model = learn.model
+        learn.model = self.knows(k, model, *names)
+        try: yield learn
+        finally: learn.model = model

@@ -69,7 +69,7 @@ class ImageRounds(Task):
 
     def train(self, k, learn, role):
         r, stage = self.learners.recipe_of(k), f'round {k}: training the {role}'
-        if k < r.head_rounds: return self.heads.history(learn, f'{stage}, its classifier alone'), 0.
+        if k < r.head_rounds: return self.heads.history(k, learn, f'{stage}, its classifier alone'), 0.
         progress = StageProgress(self.tell, f'{stage} {self.arch(k)} (batches)')
         cbs = [*self.timing.keep(k), *self.setup.cbs(k, self.dir.round(k))]
         return fit_resumably(learn, r.epochs_of(role), r, self.dir.round(k), progress, cbs)
@@ -81,8 +81,9 @@ class ImageRounds(Task):
         if labels is None: n, right = 0, None
         elif isinstance(labels, Learner): n, right = len(self.opened.pool()), None
         else: n, right = len(labels), self.opened.share_right(labels)
-        return dict(pseudo_labeled=n, **self.figures(k, self.learners.scores(learn, 'valid')),
-                    test_accuracy=self.learners.accuracy(learn, 'test'), pseudo_label_accuracy=right)
+        with self.heads.knowing(k, learn, 'valid', 'test'):
+            return dict(pseudo_labeled=n, **self.figures(k, self.learners.scores(learn, 'valid')),
+                        test_accuracy=self.learners.accuracy(learn, 'test'), pseudo_label_accuracy=right)
 
     def figures(self, k: int, # Round
                 scores: np.ndarray # float (n, K) logits of the validation images
@@ -99,7 +100,8 @@ class ImageRounds(Task):
     def valid_probs(self, k: int # A finished round
                    ) -> np.ndarray: # float32 (n, K)
         "What its network says of the validation images."
-        return softmax(self.learners.scores(self.trained(k), 'valid')).astype(np.float32)
+        with self.heads.knowing(k, self.trained(k), 'valid') as learn:
+            return softmax(self.learners.scores(learn, 'valid')).astype(np.float32)
 
     def trained(self, k): return self.learners.trained(k)
     def true_labels(self, name): return self.learners.labels(name)

@@ -73,7 +73,8 @@ class Labeling:
         a = self.learners
         if not a.recipe.noised_teacher:
             learn = a.trained(k)
-            return self.heads.with_known(k, learn) if k < a.recipe.head_rounds else learn
+            learn.model = self.heads.knows(k, learn.model, 'unlabeled')
+            return learn
         with seeded(0): learn = a.new(k, None, a.recipe.noise)
         load_weights(learn.model, a.dir.weights(k))
         learn.model = _NoisedTeacher(learn, a.recipe.noise, a.seed)

@@ -87,8 +87,8 @@ class _FoldHeads(Heads): # features are computed once for all folds
     def __init__(self, whole, held, *args): super().__init__(*args); self.whole, self.held = whole, held
 
     def features(self, k):
-        labeled, pool = self.whole.features(k)
-        return labeled[~self.held], pool
+        known = self.whole.features(k)
+        return dict(known, labeled=known['labeled'][~self.held], valid=known['labeled'][self.held])
 
 class _FoldTiming(Timing): # what is measured is measured once for all folds
     def __init__(self, whole, first, *args): # None: this is the first one
