@@ -6,7 +6,7 @@ quotes.
 
 The same as `noisy-student ablate DATA`, and writes results/ablation_DATA.csv, a row per variant, and
 results/ablation_DATA_runs.csv, a row per variant and seed, with the machine, the versions and the commit. Every run is
-gone on with when the script is called again with the same --runs.
+resumed when the script is called again with the same --runs.
 """
 import argparse
 from pathlib import Path

@@ -5,7 +5,7 @@
 
 Writes results/runs_DATA.csv, a row per seed and round, with the machine, the versions and the commit. On digits,
 scikit-learn's self-training SVC learns from the same images in the same run. A run directory that is there already is
-gone on with (--runs DIR), so an interrupted benchmark can be called again.
+resumed (--runs DIR), so an interrupted benchmark can be called again.
 """
 import argparse, os, platform, subprocess, tempfile
 from importlib.metadata import version

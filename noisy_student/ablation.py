@@ -45,7 +45,7 @@ def variants(full: Recipe # With its architectures
         'one-round': (dict(rounds=1, archs=(archs[0], archs[-1])), full.rounds == 1 and has + 'one round already'),
         'noised-teacher': (dict(noised_teacher=True), full.noised_teacher and has + 'a noised teacher already'
                            or n == plain and has + 'no noise'),
-        'ratio-1': (dict(ratio=1), full.ratio is None and has + 'no ratio: it shuffles both piles'
+        'ratio-1': (dict(ratio=1), full.ratio is None and has + 'no ratio: it shuffles both together'
                     or full.ratio == 1 and has + 'ratio 1 already'),
         'supervised': (dict(rounds=0, archs=archs[-1:], teacher_noise=n),
                        n == plain and has + 'no noise: see supervised-no-noise'),

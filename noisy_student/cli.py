@@ -79,7 +79,7 @@ _COMMANDS: list[tuple[Any, str]] = [
     (report, 'One page that shows a run.'),
     (export, 'A network for timm or ONNX.'),
     (recipes, 'What the named recipes do.'),
-    (bench, 'What this machine reaches, and where the time goes.'),
+    (bench, 'How fast this machine is, and where the time goes.'),
 ]
 for _command, _short in _COMMANDS: app.command(short_help=_short)(_command)
 

@@ -103,7 +103,7 @@ def _read_cache(file, meta, n, size):
 
 @contextmanager
 def _part_of(file):
-    "The name to decode to: one that can be gone on with, or while another process decodes the same, one of its own."
+    "the name to decode to: one that can be resumed, or while another process decodes the same, one of its own."
     own = file.with_suffix(f'.{os.getpid()}-{threading.get_ident()}.part')
     try:
         with locked(file.with_name('.lock')): yield file.with_suffix('.part')

@@ -1,4 +1,4 @@
-"""The input noise of the student: RandAugment for one image, and for a batch with own draws for every image
+"""The input noise of the student: RandAugment for one image, and for a batch with independent draws for every image
 
 Docs: https://noisy-student.github.io/noisy_student/randaugment.html.md"""
 
@@ -113,7 +113,7 @@ class RandAugment(_Policy):
 
 # %% ../nbs/02e_randaugment.ipynb #00472dfd
 class BatchRandAugment(_Policy):
-    """RandAugment for a batch (B, 1 or 3, H, W), uint8 or float in [0, 1], every image with its own draws.
+    """RandAugment for a batch (B, 1 or 3, H, W), uint8 or float in [0, 1], every image with independent draws.
 
     A fastai batch transform that acts on the images (`TensorImage`) of training batches, and a function of one batch.
     Returns a batch of the same type, dtype and device. Source: as `RandAugment`. Raises TypeError for another dtype,

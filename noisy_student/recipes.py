@@ -29,7 +29,7 @@ class Recipe:
     teacher_epochs: int | None = None # Epochs of the first teacher; None: as the students
     steps: int | None = None # Batches per epoch; None: one pass over the labeled images
     bs: int = 64 # Labeled images per batch; with `ratio=None` all images of a batch
-    ratio: float | None = 3 # Pseudo-labeled images per labeled one, 1..14 in the paper; None: all in one pile
+    ratio: float | None = 3 # Pseudo-labeled images per labeled one, 1..14 in the paper; None: all shuffled together
     accumulate: int = 1 # Parts of a batch that go through the network one after the other, for one step
     optimizer: str = 'adamw' # 'adamw', 'adam', 'rmsprop' in TensorFlow's form, or 'sgd' with Nesterov momentum
     schedule: str = 'one-cycle' # 'one-cycle', 'staircase' (the paper) or 'plateau' (constant for 5/6 of the epochs)

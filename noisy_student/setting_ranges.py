@@ -60,7 +60,7 @@ def _check_together(r):
         raise ValueError(f"ratio={r.ratio} must make a whole number of pseudo-labeled images per batch, got "
                          f"{r.bs // r.accumulate * r.ratio:g} for {r.bs // r.accumulate} labeled ones")
     if r.ratio is None and (r.label_smoothing or r.unlabeled_weight is not None):
-        raise ValueError("ratio=None shuffles labeled and pseudo-labeled images into one pile: label_smoothing and "
+        raise ValueError("ratio=None shuffles labeled and pseudo-labeled images together: label_smoothing and "
                          "unlabeled_weight, which tell them apart, must be 0 and None")
     if r.on_the_fly and (r.threshold or r.per_class is not None or r.binned or not r.soft or r.ratio is None
                          or r.relabel != 'all'):

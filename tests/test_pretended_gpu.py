@@ -332,7 +332,7 @@ class Plug(Callback):
 
 @pytest.fixture
 def ending(tmp_path, monkeypatch):
-    "Weights after two epochs, interrupted within the second one and gone on with elsewhere, or not"
+    "Weights after two epochs, interrupted within the second one and resumed elsewhere, or not"
     monkeypatch.setattr(RunState, "every", property(lambda self: 0. if (self.epoch, self.iter) == (1, 1) else 1e9))
     def weights(name, *wheres):
         (tmp_path/name).mkdir()

@@ -224,7 +224,7 @@ def test_same_folder_another_file_is_another_run(folder, tmp_path):
 
 
 def test_the_same_network_by_another_name_goes_on(tmp_path):
-    "What the names resolve to is compared: a run is gone on with under any spelling of its networks, and of no others."
+    "What the names resolve to is compared: a run is resumed under any spelling of its networks, and of no others."
     from noisy_student.models import resolved
     from noisy_student.rounds import NoisyStudent
     def run(archs, **more):
