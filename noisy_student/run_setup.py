@@ -11,6 +11,7 @@ __all__ = ['Setup', 'settle']
 import json, warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class Setup:
         "Whether trainings are as long as the limit allows: nobody has said how long they are to be."
         return {'epochs', 'steps'} <= self.reasons.keys()
 
-    @property
+    @cached_property
     def config(self) -> dict:
         "Settings that must match to resume a run, as JSON types."
         # defaults and remarks; size stands for itself
