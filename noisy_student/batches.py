@@ -93,7 +93,7 @@ class MixedDL(ArrayDL):
         if self.ratio is None:
             self.n_labeled, self.pool = 0, (once := np.concatenate([np.arange(len(labeled)), self.pool]))
         both: Any = _Both(labeled, pseudo) if pseudo else labeled
-        if (n_pseudo := bs * (self.ratio or 0)) % 1 or n_pseudo < 0:
+        if (n_pseudo := round(bs * (self.ratio or 0), 6)) % 1 or n_pseudo < 0: # but for rounding
             raise ValueError(f"ratio must make a whole number of pseudo-labeled images per batch, got {n_pseudo:g}, "
                              f"{ratio:g} of bs={bs}")
         super().__init__(both, bs=bs + int(n_pseudo), **kwargs)

@@ -128,10 +128,12 @@ class _Resumed(Callback):
         return self.start
 
     def _put_back(self, state, learn):
-        learn.model.load_state_dict(state['model'])
+        own_shapes, shapes = ({k: v.shape for k, v in o.items()} for o in (learn.model.state_dict(), state['model']))
+        if own_shapes != shapes: raise ValueError("the weights are those of another network")
         opt, here = learn.opt.opt, ('fused', 'foreach', 'capturable') # how to compute
         own = [{k: g[k] for k in here if k in g} for g in opt.param_groups]
         opt.load_state_dict(state['opt'])
+        learn.model.load_state_dict(state['model']) # nothing of it where the optimizer does not fit
         for g, o in zip(opt.param_groups, own): g.update(o)
         # the fused step reads memory in order, so averages need the strides of their weights
         for p, s in opt.state.items():

@@ -9,7 +9,7 @@ __all__ = ['DATA', 'FOLDER', 'DEFAULT_ARCHS', 'Data', 'load_data', 'source_of', 
            'selected_items']
 
 # %% ../nbs/12d_command_inputs.ipynb #12d00003
-import os, warnings
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,11 +87,10 @@ def source_of(
     table: dict | None = None, # Likewise
 ) -> dict: # Arguments of `load_data`
     "What a run notes about its images."
+    from noisy_student.tables import source_of_names
     names = {*DATA, *(p for d in DATA.values() for p in d.pools)} # also where a folder is called so
-    def absolute(o): return os.path.abspath(o) if isinstance(o, str) and o not in names and Path(o).exists() else o
-    if table and 'images' in table: table = dict(table, images=absolute(table['images']))
-    return dict(name=absolute(name), labels=labels, unlabeled=absolute(unlabeled), seed=seed, recipe=recipe,
-                **({'table': table} if table else {}))
+    source = source_of_names(name, seed, names, unlabeled=unlabeled, **(table or {})) or {}
+    return dict(source, labels=labels, recipe=recipe)
 
 _OF_A_TABLE = ('images', 'image', 'label', 'valid', 'group', 'suffix') # Arguments of `open_data`
 

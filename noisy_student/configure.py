@@ -150,7 +150,8 @@ def configure(
     recipe: str | Recipe = 'auto', # A name in `RECIPES`, a recipe, or 'auto'
     noise: Noise | dict | None = None, # Of the students; None: the recipe's; 'auto' also takes fields of it to change
     device: torch.device = torch.device('cpu'), # Where it trains
-    seconds: float | None = None, # Time limit of the run
+    seconds: float | None = None, # Time limit of the run; with folds, of one of them
+    folds: int = 1, # Networks per round
     speed: float | None = None, # Pixels per second in training, as an earlier start knew; None: measured if it matters
     **settings # Fields of `Recipe` to change
 ) -> Configured:
@@ -165,7 +166,8 @@ def configure(
     size, decided, speed = _size(data, names, pretrained, given.get('size'), device, seconds, speed)
     largest = max((_on_paper(o, data) for o in names), key=n_parameters)
     facts = Facts(len(data.labeled), len(data.classes), len(data.unlabeled), size, n_parameters(largest),
-                  bool(pretrained), device.type, in_color(data), seconds, speed and speed / size**2)
+                  bool(pretrained), device.type, in_color(data), seconds, speed and speed / size**2,
+                  folds)
     plain, why = auto_recipe(facts, **given)
     if parts: given['noise'] = replace(plain.noise.acting_on(largest), **parts)
     follows = _consequences(plain, given, names)

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import IntToFloatTensor, Normalize
 from fastai.torch_core import TensorImage
 
 from .arrays import ArrayDataset, ArrayItem
 from .batches import ArrayDL, MixedDL
+from .image_files import as_rgb
 from .images import load_images
 from .network import images_at_once
 from .student_views import PadCropFlip, ResizedCropFlip
@@ -68,9 +70,10 @@ class NoisyStudentDataLoaders(DataLoaders):
         if len(test_items) and isinstance(test_items[0], ArrayItem):
             return self.valid.new(_Picked(test_items), **kwargs)
         if not isinstance(test_items, np.ndarray): # arrays and PIL images too: `learn.predict` gives a list of one
-            test_items = [o if isinstance(o, (str, Path)) else np.asarray(o) for o in test_items]
+            mode = 'L' if self.n_in == 1 else 'RGB'
+            test_items = [np.asarray(as_rgb(o).convert(mode)) if isinstance(o, Image.Image) else o for o in test_items]
             if not all(isinstance(o, (str, Path)) for o in test_items):
-                test_items = np.stack([o[..., None] if o.ndim == 2 else o for o in test_items])
+                test_items = np.stack([o[..., None] if o.ndim == 2 else o for o in map(np.asarray, test_items)])
         images, _, bad = load_images(test_items, self.size)
         if bad: raise ValueError(f"{bad[0].item}: {bad[0].reason}")
         there = torch.device(kwargs.get('device') or self.device)

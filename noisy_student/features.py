@@ -129,19 +129,25 @@ def fit_head(
     return LinearHead(w.astype(np.float32), (b - w @ scale.mean_).astype(np.float32), C)
 
 # %% ../nbs/03q_features.ipynb #ff9e8ce6
+def _layer(model):
+    "The one that is the classifier, a convolution of one pixel among them"
+    layers = [m for m in head(model).modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    if len(layers) == 1 and layers[0].bias is not None: return layers[0]
+    raise ValueError(f"the classifier must be one linear layer with a bias, got {head(model)}: train this network as a "
+                     "whole (head_rounds=0)")
+
 @torch.no_grad()
 def put_head(
     model: nn.Module, # Whose features these were; changed in place
     found: LinearHead, # From `fit_head`
 ) -> nn.Module: # `model`
     "Give a network this classifier. Raises ValueError if its own is not one linear layer of that shape."
-    layers = [m for m in head(model).modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    bias = layers[0].bias if len(layers) == 1 else None
-    if bias is None or layers[0].weight.numel() != found.weight.size:
+    layer = _layer(model)
+    if layer.weight.numel() != found.weight.size:
         raise ValueError(f"the classifier must be one linear layer with {found.weight.shape[1]} inputs and "
                          f"{len(found.bias)} outputs, got {head(model)}: train this network as a whole (head_rounds=0)")
-    layers[0].weight.copy_(torch.from_numpy(found.weight).view_as(layers[0].weight))
-    bias.copy_(torch.from_numpy(found.bias))
+    layer.weight.copy_(torch.from_numpy(found.weight).view_as(layer.weight))
+    layer.bias.copy_(torch.from_numpy(found.bias))
     return model
 
 # %% ../nbs/03q_features.ipynb #5401343c
@@ -163,8 +169,7 @@ class KnownFeatures(nn.Module):
         self.model, self.features = model, features
         self.row = {_key(o): i for i, o in enumerate(images)}
         self.mean, self.std = (np.array(o, np.float32)[:, None, None] for o in (mean, std))
-        layer, = [m for m in head(model).modules() if isinstance(m, nn.Linear)]
-        self.layer = layer
+        self.layer = _layer(model)
 
     def forward(
         self,
@@ -174,7 +179,8 @@ class KnownFeatures(nn.Module):
         rows = [self.row.get(_key(o)) for o in pixels.transpose(0, 2, 3, 1)]
         new = [i for i, r in enumerate(rows) if r is None]
         known = torch.from_numpy(self.features[[r or 0 for r in rows]]).to(x.device)
-        out = self.layer(known.to(self.layer.weight.dtype))
+        weight = self.layer.weight.flatten(1)
+        out = nn.functional.linear(known.to(weight.dtype), weight, self.layer.bias)
         if new: out[new] = self.model(x[new]).to(out.dtype)
         return out
 

@@ -143,9 +143,9 @@ class KeepTime(Callback):
         length = self.whole if before is None else self.kept[before]
         if before != self.epoch and self.made:
             spent = time.perf_counter() - self.begun # with validation
-            fits = int((self.limit - spent) / (self.n_epoch - self.epoch) / (spent / self.made * self.parts))
+            fits = (self.limit - spent) / (self.n_epoch - self.epoch) / (spent / self.made * self.parts)
             if fits < .9 * length:
-                self.kept[self.epoch] = length = max(1, fits)
+                self.kept[self.epoch] = length = max(1, int(fits))
                 if self.note: self.note(self.kept)
         self._set(length)
     def _set(self, steps):

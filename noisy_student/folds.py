@@ -132,9 +132,11 @@ class Folds(ImageTask):
         todo = [k for k in range(self.recipe.rounds + 1) if not self.dir.is_done(k)]
         if not todo: return
         self.try_networks(todo)
+        self.say_choices()
         self.opened.all_given()
         if self.recipe.head_rounds: # here, so that no fold pays for the others
-            for k in todo: self.heads.features(k)
+            for k in todo:
+                if k < self.recipe.head_rounds: self.heads.features(self.learners.pretrained(k))
         timings = [part.task.timing for part in self.parts]
         def open_clocks(): # all folds share what was spent before the first one begins
             for o in timings: o.opening = (time.perf_counter() - begun + self.timing.making) / len(timings)

@@ -8,7 +8,7 @@ Docs: https://noisy-student.github.io/noisy_student/head_rounds.html.md"""
 __all__ = ['MAX_FEATURES', 'Heads']
 
 # %% ../nbs/08c_head_rounds.ipynb #ad000003
-import hashlib, itertools, warnings
+import itertools, warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -17,21 +17,23 @@ import torch
 from fastai.learner import Learner
 from torch import nn
 
-from .checkpoints import named_figures, seeded
+from .checkpoints import named_figures
 from .distributed import first_rank_first
 from .features import KnownFeatures, fit_head, frozen_features, put_head
-from .learner import Noise
 from .run_learners import Learners
-from .models import load_tensors, resolved, save_tensors
+from .models import load_tensors, save_tensors
+from .network import normalization
+from .network_parts import body_state
 from .same_data import content_digest
 from .progress import StageProgress
 from .pseudo_labels import PseudoLabels
+from .weights import tensors_sha256
 
 # %% ../nbs/08c_head_rounds.ipynb #ad000005
 MAX_FEATURES = 20_000 # unlabeled images whose features are kept: 100 MB of 1,280 each
 
 class _Features:
-    "Features of the images of a run, by the pretrained networks of its rounds"
+    "Features of the images of a run, by networks of which only the classifier is trained"
     def __init__(
         self,
         learners: Learners, # Of the run
@@ -41,28 +43,35 @@ class _Features:
 
     def features(
         self,
-        k: int, # Round
+        learn: Learner, # Of a round
     ) -> dict[str, np.ndarray]: # float32 (n, F) by split; of the pool, the first `MAX_FEATURES`
-        "What the pretrained network of round k sees, computed once."
-        a = self.learners
-        self.data_key = self.data_key or content_digest(a.data) # which looks at every file
-        what = f"{resolved(a.arch(k), True)} {a.recipe.pretrained} {a.opened.size} {self.data_key}"
-        key = hashlib.sha256(what.encode()).hexdigest()[:16]
+        "What goes into its classifier, computed once for all networks that differ in that alone."
+        key, splits = self._key(learn), self._splits()
         if key not in self.known:
-            file = a.dir.path/'cache'/f'features-{key}.safetensors'
+            file = self.learners.dir.path/'cache'/f'features-{key}.safetensors'
             with first_rank_first():
                 try: tensors, _ = load_tensors(file)
                 except FileNotFoundError: tensors = {}
                 except ValueError as e: warnings.warn(f"{e}; it is made again now"); tensors = {}
-                if missing := [o for o in self._splits() if o not in tensors]:
-                    tensors |= self._compute(k, missing)
+                if missing := [o for o in splits if o not in tensors]:
+                    tensors |= self._compute(learn, missing)
                     save_tensors(tensors, file)
-            self.known[key] = {o: tensors[o].numpy() for o in self._splits()}
+            self.known[key] = {o: tensors[o].numpy() for o in splits}
         return self.known[key]
+
+    # By weights, normalization and pixels
+    def _key(self, learn):
+        a = self.learners
+        images = [a.opened.images(o) for o in self._splits()]
+        pixels = ' '.join(str(getattr(o, 'digest', None)) for o in images)
+        self.data_key = self.data_key or content_digest(a.data) # which looks at files
+        more = f"{normalization(learn.dls)} {a.opened.size} {self.data_key} {pixels}"
+        return tensors_sha256(body_state(learn.model), more)[:16]
 
     def _splits(self): # whose features are needed
         d = self.learners.data
-        return [o for o in ('labeled', 'unlabeled', 'valid', 'test') if len(getattr(d, o) or ())]
+        names = ['labeled', 'unlabeled', *(['valid'] if d.valid is not d.labeled else []), 'test']
+        return [o for o in names if len(getattr(d, o) or ())]
 
     def images(
         self,
@@ -71,9 +80,8 @@ class _Features:
         "Those whose features are kept."
         return self.learners.opened.images(name).images[:MAX_FEATURES if name == 'unlabeled' else None]
 
-    def _compute(self, k, names):
-        a, tensors = self.learners, {}
-        with seeded(0): learn = a.new(k, None, Noise.none(), a.recipe.pretrained)
+    def _compute(self, learn, names):
+        tensors = {}
         for name in names:
             images = self.images(name)
             progress = StageProgress(self.tell, f'features of {name} images (images)')
@@ -91,7 +99,7 @@ class Heads(_Features):
         selection: PseudoLabels | None, # What it learns from, beside the labels
     ) -> None:
         "The classifier that the labels of round k give on frozen features."
-        a, known = self.learners, self.features(k)
+        a, known = self.learners, self.features(learn)
         labeled, pool = known['labeled'], known.get('unlabeled')
         pseudo = None if selection is None or pool is None else self._targets(selection, len(pool))
         weights = a.class_weights()
@@ -128,14 +136,14 @@ class Heads(_Features):
     def knows(
         self,
         k: int, # Round
-        model: nn.Module, # Its network
+        learn: Learner, # Its learner
         *names: str, # Splits
-    ) -> nn.Module: # Answers as `model`, in evaluation mode
+    ) -> nn.Module: # Answers as `learn.model`, in evaluation mode
         "A network that uses the features of these splits, if only its classifier was trained; else it is as it was."
-        if k >= self.learners.recipe.head_rounds: return model
-        known = {o: v for o, v in self.features(k).items() if o in names}
+        if k >= self.learners.recipe.head_rounds: return learn.model
+        known = {o: v for o, v in self.features(learn).items() if o in names}
         images = itertools.chain.from_iterable(map(self.images, known))
-        return KnownFeatures(model, images, np.concatenate([*known.values()]), *self.learners.stats(k))
+        return KnownFeatures(learn.model, images, np.concatenate([*known.values()]), *self.learners.stats(k))
 
     @contextmanager
     def knowing(
@@ -146,6 +154,6 @@ class Heads(_Features):
     ) -> Iterator[Learner]: # `learn`
         "Inside, the network of a learner `knows`."
         model = learn.model
-        learn.model = self.knows(k, model, *names)
+        learn.model = self.knows(k, learn, *names)
         try: yield learn
         finally: learn.model = model

@@ -19,7 +19,7 @@ import numpy as np
 # %% ../nbs/01_inputs.ipynb #1a000006
 def as_images(
     images: Any, # File names in a list, an array or a column, or uint8 pixels (N, H, W, C)
-    channels: tuple[int, ...] = (1, 3), # What C may be
+    channels: tuple[int, ...] | None = (1, 3), # What C may be; None: anything
 ) -> list[str] | np.ndarray: # File names, or the pixels
     "Images in one of two forms. Raises ValueError for anything else."
     if isinstance(images, (str, Path)):
@@ -36,9 +36,11 @@ def as_images(
     if images.dtype != np.uint8 or images.ndim != 4:
         raise ValueError(f"images must be uint8 (N, H, W, C), got {images.dtype} {images.shape}: bring pixels to "
                          "0..255, as their range cannot be guessed")
-    if len(images) and images.shape[3] not in channels:
-        first = ": channels come last, use images.transpose(0, 2, 3, 1)" if images.shape[1] in channels else ''
-        raise ValueError(f"images must have {' or '.join(map(str, channels))} channels, got {images.shape}{first}")
+    is_first = images.shape[1] in (channels or (1, 3)) and images.shape[3] > 4
+    if len(images) and (is_first or channels and images.shape[3] not in channels):
+        wanted = f"{' or '.join(map(str, channels))} channels" if channels else "shape (N, H, W, C)"
+        first = ": channels come last, use images.transpose(0, 2, 3, 1)" if is_first else ''
+        raise ValueError(f"images must have {wanted}, got {images.shape}{first}")
     return images
 
 def whole_name(

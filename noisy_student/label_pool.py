@@ -28,7 +28,7 @@ def as_items(items: Any # File names (list, array, column), uint8 images (N, H, 
     if hasattr(items, 'to_pandas') and hasattr(items, 'columns'): items = items.to_pandas() # polars, pyarrow
     if isinstance(items, pd.DataFrame): items = items.reset_index(drop=True)
     else:
-        try: items = as_images(items, (1, 2, 3, 4))
+        try: items = as_images(items, None)
         except ValueError as e: raise PseudoLabelError(str(e)) from None
     if not len(items): raise PseudoLabelError("no unlabeled images: items is empty")
     if isinstance(items, list):

@@ -73,7 +73,7 @@ class Labeling:
         a = self.learners
         if not a.recipe.noised_teacher:
             learn = a.trained(k)
-            learn.model = self.heads.knows(k, learn.model, 'unlabeled')
+            learn.model = self.heads.knows(k, learn, 'unlabeled')
             return learn
         with seeded(0): learn = a.new(k, None, a.recipe.noise)
         load_weights(learn.model, a.dir.weights(k))

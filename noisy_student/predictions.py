@@ -9,6 +9,7 @@ __all__ = ['named_images', 'class_columns', 'predict_table', 'write_submission']
 
 # %% ../nbs/05l_predictions.ipynb #086878f7
 import os, warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from .columns import found_columns, found_suffix
 from .datasets import as_frame, check_files, image_files, is_table, pick_column, read_table
 from .datasets import Split, list_images, load_images
 from .files import did_you_mean, write_text
+from .image_files import as_rgb
 from .network import Network, evaluating
 from .precision import half_of
 from .tables import data_beside
@@ -38,7 +40,7 @@ def named_images(
     "Which images are meant. Raises ValueError or FileNotFoundError for items that cannot be."
     images: Any
     if isinstance(items, Split): items = items.images
-    if isinstance(items, Image.Image): items = np.asarray(items.convert('RGB'))[None]
+    if isinstance(items, Image.Image): items = np.asarray(as_rgb(items))[None]
     if is_table(items): items, folder = read_table(items), Path(items).parent if folder is None else folder
     if isinstance(items, np.ndarray):
         if items.dtype != np.uint8 or items.ndim != 4:
@@ -129,7 +131,7 @@ def class_columns(classes: Sequence[str] # K names
 
 def predict_table(
     networks: Network | Sequence[Network], # One, or several with equal classes, whose probabilities are averaged
-    items: Any, # A folder, a file or a list of them, a DataFrame or .csv file, a PIL image, uint8 (N, H, W, C), a `Split`
+    items: Any, # Folder, file(s), DataFrame or .csv file, PIL image, uint8 (N, H, W, C), or a `Split`
     folder: str | Path | None = None, # Where the file names of a table begin; None: the folder of the .csv file, or '.'
     image: str | int = 'image', # Column of a table that holds file names, by name or number; else the one that does
     suffix: str = '', # Put behind every file name of a table, such as '.jpg'; '': none, or what makes all files
@@ -177,6 +179,10 @@ def _in_order(table, ids): # the rows of `table` for `ids`, which hold file name
     for names in ([str(o) for o in table.image], _short(table.image, False), _short(table.image, True)):
         at = {str(o): i for i, o in enumerate(names)}
         if not (missing := [o for o in wanted if o not in at]): break
+    count = Counter(map(str, names))
+    if twice := [o for o in wanted if count[o] > 1]:
+        raise ValueError(f"{len(twice)} ids of the sample submission are the names of several images, the first is "
+                         f"{twice[0]!r}: names must differ without their folders")
     if missing:
         raise ValueError(f"{len(missing)} of {len(wanted)} ids of the sample submission have no prediction, the first "
                          f"is {missing[0]!r}: predict all of its images; the table holds {table.image.iloc[0]!r}, ...")
@@ -207,8 +213,8 @@ def write_submission(
         raise ValueError(f"the table has no column {odd[0]!r}: it has {', '.join(table)}")
     if fill is not None: table = _filled(table, fill)
     elif n := table.label.isna().sum():
-        warnings.warn(f"{n} images could not be read: their cells are empty, which few competitions take; fill (--fill) "
-                      "names a class")
+        warnings.warn(f"{n} images could not be read: their cells are empty, which few competitions take; fill "
+                      "(--fill) names a class")
     out = (_in_order(table, sample.iloc[:, 0]) if sample is not None else
            table.assign(image=_short(table.image, stem)))[list(meaning.values())]
     if sample is None and (twice := out.image[out.image.duplicated()]).size:

@@ -173,7 +173,7 @@ class ImageLoop(Loop):
 
     def predict(
         self, # After `fit`
-        items: str | Path | list | np.ndarray | pd.DataFrame | Image.Image, # Files, a folder or table, uint8 (N, H, W, C)
+        items: str | Path | list | np.ndarray | pd.DataFrame | Image.Image, # As `predict_table` takes them
         k: int | None = None, # Round; None: the best
         **kwargs # To `predict_table`: folder, image, suffix, bs
     ) -> pd.DataFrame: # image, label, confidence, and one column per class; a row per item, in order

@@ -14,6 +14,7 @@ from .auto import steps_for
 from .checkpoints import seconds_of
 from .files import sealed
 from .head_rounds import MAX_FEATURES
+from .pseudo_labels import read_selection
 from .run_learners import Learners
 from .speed import Speed
 
@@ -87,8 +88,18 @@ class Clock(Speed):
         self,
         k: int, # Round
     ) -> int: # Steps, as the recipe says
-        r = self.recipe
-        return r.epochs_of(self.learners.role_of(k)) * (r.steps or -(-len(self.learners.data.labeled) // r.bs))
+        role = self.learners.role_of(k)
+        return self.recipe.epochs_of(role) * self.learners.epoch_steps(self.recipe, self.pseudo(k))
+
+    def pseudo(
+        self,
+        k: int, # Round
+    ) -> int: # 0 where an epoch is as long without
+        "Pseudo-labeled images, copies counted, that it learns from, or before they are selected may learn from."
+        if self.recipe.ratio is not None or self.learners.role_of(k) == 'teacher': return 0
+        file = self.learners.dir.round(k)/'selected.parquet'
+        if file.exists(): return int(read_selection(file).copies.sum())
+        return round(self.pool * (self.recipe.share_in(k) or 1.))
 
     def fitting(
         self,
@@ -121,6 +132,15 @@ class Clock(Speed):
         "Validation and test images."
         return sum(len(o) for o in (self.learners.data.valid, self.learners.data.test) if o is not None)
 
+    def labeling(
+        self,
+        k: int, # Round from 1 on
+    ) -> float:
+        "Seconds in which its pool is labeled by the network before it."
+        if self.recipe.on_the_fly: return 0.
+        known = min(self.pool, MAX_FEATURES) if k <= self.recipe.head_rounds else 0
+        return (self.pool - known) / self.measured()[1][k - 1] + known / KNOWN_RATE
+
     def evaluation(
         self,
         k: int, # Round
@@ -131,12 +151,14 @@ class Clock(Speed):
     @property
     def features(self) -> int:
         "Images whose features are still to be computed, where a classifier is trained on them."
+        if any((self.learners.dir.path/'cache').glob('features-*.safetensors')): return 0
         return min(self.pool, MAX_FEATURES) + len(self.learners.data.labeled) + self.held_out
 
     @property
     def pool(self) -> int:
         "Unlabeled images that can be used."
-        return len(self.learners.opened.images('unlabeled').images)
+        opened = self.learners.opened
+        return len(opened.images('unlabeled').images) if opened.pool_is_needed else 0
 
     def left(
         self,
@@ -144,9 +166,8 @@ class Clock(Speed):
     ) -> float:
         "Seconds for the trainings from round k on, with the validations after their epochs."
         assert self.limit is not None
-        r, (_, rate) = self.recipe, self.measured()
-        pool = 0 if r.on_the_fly else self.pool
-        later = sum(pool / rate[j - 1] for j in range(k + 1, r.rounds + 1) if j >= r.head_rounds)
+        r = self.recipe
+        later = sum(map(self.labeling, range(k + 1, r.rounds + 1)))
         judged = sum(map(self.evaluation, range(k, r.rounds + 1)))
         # many steps in a row are a little slower than the few that were measured
         return .96 * (self.limit - self.gone - later - judged - self.reserve)

@@ -37,7 +37,7 @@ class OpenedFold(Opened):
                  directory: RunDir, # Likewise
                  tell: Callable[[str, int, int], None] # Called with (stage, done, total)
                 ):
-        super().__init__(data, whole.size, directory, tell, whole.pool_is_needed)
+        super().__init__(data, whole.size, directory, tell, whole.pool_is_needed, whole.device)
         self.whole, self.held = whole, held
 
     def images(self, name):
@@ -86,8 +86,8 @@ class FoldLearners(Learners):
 class _FoldHeads(Heads): # features are computed once for all folds
     def __init__(self, whole, held, *args): super().__init__(*args); self.whole, self.held = whole, held
 
-    def features(self, k):
-        known = self.whole.features(k)
+    def features(self, learn):
+        known = self.whole.features(learn)
         return dict(known, labeled=known['labeled'][~self.held], valid=known['labeled'][self.held])
 
 class _FoldTiming(Timing): # what is measured is measured once for all folds
@@ -105,7 +105,7 @@ class _FoldTiming(Timing): # what is measured is measured once for all folds
         return self.steps_of[k]
 
     @property
-    def features(self): return 0 if self.first or self.whole.heads.known else self.whole.timing.features
+    def features(self): return 0 if self.first else self.whole.timing.features
 
     def tell(self): pass # the whole run does
 

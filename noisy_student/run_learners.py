@@ -66,6 +66,13 @@ class RoundSettings:
         parts = max([1, *(int(o.name.rpartition('_')[2]) for o in self.dir.round(k).glob('auto_batch_*'))])
         return recipe if parts == 1 else replace(recipe, accumulate=recipe.accumulate * parts)
 
+    def epoch_steps(self, recipe: Recipe, # Of a round
+                    pseudo: int # Pseudo-labeled images that it learns from, copies counted
+                   ) -> int:
+        "Steps of an epoch: those of the recipe, or a pass over the labels, or over everything where it is shuffled."
+        n = len(self.data.labeled) + (pseudo if recipe.ratio is None else 0)
+        return recipe.steps or -(-n // recipe.bs)
+
     def stats(self, k: int # Round
              ) -> tuple[list[float], list[float]]: # Mean and standard deviation per channel
         "Those of the pretraining, or of (some of) the labeled images."
@@ -116,7 +123,7 @@ def halve_batch(made: RoundSettings, # Of the run that ran out of memory
                           "parts, or start a new run with a smaller size, bs or network")
     r, folder = made.recipe_of(k), made.dir.round(k)
     half = r.bs // (2 * r.accumulate)
-    if r.bs % (2 * r.accumulate) or (r.ratio or 0) * half % 1:
+    if r.bs % (2 * r.accumulate) or round((r.ratio or 0) * half, 6) % 1:
         raise MemoryError(f"out of memory in round {k}, and batches of {r.bs} in {r.accumulate} parts cannot be "
                           "halved: use a smaller size or network")
     folder.mkdir(parents=True, exist_ok=True)
@@ -148,12 +155,10 @@ class Learners(RoundSettings):
             augment = [TeacherTargets(teacher.model, teacher.dls.clean_view, bs, r.temperature), *augment]
         elif selection is not None:
             pseudo, copies = (self.opened.selected(selection), self.targets(selection)), selection.copies
-        # one pass over it is an epoch
-        n = len(self.data.labeled) + (int(copies.sum()) if r.ratio is None and copies is not None else 0)
         dls = mixed_dataloaders(
             labeled, valid, self.data.classes, pseudo=pseudo, copies=copies, bs=bs, ratio=r.ratio, rank=rank(),
-            num_ranks=world(), steps=(r.steps or -(-n // r.bs)) * parts, augment=augment, stats=self.stats(k),
-            seed=self.seed * 1000 + k, device=self.device)
+            num_ranks=world(), steps=self.epoch_steps(r, 0 if copies is None else int(copies.sum())) * parts,
+            augment=augment, stats=self.stats(k), seed=self.seed * 1000 + k, device=self.device)
         loss = None
         if pseudo is not None and r.unlabeled_weight is not None:
             loss = SoftLabelCrossEntropy(r.label_smoothing, bs, r.unlabeled_weight, weight=self.class_weights())
@@ -176,6 +181,11 @@ class Learners(RoundSettings):
             opt_func=optimizer(r.optimizer, self.device), metrics=[accuracy, *self.metrics], splitter=splitter(r))
         learn.model.to(self.device, memory_format=torch.channels_last)
         return learn
+
+    def pretrained(self, k: int # Round
+                  ) -> Learner: # On the labeled images, without noise
+        "The network of a round as its training begins, from the weights of the recipe."
+        with seeded(0): return self.new(k, None, Noise.none(), self.recipe.pretrained)
 
     def trained(self, k: int # A finished round
                ) -> Learner: # On the labeled images, without noise

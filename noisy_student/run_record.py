@@ -175,7 +175,7 @@ class RunRecord:
         return table[table.kind == 'labeled']
 
 # %% ../nbs/07d_run_record.ipynb #b100000d
-_EPOCH = ('epoch', 'train_loss', 'valid_loss', 'accuracy') # Columns of history.csv
+_EPOCH = ('epoch', 'train_loss', 'valid_loss', 'valid_accuracy') # Columns of history.csv
 LEAKS = {'searched': [str], 'found': [{
     'pile': str, 'position': int, 'item': (str, int), 'also_in': str, 'other': (str, int), 'kind': str,
     'difference': (float, None)}]} # The shape of leaks.json

@@ -172,8 +172,8 @@ def settle(
     device = own_device(device)
     _check_archs(archs)
     def decide(limit, archs=archs, **chosen):
-        return configure(data, archs, recipe, noise, device, limit and limit / (folds or 1), before.get('speed'),
-                         **{**settings, **chosen})
+        return configure(data, archs, recipe, noise, device, limit and limit / (folds or 1), folds or 1,
+                         before.get('speed'),                         **{**settings, **chosen})
     first = before.get('settled_for', limit)
     configured = decide(first)
     if chosen := _as_begun(configured, before.get('chosen', {})):
@@ -182,8 +182,8 @@ def settle(
     found, made, reasons, speed = configured
     if reasons and first != limit: _tell_kept(made, decide(limit, **chosen).recipe, first, limit)
     if not before and NO_WEIGHTS in reasons.get('pretrained', ''):
-        warnings.warn(f"training starts from scratch, as {NO_WEIGHTS}: with pretrained weights a few labels do for what "
-                      "takes hundreds without")
+        warnings.warn(f"training starts from scratch, as {NO_WEIGHTS}: with pretrained weights a few labels do for "
+                      "what takes hundreds without")
     names = [arch_name(o) for o in found]
     _check_recipe(made, names)
     if device.type == 'cuda' and not torch.cuda.is_available():
@@ -191,8 +191,9 @@ def settle(
     size, given = made.size or default_size(data, made.pretrained), None
     metrics = _metrics(metrics)
     if pseudo_labels is not None: _check_given(given := read_selection(pseudo_labels), data)
-    s = Setup(data, made, size, dict(zip(names, found)), names, seed, device, metrics, given, limit, reasons,
-              dict(speed=speed, settled_for=first, chosen=_chosen(configured)) if reasons else {}, auto_batch, cbs or (lambda k, folder: []))
+    settled = dict(speed=speed, settled_for=first, chosen=_chosen(configured)) if reasons else {}
+    s = Setup(data, made, size, dict(zip(names, found)), names, seed, device, metrics, given, limit, reasons, settled,
+              auto_batch, cbs or (lambda k, folder: []))
     _check_images(s)
     join(device)
     _check_networks(s)

@@ -56,7 +56,7 @@ def _check_together(r):
                          "None")
     if r.bs % r.accumulate:
         raise ValueError(f"bs={r.bs} cannot be split into accumulate={r.accumulate} equal parts")
-    if r.ratio is not None and (r.bs // r.accumulate * r.ratio) % 1:
+    if r.ratio is not None and round(r.bs // r.accumulate * r.ratio, 6) % 1: # but for rounding
         raise ValueError(f"ratio={r.ratio} must make a whole number of pseudo-labeled images per batch, got "
                          f"{r.bs // r.accumulate * r.ratio:g} for {r.bs // r.accumulate} labeled ones")
     if r.ratio is None and (r.label_smoothing or r.unlabeled_weight is not None):

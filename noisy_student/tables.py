@@ -9,6 +9,7 @@ __all__ = ['DATA_SETTINGS', 'read_table', 'from_csv', 'is_table', 'open_data', '
 
 # %% ../nbs/01h_tables.ipynb #7c170368
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def _typed(column):
     there = column.dropna().str.strip()
     if not len(there) or not there.str.fullmatch(r'-?\d+(\.\d*)?').all(): return column
     if there.str.fullmatch(r'-?0\d+').any(): return column # 007 is a name
-    return pd.to_numeric(column)
+    return pd.to_numeric(column, dtype_backend='numpy_nullable') # exact also beside empty cells
 
 def from_csv(
     file: str | Path, # A row per image; the first line names the columns
@@ -111,7 +112,10 @@ def open_data(
     def unused(kind, **given):
         if names := [k for k, v in given.items() if v is not None]:
             raise ValueError(f"{', '.join(names)} cannot be given with {kind}: {_FOR.get(names[0], _TABLE)}")
-    if isinstance(data, Splits): unused('Splits', unlabeled=unlabeled, images=images, **columns); return data
+    if isinstance(data, Splits):
+        share = None if valid_pct == .2 else valid_pct # which nobody has said
+        unused('Splits', unlabeled=unlabeled, images=images, valid_pct=share, **columns)
+        return data
     if is_table(data): return from_csv(data, images, unlabeled=unlabeled, valid_pct=valid_pct, seed=seed, **columns)
     if isinstance(data, (str, Path)):
         if not os.path.exists(data):
@@ -130,20 +134,21 @@ def open_data(
 def source_of_names(
     data: Any, # As `open_data` takes it
     seed: int, # Likewise
-    **said # Likewise: unlabeled, images ...
+    known: Collection[str] = (), # Names that are none of files
+    **said # As `open_data` takes it: unlabeled, images ...
 ) -> dict | None: # name, labels, unlabeled, seed, recipe, table; None: of objects, not of names
     "What a run notes of its images, so that a report finds them again."
     values = [data, *(o for o in said.values() if o is not None)]
     if not all(isinstance(o, (str, Path)) for o in values) or {'test', 'valid_pct'} & said.keys(): return None
-    known = {k: os.path.abspath(v) if k in ('unlabeled', 'images') and os.path.exists(v) else str(v)
-             for k, v in said.items() if v is not None}
-    unlabeled = known.pop('unlabeled', None)
-    return dict(name=os.path.abspath(data), labels=None, unlabeled=unlabeled, seed=seed, recipe=None,
-                **(dict(table=known) if known else {}))
+    def whole(o): return os.path.abspath(o) if o not in known and os.path.exists(o) else str(o)
+    table = {k: whole(v) if k in ('unlabeled', 'images') else str(v) for k, v in said.items() if v is not None}
+    return dict(name=whole(data), labels=None, unlabeled=table.pop('unlabeled', None), seed=seed, recipe=None,
+                **(dict(table=table) if table else {}))
 
 _NAMED = ('digits', 'cifar10', 'imagenette', 'svhn')
 _TABLE = "it describes a table"
-_FOR = dict(unlabeled="put the pool into Splits.unlabeled", images="it is the folder of a table's file names")
+_FOR = dict(unlabeled="put the pool into Splits.unlabeled", images="it is the folder of a table's file names",
+            valid_pct="move images into Splits.valid")
 
 def data_beside(
     path: str | Path, # Of what is not there

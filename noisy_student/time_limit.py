@@ -17,11 +17,10 @@ from fastcore.imports import IN_NOTEBOOK
 from .auto import LEAST_IN_TIME, Stage, duration, epochs_in, round_weights
 from .distributed import barrier, rank, world
 from .fitting import KeepTime
-from .head_rounds import MAX_FEATURES
 from .learner import Noise
 from .pseudo_labels import PseudoLabels
 from .recipes import Recipe
-from .run_clock import KNOWN_RATE, Clock
+from .run_clock import Clock
 
 # %% ../nbs/08f_time_limit.ipynb #af000010
 class Timing(Clock):
@@ -33,11 +32,9 @@ class Timing(Clock):
         "Whether the time is too short for a student; known before its pool is labeled."
         if self.limit is None or not k or k < self.recipe.head_rounds or self.steps(k): return False
         if self.steps(k) is None and not rank():
-            step, rate = self.measured()
-            # there is little to label
-            is_labeled = (self.recipe.on_the_fly or k == self.recipe.head_rounds
-                          or (self.learners.dir.round(k)/'selected.parquet').exists())
-            left = self.left(k) - (0. if is_labeled else self.pool / rate[k - 1])
+            step, _ = self.measured()
+            is_labeled = (self.learners.dir.round(k)/'selected.parquet').exists()
+            left = self.left(k) - (0. if is_labeled else self.labeling(k))
             if not self.fitting(left, k, step[k]):
                 self.note(k, steps=0, step_seconds=step[k], left=round(left, 1))
         barrier()
@@ -67,12 +64,14 @@ class Timing(Clock):
     ) -> list[Callback]:
         "What shortens its epochs if the machine becomes slower."
         weights, plan, r = round_weights(self.recipe), self.learners.dir.plan(k), self.learners.recipe_of(k)
-        if self.limit is None or world() > 1 or not weights[k]: return []
+        epochs = {int(e): n for e, n in plan.get('epochs', {}).items()}
+        if world() > 1 or not weights[k]: return []
+        if self.limit is None: # what was shortened stays so
+            return [KeepTime(float('inf'), epochs, lambda kept: None, r.accumulate)] if epochs else []
         steps = plan.get('steps') or self.full_length(k)
         step = plan.get('step_seconds') or self.measured()[0][k] # it began without a limit
         planned = steps * step + r.epochs_of(self.learners.role_of(k)) * self.judging(k) - self.trained_seconds(k)
         seconds = max(planned, self.left(k) * weights[k] / sum(weights[k:]))
-        epochs = {int(e): n for e, n in plan.get('epochs', {}).items()}
         return [KeepTime(seconds, epochs, lambda kept: self.note(k, epochs=kept), r.accumulate)]
 
     def plan(self) -> pd.DataFrame: # round, stage, amount, seconds
@@ -110,10 +109,7 @@ def plan_table(
     todo = [k for k in range(r.rounds + 1) if not a.dir.is_done(k)]
     if not todo: return pd.DataFrame(columns=Stage._fields)
     (step, rate), n = clock.measured(), clock.pool
-    labeling = {k: n / rate[k - 1] for k in todo if k and not r.on_the_fly}
-    for k in labeling:
-        if k < r.head_rounds or k == r.head_rounds > 0: # their features are known
-            labeling[k] = max(0, n - MAX_FEATURES) / rate[k - 1] + n / KNOWN_RATE
+    labeling = {k: clock.labeling(k) for k in todo if k and not r.on_the_fly}
     judged, gone = {k: clock.evaluation(k) for k in todo}, clock.gone
     features = clock.features / rate[0] if todo[0] < r.head_rounds else 0.
     fixed, trained = sum(labeling.values()) + sum(judged.values()) + features, 0.

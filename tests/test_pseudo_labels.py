@@ -804,6 +804,6 @@ def test_pixels_are_hashed_beside_the_computing(tmp_path, monkeypatch):
     model.register_forward_hook(lambda *_: seen.append(len(where)))
     predict_pseudo_labels(model, images, tmp_path/"t", part_size=10, bs=10)
     assert where == [(10, False)] * 4
-    assert seen[0] == 0 or seen[1] >= 2  # the first forward pass may be that which counts the classes
+    assert any(n > i for i, n in enumerate(seen[1:], 1))  # the first pass counts the classes, before all parts
     for i, o in enumerate(sorted((tmp_path/"t").glob("part-*"))):
         assert read_metadata(o)["items"] == hashlib.sha256(images[10 * i:10 * i + 10]).hexdigest()[:16]

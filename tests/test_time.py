@@ -49,7 +49,7 @@ def test_the_time_of_an_interrupted_training_counts(tmp_path, checkpoints_everyw
     clock = run(tmp_path/"a", time_limit=100).task.timing
     assert clock.earlier > 0 and clock.gone == clock.earlier
     plan = json.loads((tmp_path/"a"/"round_0"/"plan.json").read_text())
-    begun = plan.get("begun") or plan["content"]["begun"]
+    begun = plan["begun"]
     assert clock.trained_seconds(0) > 0 and clock.earlier == pytest.approx(begun + clock.trained_seconds(0))
 
 

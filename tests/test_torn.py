@@ -155,7 +155,6 @@ def test_a_hole_is_never_sealed(pictures, finished, run, name, how):
 def test_a_copy_of_a_round_does_no_harm(pictures, finished, run, copy):
     from noisy_student.evaluation import _networks
     from noisy_student.run_record import read_run
-    from noisy_student.run_suspects import find_suspects  # noqa: F401
     shutil.copytree(run/"round_1", run/copy)
     (run/"suspects"/copy).mkdir(parents=True)
     (run/"suspects"/copy/"suspects.csv").write_text("nonsense")
