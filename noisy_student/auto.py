@@ -223,7 +223,7 @@ def steps_for(
     return fits if fits >= least else LEAST_IN_TIME if w[k] and not k else 0
 
 LEAST_IN_TIME = 30 # Steps without which a student is left out: it would be worse than its teacher
-LEAST_TUNED = 100 # The same where it is to be better than a classifier on the features that it changes
+LEAST_TUNED = 60 # The same where it is to be better than a classifier on the features that it changes
 
 def epochs_in(
     steps: int, # Of a training

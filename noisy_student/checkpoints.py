@@ -128,6 +128,8 @@ class _Resumed(Callback):
         return self.start
 
     def _put_back(self, state, learn):
+        kept = ('rng', 'history', 'seconds', 'smooth', 'cbs')
+        values, start = [state[k] for k in kept], state['epoch'] + 1
         own_shapes, shapes = ({k: v.shape for k, v in o.items()} for o in (learn.model.state_dict(), state['model']))
         if own_shapes != shapes: raise ValueError("the weights are those of another network")
         opt, here = learn.opt.opt, ('fused', 'foreach', 'capturable') # how to compute
@@ -139,9 +141,7 @@ class _Resumed(Callback):
         for p, s in opt.state.items():
             s.update({k: torch.empty_like(p).copy_(v) for k, v in s.items()
                       if isinstance(v, torch.Tensor) and v.shape == p.shape})
-        kept = ('rng', 'history', 'seconds', 'smooth', 'cbs')
-        self.rng, self.history, self.seconds, self.smooth, self.cbs = (state[k] for k in kept)
-        self.start = state['epoch'] + 1
+        self.start, (self.rng, self.history, self.seconds, self.smooth, self.cbs) = start, values
         if state.get('batch'): self.within, self.pct = (state['batch'], state['n_iter']), state['pct']
 
     def _stateful(self):

@@ -129,6 +129,15 @@ def test_suspects_are_found_out_of_fold_and_without_a_pool(photos, tmp_path, cap
     assert {o["kind"] for o in found} == {"labeled"} and found[0]["item"].endswith("00.png"), found
 
 
+def test_folds_say_what_was_chosen(photos, tmp_path, monkeypatch, capsys):
+    from noisy_student import configure
+    from noisy_student.published_weights import Choice
+    monkeypatch.setattr(configure, "default_arch", lambda *_, **__: Choice("resnet9_4", False, "small"))
+    NoisyStudent(photos/"table.csv", images=photos, path=tmp_path/"r", folds=2, rounds=0, steps=2, epochs=1, size=8,
+                 force=True, time_limit=60, progress=lambda *_: None).fit()
+    assert [o.split(":")[0] for o in capsys.readouterr().err.splitlines()[:2]] == ["network", "plan"]
+
+
 def test_classes_that_cannot_be_dealt_out(photos, tmp_path):
     with pytest.raises(ValueError, match="at least two labeled images of every class"): fold_of(np.array([0, 0, 1]), 2)
     df = pd.read_csv(photos/"table.csv").iloc[[0, 2, 4, 1, 24, 25]]

@@ -206,6 +206,37 @@ def test_like_a_sample(folder):
         write_submission(table, folder/"s.csv", like=pd.DataFrame(dict(Id=[1, 77], c=0)))
 
 
+def test_images_of_pil_are_seen_as_their_files(tmp_path):
+    "Upright, and as dark as they are: by `predict`, and by the loaders of a run's learner."
+    from noisy_student.dataloaders import mixed_dataloaders
+    from noisy_student.predictions import named_images
+    rng, exif = np.random.default_rng(0), Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(rng.integers(0, 256, (40, 20, 3), dtype=np.uint8)).save(tmp_path/"turned.jpg", exif=exif)
+    Image.fromarray(rng.integers(0, 9000, (30, 30), dtype=np.uint16)).save(tmp_path/"dark.png")
+    Image.fromarray(rng.integers(0, 256, (30, 30, 4), dtype=np.uint8)).save(tmp_path/"clear.png")
+    Image.fromarray(rng.integers(0, 256, (30, 30), dtype=np.uint8)).convert("P").save(tmp_path/"palette.png")
+    photos = rng.integers(0, 256, (4, 16, 16, 3), dtype=np.uint8), np.array([0, 1, 0, 1])
+    dls = mixed_dataloaders(photos, photos, ["a", "b"], bs=2)
+    for file in sorted(tmp_path.iterdir()):
+        with Image.open(file) as img:
+            whole, at_16 = named_images(img)[0], dls.test_dl([img]).one_batch()[0]
+        expected = load_images([str(file)], 16).images
+        assert np.array_equal(load_images(whole, 16).images, expected), file.name
+        assert torch.equal(at_16, dls.test_dl([str(file)]).one_batch()[0]), file.name
+
+
+def test_of_two_images_with_the_name_that_a_sample_asks_for_none_is_taken(folder, tmp_path):
+    table = pd.DataFrame(dict(image=["a/1.jpg", "b/1.jpg", "b/2.jpg"], label=["cat", "dog", "cat"], confidence=.9,
+                              cat=.5, dog=.5))
+    sample = pd.DataFrame(dict(id=["1", "2"], label="cat"))
+    with pytest.raises(ValueError, match="1 ids .* names of several images, the first is '1'"):
+        write_submission(table, tmp_path/"s.csv", like=sample)
+    write_submission(table, tmp_path/"s.csv", like=sample.assign(id=["b/1.jpg", "b/2.jpg"]))
+    assert list(pd.read_csv(tmp_path/"s.csv").label) == ["dog", "cat"]
+    write_submission(table, tmp_path/"s.csv", like=sample[1:])  # the other one is not asked for
+
+
 def test_unread_images_in_a_submission(folder):
     (folder/"2.png").write_bytes(b"")
     table, _ = said(lambda: predict_table(network(), folder))

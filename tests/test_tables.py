@@ -133,6 +133,20 @@ def test_a_table_beside_folders_that_are_taken_for_classes_is_named(home):
         from_folder(home/"mine")
 
 
+def test_large_numbers_stay_apart_beside_an_empty_label(home):
+    "Which double precision would make one."
+    a, b = 2**53, 2**53 + 1
+    frame().assign(label=[a, b, ""] * 4).to_csv(home/"images"/"t.csv", index=False)
+    s = from_csv(home/"images"/"t.csv")
+    assert s.classes == [str(a), str(b)] and len(s.unlabeled) == 4
+
+
+def test_what_splits_have_no_use_for_is_refused(home):
+    s = from_df(frame(), home/"images")
+    assert open_data(s) is s
+    with pytest.raises(ValueError, match="valid_pct cannot be given with Splits: move images"): open_data(s, valid_pct=.5)
+
+
 def test_wrong_folder_names_the_right_one(home):
     with pytest.raises(FileNotFoundError, match="they are in .*/images: give that folder"): from_df(frame(), home)
     with pytest.raises(FileNotFoundError, match="did you mean .*/images"): from_df(frame(), home/"imges")

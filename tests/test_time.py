@@ -65,6 +65,41 @@ def test_a_limit_shortens_what_was_asked_for_and_never_lengthens_it(tmp_path, mo
     assert slow.plan().seconds.sum() <= 100
 
 
+def test_a_plan_counts_what_is_shuffled_together(tmp_path):
+    "Where labels and pseudo labels are one set, a student's epoch is a pass over both."
+    ns = run(tmp_path/"a", ratio=None, label_smoothing=0., steps=None, time_limit="1h")
+    def planned(): return ns.plan().query("round == 1 and stage.str.startswith('student')").amount.iloc[0]
+    n, bs, epochs = 50 + 100, 8, 2
+    assert planned() == f"{epochs * -(-n // bs)} steps"  # of the whole pool, as nothing is selected yet
+    made = ns.fit()
+    loader = ns.learners.new(1, ns.labeling.label(1), ns.recipe.noise).dls.train
+    assert made.pseudo_labeled[1] > 0 and ns.task.timing.full_length(1) == epochs * loader.steps
+
+
+def test_epochs_that_were_shortened_stay_so_without_a_limit(tmp_path, checkpoints_everywhere):
+    def length(path): return [json.loads(o.read_text()) for o in path.glob("round_0/plan.json")]
+    with pytest.raises(Interrupted): run(tmp_path/"a", stop=12, time_limit=100).fit()
+    timing = run(tmp_path/"a", time_limit=100).task.timing
+    timing.note(0, epochs={"2": 2})
+    calls = []
+    again = run(tmp_path/"a")
+    again.task.tell = lambda stage, done, total: calls.append((done, total)) if "the teacher" in stage else None
+    again.fit_to(0)
+    assert len(length(tmp_path/"a")) == 1 and len(calls) < 30  # 6 epochs of 5 steps, of which four are of two
+
+
+def test_without_students_nobody_looks_at_the_pool(tmp_path):
+    "With a time limit as without one."
+    from faults import make_pictures
+    from noisy_student.rounds import NoisyStudent
+    root = make_pictures(tmp_path/"d")
+    for f in (root/"unlabeled").iterdir(): f.unlink()
+    (root/"unlabeled"/"torn.png").write_bytes(b"torn")
+    for k, limit in enumerate((None, 60)):
+        settings = {**SMALL, "rounds": 0, "time_limit": limit, "progress": lambda *_: None}
+        assert len(NoisyStudent(root, "resnet9_4", tmp_path/str(k), **settings).fit()) == 1
+
+
 def test_where_one_fold_has_no_time_none_trains_in_vain(tmp_path, monkeypatch):
     from noisy_student.run_clock import Clock
     from noisy_student.run_record import read_run

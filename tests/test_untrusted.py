@@ -440,7 +440,8 @@ def test_leaks(finished, run, found):
     read_run(run)
 
 
-@pytest.mark.parametrize("table", ["", "x", "epoch\n", "epoch,train_loss\n0,abc\n", "epoch\nzero\n", "a,b\n1,2\n"])
+@pytest.mark.parametrize("table", ["", "x", "epoch\n", "epoch,train_loss\n0,abc\n", "epoch\nzero\n", "a,b\n1,2\n",
+                                   "epoch,valid_accuracy\n0,abc\n"])
 def test_histories(run, table):
     from noisy_student.run_record import read_run
     (run/"round_0"/"SHA256SUMS").unlink(); (run/"round_0"/"history.csv").write_text(table)
