@@ -144,7 +144,8 @@ def test_large_numbers_stay_apart_beside_an_empty_label(home):
 def test_what_splits_have_no_use_for_is_refused(home):
     s = from_df(frame(), home/"images")
     assert open_data(s) is s
-    with pytest.raises(ValueError, match="valid_pct cannot be given with Splits: move images"): open_data(s, valid_pct=.5)
+    with pytest.raises(ValueError, match="valid_pct cannot be given with Splits: move images"):
+        open_data(s, valid_pct=.5)
 
 
 def test_wrong_folder_names_the_right_one(home):
