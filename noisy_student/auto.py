@@ -6,7 +6,8 @@ Docs: https://noisy-student.github.io/noisy_student/auto.html.md"""
 
 # %% auto #0
 __all__ = ['LEAST_STEPS', 'ENOUGH_STEPS', 'ENOUGH_PASSES', 'LEAST_IN_TIME', 'LEAST_TUNED', 'check_settings', 'Facts', 'Auto',
-           'auto_recipe', 'seconds', 'duration', 'Stage', 'round_weights', 'steps_for', 'epochs_in', 'with_steps']
+           'auto_recipe', 'seconds', 'duration', 'in_minutes', 'Stage', 'round_weights', 'steps_for', 'epochs_in',
+           'with_steps']
 
 # %% ../nbs/06e_auto.ipynb #0039be2d
 import math, re
@@ -192,6 +193,12 @@ def duration(
     return f'{s:.0f} s' if s < 120 else f'{s / 60:.0f} min' if s < 7200 else f'{s / 3600:.1f} h'
 
 # %% ../nbs/06e_auto.ipynb #5efb8c31
+def in_minutes(
+    s: float, # Seconds
+) -> str: # '4m', as `seconds` reads it
+    "At least so long, in whole minutes."
+    return f'{math.ceil(s / 60)}m'
+
 class Stage(NamedTuple):
     "A row of a plan."
     round: int # 0 is the teacher

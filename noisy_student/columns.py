@@ -143,6 +143,7 @@ def found_columns(
     """`image` and `label`; where the table has no columns of these names, the one whose entries are files, and the one
     that is left beside it."""
     names = list(df.columns)
+    if image != 'image': pick_column(df, image, 'image') # before one for labels is looked for beside it
     listed: dict[str, set[str]] = {}
     def are_files(o, folder=folder): # most of them: which one is missing is said later
         some = df[o].dropna().head(20)

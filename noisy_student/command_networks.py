@@ -39,6 +39,8 @@ def require_model(
     elif path.exists() or name.split('.')[0] in known or _is_former(name): return
     if (run := Path('runs')/path.name) != path and (run/'run.json').exists():
         raise FileNotFoundError(f"no trained model at {name}: the run on it is {run}")
+    if path.is_dir() and (runs := sorted(str(o.parent) for o in path.glob('*/run.json'))):
+        raise FileNotFoundError(f"no trained model at {name}: the runs in it are {', '.join(runs[:10])}")
     raise FileNotFoundError(f"no trained model at {name}: give a run directory, a round_K folder, a model.safetensors, "
                             f"a timm name or package:NAME{did_you_mean(name, [*folders_beside(name), *known])}")
 

@@ -117,7 +117,7 @@ def run(
                   suffix=suffix)
     source = source_of(data, labels, unlabeled, seed, recipe, table)
     how = given(auto_batch=auto_batch or None, time_limit=time_limit, folds=folds, force=force or None)
-    if sys.stderr.isatty(): to_stderr(f"reading {data}") # torch takes some seconds to load
+    if sys.stderr.isatty(): to_stderr(f"loading PyTorch, reading {data}")
     splits = load_data(**source)
     if fill and fill not in splits.classes: # known after hours else
         raise ValueError(f"--fill must be a class ({', '.join(splits.classes)}), got {fill!r}")

@@ -43,6 +43,8 @@ def predict(
     require_model(model)
     if isinstance(files := named['items'], list): require_files(files)
     t = open_network(model, device)
+    if fill and fill not in t.classes:
+        raise ValueError(f"--fill must be a class ({', '.join(t.classes)}), got {fill!r}")
     table = predictions_of(t, named)
     if csv: return write_predictions(table, model, csv, columns, like, fill)
     from noisy_student.predictions import class_columns

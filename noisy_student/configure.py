@@ -163,7 +163,8 @@ def configure(
     parts = given.pop('noise') if isinstance(given.get('noise'), dict) else {} # of the noise that fits
     check_settings(dict(given, **(dict(noise=replace(Noise(), **parts)) if parts else {}))) # before anything is opened
     names, pretrained, reasons = _network(data, _as_list(archs), given.get('pretrained'), given.get('size'), device)
-    size, decided, speed = _size(data, names, pretrained, given.get('size'), device, seconds, speed)
+    size, decided, speed = _size(data, names, pretrained, given.get('size'), device,
+                                 seconds and seconds * folds, speed) # one look serves all folds
     largest = max((_on_paper(o, data) for o in names), key=n_parameters)
     facts = Facts(len(data.labeled), len(data.classes), len(data.unlabeled), size, n_parameters(largest),
                   bool(pretrained), device.type, in_color(data), seconds, speed and speed / size**2,

@@ -23,6 +23,14 @@ _BESIDE = ('unlabeled', 'test', 'valid', 'val') # what is no class where class f
 _MEANT = {'training': 'train', 'labeled': 'train', 'labelled': 'train', 'testing': 'test', 'validation': 'valid',
           'unlabelled': 'unlabeled', **{o: o for o in ('train', *_BESIDE)}} # by their name in small letters
 
+def _tell_depth(folder, files):
+    "Warn of a class that may be several."
+    below = {os.path.relpath(f, folder).split(os.sep)[0] for f in files}
+    if len(below) > 1 and all((folder/o).is_dir() for o in below):
+        warnings.warn(f"class {folder.name}: all of its images are in {len(below)} folders "
+                      f"({', '.join(sorted(below)[:5])}), which are taken for one class; move them up where each is a "
+                      "class")
+
 def labeled_folder(
     folder: Path, # With a folder per class
     classes: list[str] | None = None, # Those that are allowed; None: the folders with an image
@@ -40,6 +48,7 @@ def labeled_folder(
     if any(found.values()) and (loose := images_in(folder)):
         warnings.warn(f"{len(loose)} images in {folder} lie beside its class folders ({loose[0]}, ...): they are left "
                       "out; move them into the folder of their class, or into unlabeled")
+    for o in names: _tell_depth(folder/o, found[o])
     classes = classes or [o for o in names if found[o]]
     files = [(f, i) for i, c in enumerate(classes) for f in found.get(c, [])]
     return Split([f for f, _ in files], np.array([i for _, i in files], dtype=np.int64)), classes

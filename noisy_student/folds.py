@@ -145,6 +145,9 @@ class Folds(ImageTask):
         if self.timing.is_told: tell_plan(self.plan(), self.timing.limit, sum(o.gone for o in timings))
         open_clocks()
 
+    def enough_for(self, k):
+        return len(self.parts) * max(part.task.enough_for(k) for part in self.parts)
+
     def make(self, k):
         timings = [part.task.timing for part in self.parts if not part.dir.is_done(k)]
         if any(o.is_left_out(k) for o in timings): self.say_left_out(k); return False # none has trained in vain

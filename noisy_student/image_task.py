@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from fastai.learner import Learner
 
-from .auto import duration
+from .auto import duration, in_minutes
 from .checks import against_before, valid_figures
 from .distributed import barrier, first_rank_first, rank
 from .fitting import fit_resumably
@@ -129,7 +129,7 @@ class ImageTask(ImageRounds):
         self.try_networks(todo)
         self.timing.start(begun)
         self.opened.check_leaks()
-        if not todo: return
+        if all(self.timing.steps(k) == 0 for k in todo): return # it is known that there is no time for them
         if not rank(): self.say_choices()
         self.opened.all_given()
         if not rank(): self.timing.tell()
@@ -165,8 +165,15 @@ class ImageTask(ImageRounds):
     def say_left_out(self, k: int # Round for which there is no time
                     ) -> None:
         "Warn of it."
-        warnings.warn(f"round {k} is left out: there is no time for it in {duration(self.setup.limit or 0.)}; with a "
-                      "longer time_limit the run goes on")
+        enough = self.enough_for(k)
+        longer = f"time_limit='{in_minutes(enough)}' or more" if enough else "a longer time_limit"
+        warnings.warn(f"round {k} is left out: there is no time for it in {duration(self.setup.limit or 0.)}; with "
+                      f"{longer} the run goes on")
+
+    def enough_for(self, k: int # Round that is left out
+                  ) -> float: # 0 where it is not known
+        "The time limit in seconds from which on it is not."
+        return self.dir.plan(k).get('enough') or 0.
 
     def end(self): self.timing.complain()
 

@@ -36,6 +36,15 @@ class Rows:
     def __len__(self): return len(self.rows)
     def __getitem__(self, i): return self.images[self.rows[i]]
 
+class _Unreadable(ValueError):
+    "Of images by split that should be there"
+    def __init__(self, bad):
+        self.bad = [o for found in bad.values() for o in found]
+        named = '; '.join(f"{o.item}: {o.reason}" for o in self.bad[:10])
+        more = f" (and {len(self.bad) - 10} more)" if len(self.bad) > 10 else ''
+        parts = ' and '.join(f"{len(found)} of the {name} images" for name, found in bad.items())
+        super().__init__(f"{parts} cannot be used: {named}{more}; mend or remove them")
+
 # %% ../nbs/08a_opened_images.ipynb #ab000009
 class OpenedImages:
     "The images of a run, decoded when they are first asked for."
@@ -74,14 +83,15 @@ class OpenedImages:
 
     def all_given(self) -> None:
         "Decode the labeled, validation and test images: a bad file stops the run here, before training."
+        bad: dict[str, list] = {}
         for name in ('labeled', 'valid', 'test'):
-            if getattr(self.data, name) is not None: self.images(name)
+            if getattr(self.data, name) is None: continue
+            try: self.images(name)
+            except _Unreadable as e: bad[name] = e.bad
+        if bad: raise _Unreadable(bad)
 
     def _complain(self, name, d, n): # of images that cannot be read
-        if name != 'unlabeled':
-            named = '; '.join(f"{o.item}: {o.reason}" for o in d.bad[:10])
-            more = f" (and {len(d.bad) - 10} more)" if len(d.bad) > 10 else ''
-            raise ValueError(f"{len(d.bad)} of the {name} images cannot be used: {named}{more}; mend or remove them")
+        if name != 'unlabeled': raise _Unreadable({name: d.bad})
         self.write_skipped(d.bad)
         file = self.dir.path/'skipped.csv'
         if not len(d.good): raise ValueError(f"none of the {len(d.bad)} unlabeled images can be used: see {file}")

@@ -35,14 +35,15 @@ class Clock(Speed):
         fills: bool = True, # Whether trainings are as long as the limit allows; False: at most as the recipe says
     ):
         super().__init__(learners, limit, auto_batch)
-        self.begun, self.fills = 0., fills
+        self.begun, self.before, self.fills = 0., 0., fills
 
     def start(
         self,
         begun: float, # `time.perf_counter()` when the call began
     ) -> None:
         "The clock goes on where earlier calls stopped it."
-        self.begun = begun - self.making - self.earlier
+        self.before = self.making + self.earlier
+        self.begun = begun - self.before
 
     def pause(self) -> None:
         "It stands until `start`: others work now."
@@ -166,8 +167,13 @@ class Clock(Speed):
     ) -> float:
         "Seconds for the trainings from round k on, with the validations after their epochs."
         assert self.limit is not None
-        r = self.recipe
-        later = sum(map(self.labeling, range(k + 1, r.rounds + 1)))
-        judged = sum(map(self.evaluation, range(k, r.rounds + 1)))
         # many steps in a row are a little slower than the few that were measured
-        return .96 * (self.limit - self.gone - later - judged - self.reserve)
+        return .96 * (self.limit - self.gone - self.beside(k))
+
+    def beside(
+        self,
+        k: int, # Round
+    ) -> float:
+        "Seconds that are not for trainings from round k on: labeling for later ones, evaluation, writing."
+        later = sum(map(self.labeling, range(k + 1, self.recipe.rounds + 1)))
+        return later + sum(map(self.evaluation, range(k, self.recipe.rounds + 1))) + self.reserve

@@ -76,6 +76,9 @@ def _check_archs(archs):
         raise ValueError("archs must be names or functions that make a network, teacher first, such as ['resnet18', "
                          f"'resnet34'], got {type(odd[0]).__name__}: every round builds a new network")
 
+    if place := [o for o in given if isinstance(o, str) and '/' in o and ':' not in o and not o.startswith('timm/')]:
+        raise ValueError(f"archs must be names of networks, got {place[0]!r}: for the run directory that is path=")
+
 def _metrics(metrics): # as a list
     found = [] if metrics is None else list(metrics) if isinstance(metrics, (list, tuple, L)) else [metrics]
     if odd := [o for o in found if not (callable(o) or isinstance(o, Metric))]:
@@ -95,7 +98,8 @@ def _tell_kept(kept, other, first, limit):
     a, b = kept.to_json(), other.to_json()
     if names := [k for k in a if a[k] != b[k]]:
         warnings.warn(f"the run goes on with the settings that were chosen for {said(first)} when it began; those for "
-                      f"{said(limit)} would be others ({', '.join(names)}): name another folder to have them")
+                      f"{said(limit)} would be others ({', '.join(names)}): name another run directory to have them "
+                      "(path=, --out)")
 
 # What was chosen when a run began, of network and weights that would be others now
 def _as_begun(found, chosen):
@@ -104,7 +108,7 @@ def _as_begun(found, chosen):
     if all(now[k] == v for k, v in kept.items()): return {}
     def said(o): return ', '.join(f'{k}={o[k]!r}' for k in kept)
     warnings.warn(f"the run goes on with {said(kept)}, as was chosen when it began; {said(now)} would be chosen now: "
-                  "name another folder to have that")
+                  "name another run directory to have that (path=, --out)")
     return kept
 
 def _chosen(found): # network and weights, where nobody has named them

@@ -19,6 +19,7 @@ import pandas as pd
 from .auto import duration
 from .checkpoints import seeded
 from .dataloaders import mixed_dataloaders
+from .features import fit_head
 from .files import locked, stoppable, write_with_sum
 from .fitting import fit_resumably, student_view
 from .image_task import ImageTask
@@ -38,6 +39,7 @@ def unseen_probs(task: ImageTask, # Of a run
     r, selected = made.recipe_of(k), folder/'selected.parquet'
     progress = StageProgress(tell, 'suspects: labeling (images)')
     sel = read_selection(selected) if selected.exists() else task.labeling.label_pool(k, folder, progress)
+    if k < made.recipe.head_rounds: return _by_classifiers(task, k)
     pseudo: Any = task.opened.selected(sel), made.targets(sel) # the images are as good as an array
     valid: Any = task.opened.images('valid').images, made.labels('valid')
     # as many steps as a student
@@ -51,6 +53,22 @@ def unseen_probs(task: ImageTask, # Of a run
         stage = 'suspects: training a network without the labeled images (batches)'
         fit_resumably(learn, r.epochs, r, folder, StageProgress(tell, stage))
     return softmax(made.scores(learn, 'labeled')).astype(np.float32)
+
+
+def _by_classifiers(task, k):
+    "Where the classifier alone is trained: of each fifth of the labels, by that of the other labels"
+    x, y = task.heads.features(task.trained(k))['labeled'], task.true_labels('labeled')
+    order = np.random.default_rng(task.seed).permutation(len(y))
+    order = order[np.argsort(y[order], kind='stable')] # class by class, dealt out to five folds
+    fold = np.empty(len(y), int)
+    fold[order] = np.arange(len(y)) % 5
+    is_alone = np.bincount(y)[y] == 1 # a class of one image has nothing to learn from without it
+    out, C = np.zeros((len(y), len(task.data.classes)), np.float32), None
+    for f in np.unique(fold):
+        train = (fold != f) | is_alone
+        found = fit_head(x[train], y[train], C=C, seed=task.seed)
+        out[fold == f], C = softmax(found.logits(x[fold == f])), found.C
+    return out
 
 
 # %% ../nbs/08j_run_suspects.ipynb #a9000008
@@ -71,7 +89,7 @@ def find_suspects(task: ImageTask, # Of a run, at least one round done
     if find_spec('cleanlab') is None:
         raise ImportError("finding suspects needs cleanlab: pip install cleanlab")
     folder = task.dir.path/'suspects'/f'round_{k}'
-    if not is_folded and not (folder/'suspects.csv').exists():
+    if not is_folded and k >= task.recipe.head_rounds and not (folder/'suspects.csv').exists():
         print("suspects: a network is trained without the labeled images, about as long as a student takes "
               f"({duration(last.seconds)})", file=sys.stderr, flush=True)
     with locked(task.dir.path/'.lock'), stoppable():

@@ -43,8 +43,8 @@ _RUN = {
     'sizes?': ({'labeled?': int, 'unlabeled?': int, 'valid?': int, 'test?': int}, None), 'threads?': int,
     'device?': str, 'source?': (_SOURCE, None), 'speed?': (float, None), 'settled_for?': (float, None),
     'chosen?': {'archs?': [str], 'pretrained?': (bool, str)}, 'versions?': {str: str}, 'python?': str} # Of run.json
-_PLAN = {**{f'{o}?': (float, None) for o in ('step_seconds', 'limit', 'left')}, 'steps?': (int, None), 'begun?': float,
-         'epochs?': lambda o: not misfit(o, {str: int}) and all(map(str.isdecimal, o))} # Of plan.json
+_PLAN = {**{f'{o}?': (float, None) for o in ('step_seconds', 'limit', 'left', 'enough')}, 'steps?': (int, None),
+         'begun?': float, 'epochs?': lambda o: not misfit(o, {str: int}) and all(map(str.isdecimal, o))} # Of plan.json
 
 def read_about(path: str | Path # Run directory
               ) -> dict: # config, versions, sizes, and more

@@ -14,7 +14,7 @@ import pandas as pd
 from fastai.callback.core import Callback
 from fastcore.imports import IN_NOTEBOOK
 
-from .auto import LEAST_IN_TIME, Stage, duration, epochs_in, round_weights
+from .auto import LEAST_IN_TIME, LEAST_TUNED, Stage, duration, epochs_in, in_minutes, round_weights
 from .distributed import barrier, rank, world
 from .fitting import KeepTime
 from .learner import Noise
@@ -36,9 +36,20 @@ class Timing(Clock):
             is_labeled = (self.learners.dir.round(k)/'selected.parquet').exists()
             left = self.left(k) - (0. if is_labeled else self.labeling(k))
             if not self.fitting(left, k, step[k]):
-                self.note(k, steps=0, step_seconds=step[k], left=round(left, 1))
+                self.note(k, steps=0, step_seconds=step[k], left=round(left, 1), enough=round(self.enough(k), 1))
         barrier()
         return self.steps(k) == 0
+
+    def enough(
+        self,
+        k: int, # Round for which there is no time
+        before: float = 0., # Seconds that are planned for the rounds before it
+    ) -> float:
+        "The limit in seconds from which on there would be, and a tenth more."
+        r, weights = self.recipe, round_weights(self.recipe)
+        least = (LEAST_TUNED if r.head_rounds else LEAST_IN_TIME) * (self.measured()[0][k] + self.judging(k) / 10)
+        trained = least * sum(weights[k:]) / weights[k]
+        return 1.1 * (self.gone + before + self.beside(k) + (trained + self.labeling(k)) / .96)
 
     def plan_round(
         self,
@@ -86,7 +97,10 @@ class Timing(Clock):
     def tell(self) -> None:
         "The plan in one line, on stderr, and what folds would be good for."
         if not self.is_told: return
-        tell_plan(self.plan(), self.limit, self.gone)
+        tell_plan(table := self.plan(), self.limit, self.gone)
+        if self.limit and len(table) and (k := int(table['round'].max()) + 1) <= self.recipe.rounds:
+            enough = in_minutes(self.enough(k, table.seconds.sum()))
+            print(f"no time for round {k}: there would be with time_limit='{enough}'", file=sys.stderr, flush=True)
         data = self.learners.data
         if self.recipe.rounds and (v := len(data.valid)) < 50 and len(data.labeled) < 500:
             print(f"{v} validation images tell an accuracy to within {200 * (.09 / v)**.5:.0f} points: folds=5 "
@@ -95,7 +109,7 @@ class Timing(Clock):
 
     def complain(self) -> None:
         "Warn, at the end, of a limit that was not kept."
-        if self.limit and self.spent > 1.1 * self.limit + 5:
+        if self.limit and self.before < self.limit and self.spent > 1.1 * self.limit + 5:
             warnings.warn(f"the run took {duration(self.spent)}, more than time_limit={duration(self.limit)}: other "
                           "programs may have used this machine, too")
 
