@@ -92,6 +92,30 @@ def test_without_cleanlab(monkeypatch):
         rank_suspects(np.array([0]), np.ones((1, 1)))
 
 
+def test_where_the_classifier_alone_is_trained_suspects_are_found_by_it(tmp_path):
+    "Of each label by a classifier that has not seen it, in seconds; a class of one image is no error."
+    pytest.importorskip("cleanlab")
+    from noisy_student.models import create_model, save_weights
+    from noisy_student.datasets import Split, Splits
+    from noisy_student.rounds import NoisyStudent
+    rng = np.random.default_rng(0)
+    def images(labels):
+        color = 80 * np.eye(3, dtype=int)[labels][:, None, None]
+        return (rng.integers(0, 30, (len(labels), 12, 12, 3)) + color).astype(np.uint8)
+    true = np.array([0, 1] * 20 + [2])
+    given = true.copy()
+    given[[4, 7]] = 1 - true[[4, 7]]
+    pool = images(rng.integers(0, 2, 30))
+    data = Splits(Split(images(true), given), Split(pool), Split(images(true[:12]), true[:12]), None, ["a", "b", "c"])
+    weights = save_weights(create_model("resnet9_4", 3, 3), tmp_path/"w.safetensors")
+    ns = NoisyStudent(data, "resnet9_4", tmp_path/"r", pretrained=str(weights), rounds=1, head_rounds=2, threshold=0.,
+                      size=12, force=True, progress=lambda *_: None)
+    ns.fit()
+    found = ns.suspects(0)
+    assert set(found[found.kind == "labeled"].item[:2]) == {4, 7}
+    assert not list((tmp_path/"r"/"suspects").rglob("checkpoint"))  # nothing was trained
+
+
 def test_flips_as_pandas_finds_them(tmp_path):
     pool = random_pool()
     a = predict_pseudo_labels(Fixed(4), pool, tmp_path / "a", classes="abcd")

@@ -148,6 +148,31 @@ def test_what_splits_have_no_use_for_is_refused(home):
         open_data(s, valid_pct=.5)
 
 
+def test_a_class_that_may_be_several_is_named(home):
+    for i in range(N): draw(home/"deep"/"train"/("things", "dogs")[i % 2]/"xyz"[i % 3]/f"{i}.png", i)
+    _, told = said(lambda: from_folder(home/"deep"))
+    assert len([o for o in told if "class things: all of its images are in 3 folders (x, y, z)" in o]) == 1
+    for c in ("things", "dogs"): draw(home/"deep"/"train"/c/"own.png", 0)
+    assert not [o for o in said(lambda: from_folder(home/"deep"))[1] if "folders" in o]
+
+
+def test_all_unreadable_files_are_named_at_once(home):
+    from noisy_student.rounds import NoisyStudent
+    for i in range(20): draw(home/"torn"/"train"/"ab"[i % 2]/f"{i}.png", i)
+    for i in range(4): draw(home/"torn"/"valid"/"ab"[i % 2]/f"{i}.png", i)
+    bad = [home/"torn"/o for o in ("train/a/0.png", "train/b/3.png", "valid/b/1.png")]
+    for f in bad: f.write_bytes(b"torn")
+    with pytest.raises(ValueError, match="2 of the labeled images and 1 of the valid images cannot be used") as e:
+        NoisyStudent(home/"torn", "resnet9_4", home/"r", size=8, rounds=0, pretrained=False).fit()
+    assert all(str(f) in str(e.value) for f in bad)
+
+
+def test_a_column_that_was_named_is_the_one_that_is_wrong(home):
+    frame().rename(columns=dict(image="id", label="breed")).to_csv(home/"images"/"t.csv", index=False)
+    with pytest.raises(ValueError, match="no column 'file'.* name the right one with image="):
+        from_csv(home/"images"/"t.csv", image="file")
+
+
 def test_wrong_folder_names_the_right_one(home):
     with pytest.raises(FileNotFoundError, match="they are in .*/images: give that folder"): from_df(frame(), home)
     with pytest.raises(FileNotFoundError, match="did you mean .*/images"): from_df(frame(), home/"imges")

@@ -1,5 +1,5 @@
 "A time limit: what was decided stays, what has gone counts, and nobody trains in vain."
-import json, shutil
+import json, shutil, time
 
 import numpy as np
 import pandas as pd
@@ -98,6 +98,24 @@ def test_without_students_nobody_looks_at_the_pool(tmp_path):
     for k, limit in enumerate((None, 60)):
         settings = {**SMALL, "rounds": 0, "time_limit": limit, "progress": lambda *_: None}
         assert len(NoisyStudent(root, "resnet9_4", tmp_path/str(k), **settings).fit()) == 1
+
+
+def test_what_is_left_out_names_the_limit_that_would_do(tmp_path):
+    "Nothing is measured a second time for a round that is known to have no time."
+    asked = []
+    def start(**more):
+        ns = run(tmp_path/"a", **more)
+        def measured(): asked.append(1); return {0: .01, 1: 1.}, {0: 1e3, 1: 1e3}
+        ns.task.timing.measured = measured
+        return ns
+    with pytest.warns(UserWarning, match=r"round 1 is left out: .* with time_limit='1m' or more the run goes on"):
+        assert len(start(time_limit=20).fit()) == 1
+    asked.clear()
+    with pytest.warns(UserWarning, match=r"time_limit='1m' or more"): start(time_limit=20).fit()
+    assert not asked
+    again = start(time_limit="1m")
+    again.task.timing.start(time.perf_counter())
+    assert not again.task.timing.is_left_out(1)
 
 
 def test_where_one_fold_has_no_time_none_trains_in_vain(tmp_path, monkeypatch):
