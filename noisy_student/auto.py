@@ -49,7 +49,7 @@ class Auto(NamedTuple):
 # %% ../nbs/06e_auto.ipynb #65824c54
 LEAST_STEPS = 500 # of a network, where no time limit says otherwise
 ENOUGH_STEPS = 300 # of a network, for which batches are made smaller where a time limit does
-ENOUGH_PASSES = 300 # over the labels, from scratch: below, more of them teach more than pseudo labels in the same time
+ENOUGH_PASSES = 100 # over the labels, from scratch: below, more of them teach more than pseudo labels in the same time
 
 def _power_of_two(x, lowest, highest):
     "The largest one that is not above x."
@@ -104,7 +104,12 @@ def _noise(f):
             rotate=(15., "gray pictures may be text: turned a little instead of mirrored"),
             zoom=(1.2, "gray pictures have no color to change: made larger and smaller instead"))))
 
-def _short(f): return f.seconds is not None and f.seconds < 900
+def _short(f): return f.seconds is not None and f.seconds < 900 and not _is_quick(f)
+
+def _is_quick(f):
+    "From scratch, whether minutes are five times what a teacher and two students need at least: tiny pictures."
+    images = LEAST_STEPS + 2 * 4 * _steps(2 * f.pool, 3 * _deserved(f), f.device)
+    return bool(f.speed and not f.pretrained and f.seconds * f.speed >= 5 * _deserved(f) * images)
 
 def _because(f): return ", as two would be too short in this time" if _short(f) else ""
 
