@@ -107,9 +107,9 @@ def _noise(f):
 def _short(f): return f.seconds is not None and f.seconds < 900 and not _is_quick(f)
 
 def _is_quick(f):
-    "From scratch, whether minutes are five times what a teacher and two students need at least: tiny pictures."
+    "From scratch, whether some minutes are five times what a teacher and two students need at least: tiny pictures."
     images = LEAST_STEPS + 2 * 4 * _steps(2 * f.pool, 3 * _deserved(f), f.device)
-    return bool(f.speed and not f.pretrained and f.seconds * f.speed >= 5 * _deserved(f) * images)
+    return bool(f.speed and not f.pretrained and f.seconds >= max(120, 5 * _deserved(f) * images / f.speed))
 
 def _because(f): return ", as two would be too short in this time" if _short(f) else ""
 
@@ -135,10 +135,9 @@ def _students(f):
     "Of networks from scratch."
     if _labels_alone(f):
         passes, enough = f.seconds * f.speed / f.labeled, math.ceil(f.folds * ENOUGH_PASSES * f.labeled / f.speed / 60)
-        each = ' for each fold' if f.folds > 1 else ''
-        return 0, (f"no student: {f.seconds:.0f} s{each} are {passes:.0f} passes over {f.labeled:,} labels, and from "
-                   f"scratch more of these teach more than pseudo labels do; with time_limit='{enough}m' or more there "
-                   "will be one")
+        return 0, (f"no student: {f.seconds:.0f} s{' a fold' * (f.folds > 1)} are {passes:.0f} passes over "
+                   f"{f.labeled:,} labels, and from scratch more of these teach more than pseudo labels do; there will "
+                   f"be one with time_limit='{enough}m' or more")
     if _short(f): return 1, f"one student{_because(f)}"
     return 2, "a student on half of the pool, one on most of it"
 

@@ -166,9 +166,9 @@ class ImageTask(ImageRounds):
                     ) -> None:
         "Warn of it."
         enough = self.enough_for(k)
-        longer = f"time_limit='{in_minutes(enough)}' or more" if enough else "a longer time_limit"
-        warnings.warn(f"round {k} is left out: there is no time for it in {duration(self.setup.limit or 0.)}; with "
-                      f"{longer} the run goes on")
+        longer = f" ('{in_minutes(enough)}' or more)" if enough else ''
+        warnings.warn(f"round {k} is left out: there is no time for it in {duration(self.setup.limit or 0.)}; with a "
+                      f"longer time_limit{longer} the run goes on")
 
     def enough_for(self, k: int # Round that is left out
                   ) -> float: # 0 where it is not known
