@@ -6,8 +6,8 @@ Docs: https://noisy-student.github.io/noisy_student/auto.html.md"""
 
 # %% auto #0
 __all__ = ['LEAST_STEPS', 'ENOUGH_STEPS', 'ENOUGH_PASSES', 'LEAST_IN_TIME', 'LEAST_TUNED', 'check_settings', 'Facts', 'Auto',
-           'auto_recipe', 'seconds', 'duration', 'in_minutes', 'Stage', 'round_weights', 'steps_for', 'epochs_in',
-           'with_steps']
+           'in_minutes', 'auto_recipe', 'seconds', 'duration', 'Stage', 'round_weights', 'steps_for', 'least_steps',
+           'epochs_in', 'with_steps']
 
 # %% ../nbs/06e_auto.ipynb #0039be2d
 import math, re
@@ -50,6 +50,11 @@ class Auto(NamedTuple):
 LEAST_STEPS = 500 # of a network, where no time limit says otherwise
 ENOUGH_STEPS = 300 # of a network, for which batches are made smaller where a time limit does
 ENOUGH_PASSES = 100 # over the labels, from scratch: below, more of them teach more than pseudo labels in the same time
+
+def in_minutes(s: float # Seconds
+              ) -> str: # '4m', as `seconds` reads it
+    "At least so long, in whole minutes."
+    return f'{math.ceil(s / 60)}m'
 
 def _power_of_two(x, lowest, highest):
     "The largest one that is not above x."
@@ -131,13 +136,12 @@ def _labels_alone(f):
     "Whether the time is too short for all that the labels have to teach, which a student would have to wait for."
     return bool(f.seconds and f.speed and not f.pretrained and f.seconds * f.speed < ENOUGH_PASSES * f.labeled)
 
-def _students(f):
-    "Of networks from scratch."
+def _students(f): # of networks from scratch
     if _labels_alone(f):
-        passes, enough = f.seconds * f.speed / f.labeled, math.ceil(f.folds * ENOUGH_PASSES * f.labeled / f.speed / 60)
+        passes, enough = f.seconds * f.speed / f.labeled, in_minutes(f.folds * ENOUGH_PASSES * f.labeled / f.speed)
         return 0, (f"no student: {f.seconds:.0f} s{' a fold' * (f.folds > 1)} are {passes:.0f} passes over "
                    f"{f.labeled:,} labels, and from scratch more of these teach more than pseudo labels do; there will "
-                   f"be one with time_limit='{enough}m' or more")
+                   f"be one with time_limit='{enough}' or more")
     if _short(f): return 1, f"one student{_because(f)}"
     return 2, "a student on half of the pool, one on most of it"
 
@@ -197,12 +201,6 @@ def duration(
     return f'{s:.0f} s' if s < 120 else f'{s / 60:.0f} min' if s < 7200 else f'{s / 3600:.1f} h'
 
 # %% ../nbs/06e_auto.ipynb #5efb8c31
-def in_minutes(
-    s: float, # Seconds
-) -> str: # '4m', as `seconds` reads it
-    "At least so long, in whole minutes."
-    return f'{math.ceil(s / 60)}m'
-
 class Stage(NamedTuple):
     "A row of a plan."
     round: int # 0 is the teacher
@@ -230,11 +228,14 @@ def steps_for(
     w = round_weights(recipe)
     part = left * w[k] / sum(w[k:]) if w[k] else 0.
     fits = int(max((part - 10 * judging) / step, part / (step + judging / 10))) # of ten epochs, or of epochs of ten
-    least = LEAST_TUNED if recipe.head_rounds else LEAST_IN_TIME
-    return fits if fits >= least else LEAST_IN_TIME if w[k] and not k else 0
+    return fits if fits >= least_steps(recipe) else LEAST_IN_TIME if w[k] and not k else 0
 
 LEAST_IN_TIME = 30 # Steps without which a student is left out: it would be worse than its teacher
 LEAST_TUNED = 60 # The same where it is to be better than a classifier on the features that it changes
+
+def least_steps(recipe: Recipe # Of the run
+               ) -> int: # Of its students
+    return LEAST_TUNED if recipe.head_rounds else LEAST_IN_TIME
 
 def epochs_in(
     steps: int, # Of a training

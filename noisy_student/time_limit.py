@@ -14,7 +14,7 @@ import pandas as pd
 from fastai.callback.core import Callback
 from fastcore.imports import IN_NOTEBOOK
 
-from .auto import LEAST_IN_TIME, LEAST_TUNED, Stage, duration, epochs_in, in_minutes, round_weights
+from .auto import LEAST_IN_TIME, Stage, duration, epochs_in, in_minutes, least_steps, round_weights
 from .distributed import barrier, rank, world
 from .fitting import KeepTime
 from .learner import Noise
@@ -47,7 +47,7 @@ class Timing(Clock):
     ) -> float:
         "The limit in seconds from which on there would be, and a tenth more."
         r, weights = self.recipe, round_weights(self.recipe)
-        least = (LEAST_TUNED if r.head_rounds else LEAST_IN_TIME) * (self.measured()[0][k] + self.judging(k) / 10)
+        least = least_steps(r) * (self.measured()[0][k] + self.judging(k) / 10)
         trained = least * sum(weights[k:]) / weights[k]
         return 1.1 * (self.gone + before + self.beside(k) + (trained + self.labeling(k)) / .96)
 
