@@ -101,7 +101,7 @@ class _Parquet:
         self.starts = list(itertools.accumulate((o.num_rows for o in groups), initial=0))
         if len(self) > os.path.getsize(file):
             raise ArchiveError(f"{file} claims {len(self):,} images in {os.path.getsize(file):,} bytes: make it again")
-        self.rows = [max(1, _AT_ONCE * o.num_rows // (self._bytes(o) + 1)) for o in groups] # of a batch
+        self.rows = [max(1, _AT_ONCE * o.num_rows // (o.total_byte_size + 1)) for o in groups] # of a batch
         self.now, self.held, self.lock = (-1, -1), OrderedDict(), threading.Lock()
 
     def __len__(self): return self.starts[-1]
@@ -117,10 +117,6 @@ class _Parquet:
             value = column.dictionary[column.indices[i].as_py()].as_buffer()
             if (value.size if value else 0) > _MAX_MEMBER: raise ArchiveError(f"{value.size:,} bytes are no image")
             return value.to_pybytes() if value else b''
-
-    def _bytes(self, group): # that a row group's images take, as it claims
-        columns = (group.column(i) for i in range(group.num_columns))
-        return sum(o.total_uncompressed_size for o in columns if o.path_in_schema == self.column)
 
     # Batch k of a row group: a later one is read on, an earlier one from the start, unless it is one of the last two
     def _batch(self, group, k):

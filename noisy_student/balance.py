@@ -138,6 +138,8 @@ def picked_tables(con: Any, # Of `connect`, after `pick`
     "The selection, by class, confidence and item, as a stream of tables. Raises `PseudoLabelError` for a damaged file."
     probs, done = _fetch_probs(con, files, n, k, spill), 0
     for df in frames(con, "SELECT item, label, confidence, copies FROM kept ORDER BY place", 4):
+        if df['item'].isna().any():
+            raise PseudoLabelError(f"{Path(files[0]).parent} has pseudo labels without an item: label the images again")
         items = pa.array(df['item'], pa.int64() if df['item'].dtype.kind in 'iu' else pa.string())
         yield make_table(items, probs[done:done + len(df)], meta, df.label, df.confidence, df.copies)
         done += len(df)

@@ -10,6 +10,7 @@ __all__ = ['Sources', 'find_labels']
 # %% ../nbs/05f_finished_labels.ipynb #14f8f282
 import re
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,8 +79,9 @@ def _check_shards(files, metas):
         if len(pool) > 1:
             raise PseudoLabelError(f"the pool is there in {' and in '.join(map(str, pool))} shards: remove all but one")
         (num, found), = pool.items()
-        if missing := sorted(set(range(num)) - set(found)):
-            raise PseudoLabelError(f"of {num} shards these are missing: {missing}; make them with "
+        if missing := list(islice((i for i in range(num) if i not in found), 20)): # a damaged file may claim billions
+            raise PseudoLabelError(f"of {num} shards in {', '.join(sorted({str(o) for o in found.values()}))} these "
+                                   f"are missing: {missing}; make them with "
                                    f"predict_pseudo_labels(..., shard={missing[0]}, num_shards={num})")
         for shard, folder in found.items():
             manifest = folder/f"_shard-{shard:05d}-of-{num:05d}.json"

@@ -134,8 +134,9 @@ def _rows(path, bs, columns=None):
     table = open_table(path, read_dictionary=['item'])
     for b in table.iter_batches(bs, columns=columns):
         for i, column in enumerate(b.columns):
+            if b.schema.names[i] == 'item' and column.null_count:
+                raise PseudoLabelError(f"{path} has rows without an item: make it again")
             if not pa.types.is_dictionary(column.type): continue
-            if column.null_count: raise PseudoLabelError(f"{path} has rows without an item: make it again")
             longest = pc.max(pc.binary_length(column.dictionary)).as_py() or 0
             if longest > _LONGEST: raise PseudoLabelError(f"{path} has a name of {longest:,} bytes: refused")
             b = b.set_column(i, b.schema.names[i], column.dictionary_decode())

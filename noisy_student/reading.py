@@ -112,9 +112,9 @@ def open_parquet(
         found = pq.ParquetFile(file, **kwargs)
         found.schema_arrow.names # in UTF-8, or not
         groups = [found.metadata.row_group(i) for i in range(found.num_row_groups)]
-        columns = [g.column(i) for g in groups for i in range(g.num_columns)]
-        sizes = [g.num_rows for g in groups] + [o.total_uncompressed_size for o in columns]
-        if min(sizes, default=0) < 0: raise ValueError("a size below 0")
+        # of the groups: where what a column says of itself is damaged, asking for it ends the process
+        if min((o for g in groups for o in (g.num_rows, g.total_byte_size)), default=0) < 0:
+            raise ValueError("a size below 0")
     except (MemoryError, FileNotFoundError, PermissionError): raise
     except Exception as e: # readers raise all sorts
         raise ValueError(f"{file} is not a whole parquet file ({' '.join(str(e).split())[:300]})") from None

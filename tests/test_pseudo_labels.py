@@ -618,6 +618,11 @@ def test_shards_must_be_complete_and_belong_together(files, tmp_path):
         with pytest.raises(PseudoLabelError, match=message): select_pseudo_labels(src, tmp_path/"s.parquet", 0.)
     for i in (0, 2): label("four", i, 4)
     refuse(tmp_path/"four", r"missing: \[1, 3\].*shard=1, num_shards=4")
+    part = min((tmp_path/"four").glob("part-*"))
+    table = pq.read_table(part)
+    meta = {**table.schema.metadata, b"num_shards": str(2**31).encode()}
+    (tmp_path/"claims").mkdir(); pq.write_table(table.replace_schema_metadata(meta), tmp_path/"claims"/part.name)
+    refuse(tmp_path/"claims", r"claims these are missing: \[1, 2, 3, .*, 20\]")  # at once, and in no memory
     for i in (1, 3): label(f"machine{i}", i, 4)
     folders = [tmp_path/o for o in ("four", "machine1", "machine3")]
     a = select_pseudo_labels(folders, tmp_path/"a.parquet", 0.)

@@ -315,7 +315,8 @@ def labels(**changes):
     dict(confidence=pa.array([.9, .9, .9, 1e9], pa.float32())),
     dict(confidence=pa.array([.9] * 3 + [None], pa.float32())),
     dict(copies=pa.array([1, 1, 1, 0], pa.int32())), dict(copies=pa.array([1, 1, 1, 2**40], pa.int64())),
-    dict(item=["a", "b", "c", None]), dict(item=[1.5] * 4), dict(item=["x" * 10**6] * 4), dict(probs=["x"] * 4),
+    dict(item=["a", "b", "c", None]), dict(item=[0, 1, 2, None]),
+    dict(item=[1.5] * 4), dict(item=["x" * 10**6] * 4), dict(probs=["x"] * 4),
     dict(probs=pa.array([[.9], [.1], [.9], [.1]], pa.list_(pa.float32(), 1))),
     dict(probs=pa.array([[.9, .1], [.1, .9]] * 1 + [None, None], pa.list_(pa.float32(), 2))),
     dict(probs=pa.array([[.9, float("nan")], [.1, .9]] * 2, pa.list_(pa.float32(), 2))),
@@ -324,6 +325,28 @@ def labels(**changes):
 def test_tables_that_are_no_selection(tmp_path, changes):
     pq.write_table(labels(**changes), tmp_path/"s.parquet")
     with pytest.raises(PseudoLabelError, match="s.parquet"): read_selection(tmp_path/"s.parquet")
+
+
+@pytest.mark.parametrize("items", [["a", "b", "c", None], [0, 1, 2, None]])
+def test_labels_without_an_image_are_not_selected(tmp_path, items):
+    pq.write_table(labels(item=items).drop_columns("copies"), tmp_path/"mine.parquet")
+    with pytest.raises(PseudoLabelError, match=f"{tmp_path} has pseudo labels without an item"):
+        select_pseudo_labels(tmp_path/"mine.parquet", tmp_path/"s.parquet", 0.)
+
+
+def test_no_bit_of_a_table_of_contents_ends_the_process(tmp_path):
+    "Some bits of what a column says of itself abort pyarrow where they are asked for."
+    pq.write_table(labels().select(["item", "confidence"]), f := tmp_path/"s.parquet")
+    done = subprocess.run([sys.executable, "-c", f"""if 1:
+        from pathlib import Path
+        from noisy_student.reading import open_parquet
+        f = Path({str(f)!r}); whole = f.read_bytes()
+        for i in range(len(whole) - 8 - int.from_bytes(whole[-8:-4], "little"), len(whole)):
+            for bit in range(8):
+                f.write_bytes(whole[:i] + bytes([whole[i] ^ 1 << bit]) + whole[i + 1:])
+                try: open_parquet(f)
+                except ValueError as e: assert f.name in str(e)"""], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
 
 
 def test_a_table_of_ones_own_is_a_selection(tmp_path):
