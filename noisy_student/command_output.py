@@ -22,8 +22,10 @@ from .recipes import Recipe
 
 
 # %% ../nbs/12b_command_output.ipynb #ee9f4a7e
+_BESIDE = 56 # Columns of the bar, the numbers, the rate and the time left
+
 class _Bar:
-    "One Rich bar, used by one stage after the other; epochs show in its description."
+    "One Rich bar, used by one stage after the other; the accuracy of an epoch shows in its description."
     def __init__(self, bar):
         self.bar, self.task, self.stage, self.more = bar, bar.add_task('', total=None, visible=False, rate=''), '', ''
 
@@ -32,10 +34,13 @@ class _Bar:
             self.stage, self.first, self.begun, self.more = stage, done, time.perf_counter(), ''
             self.bar.reset(self.task, description=stage, total=total, completed=done, visible=True, rate='')
         rate = (done - self.first) / max(time.perf_counter() - self.begun, 1e-9)
-        self.bar.update(self.task, completed=done, total=total, description=stage + self.more,
+        text, room = stage + self.more, max(12, self.bar.console.width - _BESIDE)
+        if len(text) > room: text = f'{text[:room - 3]}...'
+        self.bar.update(self.task, completed=done, total=total, description=text,
                         rate=f"{rate:,.{0 if rate >= 10 else 1}f}/s" if rate else '')
 
-    def epoch(self, stage, done, total, figures): self.more = in_words(figures)
+    def epoch(self, stage, done, total, figures):
+        self.more = in_words({k: v for k, v in figures.items() if k.endswith('accuracy')})
 
 @contextmanager
 def show_progress() -> Iterator[Any]:

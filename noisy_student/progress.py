@@ -8,7 +8,7 @@ Docs: https://noisy-student.github.io/noisy_student/progress.html.md"""
 __all__ = ['in_words', 'Log', 'OneLine', 'InNotebook', 'default_progress', 'StageProgress', 'Within']
 
 # %% ../nbs/00c_progress.ipynb #p0000003
-import sys, time
+import shutil, sys, time
 from collections.abc import Callable
 from html import escape
 from typing import Any
@@ -88,7 +88,10 @@ class OneLine(_Epochs):
         self.show('')
         _print(line)
 
-    def show(self, text): _print(f"\r{text:<79}", '' if text else '\r')
+    def show(self, text): # its end, where it is too long: that says when
+        room = shutil.get_terminal_size((80, 24)).columns - 1
+        if len(text) > room: text = f'...{text[len(text) - room + 3:]}'
+        _print(f"\r{text:<{room}}", '' if text else '\r')
 
 class InNotebook(OneLine):
     "The same in a notebook, and a table of epochs under it for each training."

@@ -54,9 +54,12 @@ def _accuracy(ax, run):
         p, n = s[f'{name}_accuracy'].astype(float).values, run.size(name)
         if n: low, high = wilson(np.round(p * n), n)
         error = 100 * np.stack([p - low, high - p]) if n else None
-        ax.errorbar(s['round'] + dx, 100 * p, error, color=color, marker=marker, capsize=3,
+        ax.errorbar(s['round'] + dx, 100 * p, error, color=color, marker=marker, capsize=3, clip_on=False,
                     label=dict(valid='validation').get(name, name))
     ax.set(xlabel='round (0 is the teacher)', ylabel='accuracy (%)', xticks=s['round'])
+    _at_most_all(ax)
+
+def _at_most_all(ax): ax.set_ylim(top=min(ax.get_ylim()[1], 100)) # percent
 
 def _curves(ax, run, column, scale=1., dotted=None):
     "A line per round, and a dotted one for a second column."
@@ -80,6 +83,7 @@ def _loss(ax, run):
 def _epochs(ax, run):
     _curves(ax, run, 'valid_accuracy', 100)
     ax.set_ylabel('validation accuracy (%)')
+    _at_most_all(ax)
 
 def _seconds(ax, run):
     "Per round and stage."

@@ -116,12 +116,14 @@ class Speed:
             r, arch, kinds, rates = self.recipe, self.learners.arch, {}, {}
             step: dict[int, float] = {}
             for k in range(r.rounds + 1):
+                self.learners.opened.tell('measuring how fast this machine is (rounds)', k, r.rounds + 1)
                 if arch(k) not in rates: rates[arch(k)] = self.label_rate(k)
                 if k < r.head_rounds: continue
                 if (kind := (arch(k), role := self.learners.role_of(k))) not in kinds:
                     selection = self._any_selection() if role == 'student' and not (k and r.on_the_fly) else None
                     kinds[kind] = self.step_seconds(k, selection, r.noise_of(role))
                 step[k] = kinds[kind]
+            self.learners.opened.tell('measuring how fast this machine is (rounds)', r.rounds + 1, r.rounds + 1)
             self.speed = step, {k: rates[arch(k)] for k in range(r.rounds + 1)}
         return self.speed
 
