@@ -7,6 +7,8 @@ fused, one-cycle rates, one epoch of some steps per repetition. `bare`: index th
 step, and nothing else. `ours`: `noisy_student_learner` as `NoisyStudent` trains it, without noise. `fastai`: a stock
 `Learner` with fastai's own Adam, over a stock `DataLoader` of the same tensors. With `augment`, bare and ours also
 shift and mirror every image (`PadCropFlip`), and ours has all three noises in `ours with noise`, which bare has not.
+`linear` is a network that takes no time: what is left is the host's part of a step, and `every callback asked` is ours
+with fastai's `Learner` instead of `QuickLearner`.
 """
 import copy
 from functools import partial
@@ -27,10 +29,12 @@ from noisy_student.dataloaders import PadCropFlip, mixed_dataloaders
 from noisy_student.learner import Noise, noisy_student_learner
 from noisy_student.models import create_model
 from noisy_student.precision import in_bf16
+from noisy_student.quick_learner import QuickLearner
 from noisy_student.training import optimizer
 
-CASES = {"cpu": (("resnet9_8", 32, 64, 10), ("resnet9_24", 32, 64, 5), ("resnet18", 64, 32, 4)),
-         "cuda": (("resnet9_64", 32, 512, 50), ("resnet18", 64, 512, 30), ("resnet50", 128, 256, 30))}
+CASES = {"cpu": (("linear", 8, 8, 300), ("resnet9_8", 32, 64, 10), ("resnet9_24", 32, 64, 5), ("resnet18", 64, 32, 4)),
+         "cuda": (("linear", 8, 8, 300), ("resnet9_64", 32, 512, 50), ("resnet18", 64, 512, 30),
+                  ("resnet50", 128, 256, 30))}
 STATS = [.5] * 3, [.25] * 3
 
 
@@ -61,12 +65,13 @@ def bare(model, images, labels, batch, steps, augment, device, half=True):
     return run
 
 
-def ours(model, images, labels, batch, steps, augment, device, noise=Noise.none()):
+def ours(model, images, labels, batch, steps, augment, device, noise=Noise.none(), kind=QuickLearner):
     dls = mixed_dataloaders((images, labels.numpy()), (images[:batch], labels[:batch].numpy()),
                             list(map(str, range(10))), bs=batch,
                             steps=steps, augment=[PadCropFlip(4)] if augment else [], stats=STATS, device=device)
     learn = noisy_student_learner(dls, model, noise, opt_func=optimizer("adamw", torch.device(device)),
                                   cbs=[NoValidation()])
+    learn.__class__ = kind
     def run():
         with in_bf16(learn.model, torch.device(device)), learn.no_bar(), learn.no_logging():
             learn.fit_one_cycle(1, 1e-3)
@@ -94,7 +99,8 @@ def made(device, arch, size, batch, steps):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (batch * steps, size, size, 3), dtype=np.uint8)
     labels = torch.from_numpy(rng.integers(0, 10, len(images)))
-    model = create_model(arch, 10).to(device, memory_format=torch.channels_last)
+    linear = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 10))
+    model = (linear if arch == "linear" else create_model(arch, 10)).to(device, memory_format=torch.channels_last)
     return model, images, labels
 
 
@@ -106,6 +112,8 @@ def case(device, arch, size, batch, steps, augment, budget):
     if augment:
         fs["ours with noise"] = ours(make(), images, labels, batch, steps, augment, device, Noise(2, 10, .5, .8))
     else: fs["fastai"] = fastai(make(), images, labels, batch, steps, device)
+    if arch == "linear":
+        fs["every callback asked"] = ours(make(), images, labels, batch, steps, augment, device, kind=Learner)
     rows = in_turns(fs, device, budget, "bare")
     for v in rows.values(): v["seconds"] = float(f"{v['seconds'] / steps:.4g}")
     return [dict(device=device, model=arch, case="augment" if augment else "plain", size=size, batch=batch, candidate=k,
@@ -119,4 +127,4 @@ if __name__ == "__main__":
     torch.set_num_threads(a.threads)
     save("step", (case(a.device, arch, size, batch, steps, augment, a.seconds)
                   for arch, size, batch, steps in CASES[a.device] if not a.models or arch in a.models
-                  for augment in (False, True)), a)
+                  for augment in (False, True)[:1 if arch == "linear" else 2]), a)

@@ -26,6 +26,7 @@ from .batches import ArrayDL
 from .losses import HardTargets, SoftLabelCrossEntropy
 from .models import create_model, fine_tuning_groups, n_parameters
 from .one_label import check_loss, check_targets
+from .quick_learner import QuickLearner
 from .randaugment import BatchRandAugment
 
 # %% ../nbs/04f_learner.ipynb #176121a7
@@ -211,7 +212,8 @@ def noisy_student_learner(
                          "noise=Noise(randaugment_n=0)")
     # rows with true labels, which may be smoothed
     mixed = getattr(dls.train, 'n_labeled', None) if getattr(dls.train, 'ratio', 0) else None
-    return Learner(_add_transforms(dls, train_tfms, norm), model,
-                   loss_func or SoftLabelCrossEntropy(label_smoothing, labeled=mixed, weight=class_weights),
-                   opt_func=opt_func, metrics=metrics, splitter=splitter,
-                   cbs=[*noise.callbacks(model), HardTargets(gathered=True), LossOnDevice(), *(cbs or [])], **kwargs)
+    cbs = [*noise.callbacks(model), HardTargets(gathered=True), LossOnDevice(), *(cbs or [])]
+    return QuickLearner(_add_transforms(dls, train_tfms, norm), model,
+                        loss_func or SoftLabelCrossEntropy(label_smoothing, labeled=mixed, weight=class_weights),
+                        opt_func=opt_func, metrics=metrics, splitter=splitter,
+                        cbs=cbs, **kwargs)
