@@ -6,12 +6,12 @@
     python benchmarks/gpu.py speed --kit .gpu    # on a machine without network, which lacks packages and data
     python benchmarks/gpu.py speed cifar10 --device cpu --quick    # a rehearsal without a GPU: a moment each
 
-Parts run in order of importance, each as a process of its own with a limit of its own, all together within --total
-seconds; what a part leaves running is ended with it, and one that fails does not stop the others. Each part writes its
-CSV after every case, so that what was measured stays when time runs out. The files go to --out (default: $OUT, else
-benchmarks/results, or with --quick a temporary folder), with what each part printed in PART.txt. `loader` wants
-Imagenette, `full` and `few` CIFAR-10 and Tiny ImageNet where fastai keeps its data, or a network to fetch them; decoded
-images and compiled kernels are kept in --cache. The exit code is 1 if a part failed.
+Parts run in order of importance, each as a process of its own. Each has its share of the visit and what the parts
+before it left of theirs; what a part leaves running is ended with it, and one that fails does not stop the others. Each
+part writes its CSV after every case, so that what was measured stays when time runs out. The files go to --out
+(default: $OUT, else benchmarks/results, or with --quick a temporary folder), with what each part printed in PART.txt.
+`loader` wants Imagenette, `full` and `few` CIFAR-10 and Tiny ImageNet where fastai keeps its data, or a network to
+fetch them; decoded images and compiled kernels are kept in --cache. The exit code is 1 if a part failed.
 
 A --kit is a folder made elsewhere: base/site.tar.xz, the packages that are missing, as they lie in site-packages;
 base/unpack.py, whose `unpack(folder, data)` makes a data set out of a packed folder; and packed folders, with a *.head
@@ -34,22 +34,22 @@ wanted = "torch", "triton", "torchvision", "timm", "fastai", "numpy", "pandas", 
 print(*sorted({f"{o.name} {o.version}" for o in distributions() if o.name in wanted}), sep=", ")
 sys.exit("cuda" in sys.argv and not torch.cuda.is_available())
 """
-PARTS = {  # name: (limit in seconds, script or options of Python, what --quick adds)
+PARTS = {  # name: (its share of the visit in seconds, script or options of Python, what --quick adds)
     "speed": {
-        "machine": (30, ["-c", VERSIONS], []),
-        "kernels": (150, ["kernels.py", "--seconds", "1"], ["--quick"]),
-        "tests": (150, ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", MARKED], []),
-        "randaugment": (60, ["randaugment.py", "--seconds", "6"], ["--seconds", ".1"]),
-        "step": (110, ["step.py", "--seconds", "2"], ["--seconds", ".1", "--models", "resnet9_8", "resnet9_64"]),
-        "label": (60, ["label.py", "--seconds", "6"], SMALL),
-        "stochastic_depth": (90, ["stochastic_depth.py", "--seconds", "2"], SMALL),
-        "bench": (40, ["-c", COMMAND_LINE, "bench", "--json"], ["--arch", "resnet9_4", "--size", "16", "--bs", "8"]),
-        "loader": (70, ["loader.py", "--seconds", "10"], ["--seconds", ".5"])},
+        "machine": (20, ["-c", VERSIONS], []),
+        "kernels": (75, ["kernels.py", "--seconds", "1"], ["--quick"]),
+        "tests": (75, ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--tb=short", MARKED], []),
+        "randaugment": (25, ["randaugment.py", "--seconds", "6"], ["--seconds", ".1"]),
+        "step": (45, ["step.py", "--seconds", "2"], ["--seconds", ".1", "--models", "resnet9_8", "resnet9_64"]),
+        "label": (25, ["label.py", "--seconds", "6"], SMALL),
+        "stochastic_depth": (30, ["stochastic_depth.py", "--seconds", "2"], SMALL),
+        "bench": (20, ["-c", COMMAND_LINE, "bench", "--json"], ["--arch", "resnet9_4", "--size", "16", "--bs", "8"]),
+        "loader": (25, ["loader.py", "--seconds", "10"], ["--seconds", ".5"])},
     "cifar10": {
-        "full": (150, ["cifar_gpu.py", "full", "--cache", "{cache}/decoded"], ["--quick"]),
-        "few": (430, ["cifar_gpu.py", "few", "--cache", "{cache}/decoded"], ["--quick"]),
-        "compile": (120, ["compile.py", "--seconds", "4"], ["--seconds", ".1"])}}
-TOTAL = dict(speed=340, cifar10=560)
+        "full": (110, ["cifar_gpu.py", "full", "--cache", "{cache}/decoded"], ["--quick"]),
+        "few": (385, ["cifar_gpu.py", "few", "--cache", "{cache}/decoded"], ["--quick"]),
+        "compile": (65, ["compile.py", "--seconds", "4"], ["--seconds", ".1"])}}
+TOTAL = {group: sum(share for share, *_ in members.values()) for group, members in PARTS.items()}
 
 
 def parts(names: list[str]) -> dict[str, tuple]:
@@ -115,12 +115,15 @@ def main(a: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the part in progress is ended, too
     for o in (a.out, a.cache): o.mkdir(parents=True, exist_ok=True)
     if a.kit: unpack(a.kit, a.cache)
-    for name, (limit, *_) in parts(a.what).items():
-        left, start = a.total - (time.monotonic() - begun), time.monotonic()
-        if left < 15:
+    end = time.monotonic()
+    second = (a.total - (end - begun)) / sum(share for share, *_ in parts(a.what).values())  # of a share
+    for name, (share, *_) in parts(a.what).items():
+        start = time.monotonic()
+        end += share * second
+        if end - start < 2:
             rows.append(f"{name:18} not begun: no time left")
             continue
-        result = run(name, min(limit, left - 5), a)
+        result = run(name, end - start - 1, a)
         rows.append(f"{name:18} {result:28} {time.monotonic() - start:5.0f} s")
         print(f"\n== {rows[-1]}\n" + last_lines(a.out / f"{name}.txt", 12 if result == "ok" else 25), flush=True)
         (a.out / "table.txt").write_text("\n".join(rows) + "\n")

@@ -1,0 +1,33 @@
+"""The one command of a visit to a GPU: its parts share the time, and nothing they start outlives them."""
+import argparse, os, sys, time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent/"benchmarks"))
+import gpu  # noqa: E402
+
+
+def test_a_part_has_its_share_and_what_those_before_it_left(tmp_path, monkeypatch, capsys):
+    child = tmp_path/"child"
+    slow = f"""import subprocess, sys, time
+p = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]); open({str(child)!r}, "w").write(str(p.pid))
+time.sleep(60)"""
+    parts = dict(quick=(4, ["-c", "print(1)"], []), slow=(4, ["-c", slow], []), last=(4, ["-c", "print(2)"], []))
+    monkeypatch.setattr(gpu, "PARTS", dict(visit=parts))
+    begun = time.monotonic()
+    code = gpu.main(argparse.Namespace(what=["visit"], total=12., out=tmp_path/"out", cache=tmp_path/"cache", kit=None,
+                                       device="cpu", quick=False))
+    assert code == 1 and 6 <= time.monotonic() - begun < 12 # its own four seconds and those that were left, less one
+    rows = (tmp_path/"out"/"table.txt").read_text().splitlines()
+    assert [o.split()[:2] for o in rows[:3]] == [["quick", "ok"], ["slow", "failed:"], ["last", "ok"]]
+    with pytest.raises(ProcessLookupError): _wait_for_the_end_of(int(child.read_text()))
+
+
+def _wait_for_the_end_of(pid):
+    for _ in range(50): os.kill(pid, 0); time.sleep(.1)
+
+
+def test_the_shares_are_what_a_visit_has():
+    assert gpu.TOTAL == dict(speed=340, cifar10=560)
+    assert sum(gpu.TOTAL.values()) == 900
