@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from fuzz import CHECKS, KINDS, WORDS, check_image, check_line, one, samples
+from fuzz import CHECKS, KINDS, WORDS, check_image, check_line, one, sample
 
 
 @pytest.mark.parametrize("kind", list(CHECKS))
-def test_whole_files_are_used(kind): assert CHECKS[kind](samples()[kind]) == "used"
+def test_whole_files_are_used(kind): assert CHECKS[kind](sample(kind)) == "used"
 
 
 @pytest.mark.parametrize("kind", KINDS)
