@@ -175,7 +175,10 @@ def _class_of(value):
             raise ValueError(f"labels must be classes, got the number {in_short(value)}: make classes of numbers "
                              "first, for example with pandas.cut")
         return 'number', str(int(value))
-    if isinstance(value, str): return 'text', value.strip()
+    if isinstance(value, str) and len(value) <= _LONGEST: return 'text', value.strip()
+    if isinstance(value, str):
+        raise ValueError(f"labels must be names of classes, got a text of {len(value):,} characters "
+                         f"({in_short(value)}): name their column with label=")
     many = isinstance(value, (list, tuple, set, np.ndarray))
     several = "several labels for one image are not supported" if many else "make it a text"
     raise ValueError(f"labels must be text, whole numbers or bools, got a {type(value).__name__} "

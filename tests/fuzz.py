@@ -508,7 +508,7 @@ def check_predictions(data):
     import pandas as pd
     from noisy_student.predictions import write_submission
     s = samples()
-    if data.count(b"\n") * data.count(b",") > 10**9: return "refused"  # a matter of pandas
+    if data.count(b"\n") * data.count(b",") > 10**6: return "refused"  # a matter of pandas
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try: table = pd.read_csv(io.BytesIO(data))
