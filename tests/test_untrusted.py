@@ -520,6 +520,28 @@ def test_a_header_that_is_no_python_is_no_array(tmp_path):
     assert open_array(f).tolist() == [0, 1, 2]
 
 
+def test_digits_whose_arrays_are_none_are_converted_again(tmp_path):
+    from scipy.io import savemat
+    from noisy_student.datasets import svhn
+    labels = np.arange(40) % 10 + 1
+    for name in ("train", "test"):
+        savemat(tmp_path/f"{name}_32x32.mat", dict(X=np.zeros((32, 32, 3, 40), np.uint8), y=labels[:, None]))
+    def read(): return svhn(root=tmp_path, n_valid=5, unlabeled="rest").test.labels.tolist()
+    want = read()
+    assert want == [o % 10 for o in labels]
+    for file in tmp_path.glob("*.npy"):
+        for bad in (np.array(3), np.zeros((2, 2), np.int64)): np.save(file, bad); assert read() == want
+
+
+def test_a_run_that_does_not_say_its_rounds_is_another(tmp_path):
+    from noisy_student.run_file import check_config
+    from noisy_student.rundir import RunDir
+    (tmp_path/"round_0").mkdir()
+    (tmp_path/"round_0"/"selected.parquet").touch()
+    with pytest.raises(ValueError, match="rounds: None there, 1 here"):
+        check_config(RunDir(tmp_path), dict(recipe={}), dict(recipe=dict(rounds=1)))
+
+
 def test_a_table_takes_no_more_memory_than_its_bytes_say(tmp_path):
     from noisy_student.reading import read_csv
     from noisy_student.tables import read_table
