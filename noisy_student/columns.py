@@ -138,6 +138,8 @@ def files_of(
     check_files(files, folder)
     return files
 
+_MOST_COLUMNS = 100 # Whose entries are looked for as files: a look takes milliseconds
+
 def found_columns(
     df: pd.DataFrame, # A row per image
     image: str | int = 'image', # Column of file names, by name or number
@@ -159,7 +161,8 @@ def found_columns(
         below = [f.path for f in os.scandir(folder) if f.is_dir()][:50] if os.path.isdir(folder) else []
         return any(are_files(o, f) for f in below)
     if image == 'image' and image not in names and len(set(names)) == len(names):
-        files = [o for o in names if o != label and are_files(o)] or [o for o in names if are_below(o)]
+        some = names[:_MOST_COLUMNS]
+        files = [o for o in some if o != label and are_files(o)] or [o for o in some if are_below(o)]
         image = files[0] if len(files) == 1 else image
     left = [o for o in names if o != image]
     return image, left[0] if label == 'label' and label not in names and image in names and len(left) == 1 else label
