@@ -593,7 +593,7 @@ def test_a_message_is_short_however_long_a_cell_is(tmp_path):
     for text, what in (("\n".join(["image,label", *rows, f"{long},red"]), "row 10 of the table has 20,000 characters"),
                        ("\n".join(["image,label", *rows, f"train/red/9.png,{long}"]), "a text of 20,000 characters"),
                        (f"{long},b\nx,red\ny,blue", "has no column 'label'"),
-                       (",".join(f"c{i}" for i in range(5000)) + "\na", "has no column 'image'")):
+                       (",".join(f"c{i}" for i in range(5000)) + "\na", "has no column 'label'")):
         (f := tmp_path/"t.csv").write_text(text)
         with pytest.raises(ValueError, match=what) as e: from_csv(f, pictures)
         assert len(str(e.value)) < 1000
