@@ -7,7 +7,7 @@ random damage, and well-formed but wrong; archives whose headers lie; command li
 of other codings; see tests/fuzz.py) and writes results/fuzz.csv: a row per kind with what came of them, the slowest in
 seconds of computing, and the growth of memory. A defect is printed with the seed that repeats it.
 """
-import argparse, resource, signal, sys, time
+import argparse, contextlib, resource, signal, sys, time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent.parent/"tests"), str(Path(__file__).parent)]
@@ -31,7 +31,8 @@ if __name__ == "__main__":
     p.add_argument("--first", type=int, default=0, help="first seed")
     a = p.parse_args()
     signal.signal(signal.SIGALRM, hang)
-    for kind in a.kinds: one(kind, np.random.default_rng(0))  # imports and samples
+    for kind in a.kinds:
+        with contextlib.suppress(Exception): one(kind, np.random.default_rng(0))  # imports and samples
     start, rows = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, []
     for kind in a.kinds:
         counts = dict(kind=kind, inputs=0, used=0, refused=0, defects=0, slowest_seconds=0.)

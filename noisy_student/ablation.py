@@ -23,6 +23,7 @@ from .files import did_you_mean, into_place, replacing
 from .progress import Within, default_progress
 from .recipes import Recipe, describe, get_recipe
 from .rounds import NoisyStudent
+from .run_record import read_history
 
 # %% ../nbs/09a_ablation.ipynb #e6690e88
 def variants(full: Recipe # With its architectures
@@ -144,7 +145,7 @@ def _share_teacher(run, full):
 
 def _trained_images(run):
     "By the epochs that are in the histories."
-    epochs = [len(pd.read_csv(run.dir.round(k)/'history.csv')) for k in range(run.recipe.rounds + 1)]
+    epochs = [len(read_history(run.dir.round(k))) for k in range(run.recipe.rounds + 1)]
     return sum(_images_of(run.recipe, len(run.data.labeled), k, o) for k, o in enumerate(epochs))
 
 def _in_words(r, full):

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from .archives import list_archive, split_item
-from .files import did_you_mean, folders_beside
+from .files import did_you_mean, folders_beside, in_short, listed
 from .listing import describe_folder, is_image
 
 # %% ../nbs/01f_columns.ipynb #a8ab8913
@@ -44,10 +44,12 @@ def pick_column(
         return df.iloc[:, column].reset_index(drop=True)
     if column not in names:
         near = did_you_mean(str(column), map(str, names))
-        raise ValueError(f"the table has no column {column!r}{near}: it has {', '.join(map(repr, names))}; name the "
-                         f"right one with {role}=")
+        raise ValueError(f"the table has no column {column!r}{near}: it has {listed(names)}; name the right one with "
+                         f"{role}=")
     if names.count(column) > 1: raise ValueError(f"the table has {names.count(column)} columns {column!r}: rename one")
     return df[column].reset_index(drop=True)
+
+_LONGEST = 1000 # Characters of a file name, with folders
 
 def image_files(
     names: Sequence | pd.Series, # File names, text or numbers, relative to `folder` or absolute
@@ -58,6 +60,9 @@ def image_files(
     names = pd.Series(names).reset_index(drop=True)
     if (empty := np.flatnonzero(names.isna() | (names.astype(str).str.strip() == ''))).size:
         raise ValueError(f"{len(empty)} rows of the table have no file name, the first is row {empty[0]}: drop them")
+    if (long := np.flatnonzero(names.astype(str).str.len() > _LONGEST)).size:
+        raise ValueError(f"row {long[0]} of the table has {len(str(names[long[0]])):,} characters where a file name is "
+                         "expected: name the column of file names with image=")
     if pd.api.types.is_float_dtype(names) and (names % 1 == 0).all(): names = names.astype('int64')
     folder = os.path.abspath(folder)
     return [os.path.normpath(os.path.join(folder, f'{o}{suffix}')) for o in names]
@@ -74,9 +79,9 @@ def _folder_below(files, folder):
     "The folder in `folder` that has most of 20 of the files, and how many of all that is."
     names = [os.path.relpath(o, folder) for o in files]
     some = names[::-(-len(names) // 20)]
-    found = {o: sum((o/n).exists() for n in some) for o in sorted(Path(folder).iterdir()) if o.is_dir()}
+    found = {o: sum(os.path.exists(o/n) for n in some) for o in sorted(Path(folder).iterdir()) if o.is_dir()}
     best = max(found, key=lambda o: (found[o], 'train' in o.name), default=None)
-    return (best, sum((best/n).exists() for n in names)) if best and found[best] else None
+    return (best, sum(os.path.exists(best/n) for n in names)) if best and found[best] else None
 
 def _some(n, of): return 'they are' if n == of else f'{n:,} of them are'
 
@@ -133,6 +138,8 @@ def files_of(
     check_files(files, folder)
     return files
 
+_MOST_COLUMNS = 100 # Whose entries are looked for as files: a look takes milliseconds
+
 def found_columns(
     df: pd.DataFrame, # A row per image
     image: str | int = 'image', # Column of file names, by name or number
@@ -154,7 +161,8 @@ def found_columns(
         below = [f.path for f in os.scandir(folder) if f.is_dir()][:50] if os.path.isdir(folder) else []
         return any(are_files(o, f) for f in below)
     if image == 'image' and image not in names and len(set(names)) == len(names):
-        files = [o for o in names if o != label and are_files(o)] or [o for o in names if are_below(o)]
+        some = names[:_MOST_COLUMNS]
+        files = [o for o in some if o != label and are_files(o)] or [o for o in some if are_below(o)]
         image = files[0] if len(files) == 1 else image
     left = [o for o in names if o != image]
     return image, left[0] if label == 'label' and label not in names and image in names and len(left) == 1 else label
@@ -167,14 +175,17 @@ def _class_of(value):
     if isinstance(value, (int, np.integer)): return 'number', str(int(value))
     if isinstance(value, (float, np.floating)):
         if not np.isfinite(value) or value % 1:
-            raise ValueError(f"labels must be classes, got the number {value}: make classes of numbers first, for "
-                             "example with pandas.cut")
+            raise ValueError(f"labels must be classes, got the number {in_short(value)}: make classes of numbers "
+                             "first, for example with pandas.cut")
         return 'number', str(int(value))
-    if isinstance(value, str): return 'text', value.strip()
+    if isinstance(value, str) and len(value) <= _LONGEST: return 'text', value.strip()
+    if isinstance(value, str):
+        raise ValueError(f"labels must be names of classes, got a text of {len(value):,} characters "
+                         f"({in_short(value)}): name their column with label=")
     many = isinstance(value, (list, tuple, set, np.ndarray))
     several = "several labels for one image are not supported" if many else "make it a text"
     raise ValueError(f"labels must be text, whole numbers or bools, got a {type(value).__name__} "
-                     f"({value!r}): {several}")
+                     f"({in_short(value)}): {several}")
 
 def class_codes(
     column: pd.Series, # Labels of any kind, with holes
@@ -193,8 +204,8 @@ def class_codes(
         if isinstance(column.dtype, pd.CategoricalDtype): # whose order its owner has chosen
             classes = [o for o in (_class_of(c)[1] for c in column.cat.categories) if o in names]
     elif strange := [o for o in names if o not in classes]:
-        raise ValueError(f"the test labels have the class {strange[0]!r}{did_you_mean(strange[0], classes)}, which no "
-                         "labeled image has")
+        raise ValueError(f"the test labels have the class {in_short(strange[0])}{did_you_mean(strange[0], classes)}, "
+                         "which no labeled image has")
     at = {c: i for i, c in enumerate(classes)}
     numbers_of = np.array([*(at.get(name, -1) for _, name in known), -1], dtype=np.int64) # factorize has -1 for a hole
     return numbers_of[codes], classes
@@ -205,11 +216,11 @@ def _check_alike(values, known):
     for value, (kind, name) in zip(values, known):
         if name not in first: first[name] = kind, value; continue
         if kind != first[name][0]:
-            raise ValueError(f"the labels {first[name][1]!r} and {value!r} differ only in type: make the column one "
-                             "type, for example with astype(str)")
+            raise ValueError(f"the labels {in_short(first[name][1])} and {in_short(value)} differ only in type: make "
+                             "the column one type, for example with astype(str)")
         if not name: continue
-        warnings.warn(f"the labels {first[name][1]!r} and {value!r} differ only in white space: they are taken for one "
-                      "class")
+        warnings.warn(f"the labels {in_short(first[name][1])} and {in_short(value)} differ only in white space: "
+                      "they are taken for one class")
     if unsure := [o for o in first if o.casefold() in ('na', 'n/a', '<na>', 'none', 'null', 'nan')]:
         warnings.warn(f"{unsure[0]!r} is taken for the name of a class: leave the label of an unlabeled image empty")
 
@@ -220,7 +231,7 @@ def bools(
     "A column that says yes and no. Raises ValueError for any other value."
     text = column.astype(str).str.strip().str.lower().replace({'1.0': '1', '0.0': '0'})
     if odd := sorted(set(text) - {'true', 'false', '1', '0'}):
-        raise ValueError(f"valid must be a column of True and False, but holds {odd[0]!r}")
+        raise ValueError(f"valid must be a column of True and False, but holds {in_short(odd[0])}")
     return text.isin(['true', '1']).to_numpy()
 
 def group_codes(

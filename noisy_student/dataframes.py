@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from .columns import as_frame, bools, class_codes, files_of, found_columns, group_codes, pick_column
-from .files import did_you_mean, folders_beside
+from .files import did_you_mean, folders_beside, in_short
 from .folders import find_test
 from .unlabeled import pool_files, without_labeled
 from .splits import Split, Splits, hold_out_share
@@ -30,7 +30,7 @@ def _rows_once(files, codes, valid, classes):
         if len(bad := of[column].nunique().loc[lambda n: n > 1]):
             name, n = bad.index[0], len(bad)
             values = rows[(rows.file == name) & (rows.code >= 0)][column].unique()
-            shown = ' and '.join(repr(classes[o]) if column == 'code' else str(o) for o in values)
+            shown = ' and '.join(in_short(classes[o]) if column == 'code' else str(o) for o in values)
             raise ValueError(f"{n} files have several rows with different {what}, the first is {name} ({shown}): keep "
                              "one row each")
     keep = ~rows.sort_values('code', ascending=False, kind='stable').duplicated('file').sort_index()
@@ -43,8 +43,8 @@ def _check_groups(rows, valid, names):
     "Refuse a group with images in training and in validation."
     if rows.groups is not None and (both := np.intersect1d(rows.groups[valid], rows.groups[~valid])).size:
         name = names.iloc[int(np.flatnonzero(rows.groups == both[0])[0])]
-        raise ValueError(f"{len(both)} groups have images in training and in validation, the first is {str(name)!r}: "
-                         "correct the column valid, or leave valid or group out")
+        raise ValueError(f"{len(both)} groups have images in training and in validation, the first is "
+                         f"{in_short(str(name))}: correct the column valid, or leave valid or group out")
 
 # %% ../nbs/01g_dataframes.ipynb #3110c376
 def _more_unlabeled(unlabeled, image, folder, suffix):
@@ -109,7 +109,7 @@ def from_df(
     image, label = found_columns(df, image, label, folder, suffix)
     codes, classes = class_codes(pick_column(df, label, 'label'))
     if len(classes) < 2:
-        found = f"the one class {classes[0]!r}" if classes else "no label"
+        found = f"the one class {in_short(classes[0])}" if classes else "no label"
         raise ValueError(f"column {label!r} has {found}: at least 2 classes are needed")
     files = files_of(pick_column(df, image, 'image'), folder, suffix)
     flags = np.zeros(len(files), bool) if valid is None else bools(pick_column(df, valid, 'valid'))

@@ -6,14 +6,15 @@ Docs: https://noisy-student.github.io/noisy_student/files.html.md"""
 
 # %% auto #0
 __all__ = ['into_place', 'replacing', 'write_text', 'file_sha256', 'sealed', 'unsealed', 'write_sums', 'read_sums',
-           'write_with_sum', 'altered', 'did_you_mean', 'folders_beside', 'InUseError', 'Stopped', 'locked',
-           'stoppable']
+           'write_with_sum', 'altered', 'did_you_mean', 'in_short', 'listed', 'folders_beside', 'InUseError', 'Stopped',
+           'locked', 'stoppable']
 
 # %% ../nbs/00g_files.ipynb #233a527d
 import functools, glob, hashlib, json, os, re, secrets, socket, time, zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 
 from .locks_and_signals import InUseError, Stopped, locked, stoppable
@@ -172,8 +173,24 @@ def did_you_mean(
     n: int = 1, # How many to name at most
 ) -> str: # The end of a message; empty if nothing is near
     "Names that are spelled alike."
-    near = get_close_matches(str(name), list(known), n)
+    near = get_close_matches(str(name), [o for o in known if len(o) < 200], n) if len(str(name)) < 200 else []
     return f" (did you mean {', '.join(near)}?)" if near else ''
+
+def in_short(
+    value: object, # Of a file of the user, of any length
+    n: int = 80, # Characters at most
+) -> str: # As Python writes it
+    "A value for a message."
+    text = repr(value[:n] if isinstance(value, str) else value)
+    return text if len(text) <= n else text[:n - 1] + '…'
+
+def listed(
+    names: Iterable[object], # Of columns or classes, however many
+    most: int = 20, # To be named
+) -> str: # 'a', 'b', ...
+    "Names for a message."
+    first = list(islice(names, most + 1))
+    return ', '.join([*map(in_short, first[:most]), *(['...'] if len(first) > most else [])])
 
 def folders_beside(
     path: str | Path, # A folder that is not there

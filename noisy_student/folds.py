@@ -25,6 +25,7 @@ from .head_rounds import Heads
 from .image_task import ImageTask
 from .run_learners import Learners
 from .models import load_tensors, save_tensors
+from .run_record import read_history
 from .rundir import read_metrics
 from .run_setup import Setup
 from .splits import Split, Splits
@@ -92,8 +93,7 @@ def joined(data: Splits # With labeled images and perhaps validation images
 # %% ../nbs/08l_folds.ipynb #f1e870aa
 # The networks of some rounds as one, and the mean of their histories
 def _join_networks(folders, out):
-    tables = [pd.read_csv(o/'history.csv') for o in folders]
-    history = pd.concat(tables).groupby('epoch', as_index=False).mean(numeric_only=True)
+    history = pd.concat(map(read_history, folders)).groupby('epoch', as_index=False).mean(numeric_only=True)
     write_text(out/'history.csv', history.to_csv(index=False))
     parts = [load_tensors(o/'model.safetensors') for o in folders]
     joint = {f'models.{i}.{name}': x for i, (tensors, _) in enumerate(parts) for name, x in tensors.items()}
@@ -102,6 +102,9 @@ def _join_networks(folders, out):
 
 
 # %% ../nbs/08l_folds.ipynb #f1e870ab
+def _are_probabilities(p): # NaN is none
+    return p.dtype == torch.float32 and bool(((p >= 0) & ((p.sum(1, keepdim=True) - 1).abs() < 1e-3)).all())
+
 class Folds(ImageTask):
     "Rounds of several networks: each part is a run of its own, and what they say is put together."
     def __init__(self, setup: Setup, # What the run is made of, with `joined` data
@@ -125,7 +128,7 @@ class Folds(ImageTask):
     def check(self, k):
         super().check(k)
         is_whole = all(o.dir.is_done(k) and not altered(o.dir.round(k)) for o in self.parts)
-        if self.dir.is_done(k) and not is_whole: self.dir.reopen(k)
+        if self.dir.is_done(k) and not (is_whole and self._is_answered(k)): self.dir.reopen(k)
 
     def prepare(self, begun):
         self.timing.start(begun)
@@ -167,7 +170,15 @@ class Folds(ImageTask):
         table['amount'] += [f', {n} times' if n > 1 else '' for n in table.pop('times')]
         return table
 
-    def valid_probs(self, k): return load_tensors(self.dir.round(k)/'answers.safetensors')[0]['valid'].numpy()
+    def valid_probs(self, k):
+        p = load_tensors(file := self.dir.round(k)/'answers.safetensors')[0].get('valid')
+        if p is None or p.shape != (len(self.of), len(self.data.classes)) or not _are_probabilities(p):
+            raise ValueError(f"{file} is not what was written: fit(), or noisy-student run, makes it again")
+        return p.numpy()
+
+    def _is_answered(self, k):
+        try: return self.valid_probs(k) is not None
+        except (ValueError, OSError): return False
 
     def oof(self, k: int # A finished round
            ) -> pd.DataFrame: # item, label, predicted, confidence, fold, and one column per class

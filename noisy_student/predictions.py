@@ -24,7 +24,7 @@ from .background_work import ahead
 from .columns import found_columns, found_suffix
 from .datasets import as_frame, check_files, image_files, is_table, pick_column, read_table
 from .datasets import Split, list_images, load_images
-from .files import did_you_mean, write_text
+from .files import did_you_mean, in_short, listed, write_text
 from .image_files import as_rgb
 from .network import Network, evaluating
 from .precision import half_of
@@ -41,7 +41,8 @@ def named_images(
     images: Any
     if isinstance(items, Split): items = items.images
     if isinstance(items, Image.Image): items = np.asarray(as_rgb(items))[None]
-    if is_table(items): items, folder = read_table(items), Path(items).parent if folder is None else folder
+    source = f' in {items}' if is_table(items) else ''
+    if source: items, folder = read_table(items), Path(items).parent if folder is None else folder
     if isinstance(items, np.ndarray):
         if items.dtype != np.uint8 or items.ndim != 4:
             raise ValueError(f"an array of images must be uint8 (N, H, W, C), got {items.dtype} {items.shape}")
@@ -58,7 +59,7 @@ def named_images(
                              "files, or give those of one size as one uint8 array (N, H, W, C)")
         images = [str(o) for o in items]
         names = pd.Series(images, dtype=object)
-    if not len(images): raise ValueError("items must hold at least one image, got none")
+    if not len(images): raise ValueError(f"items must hold at least one image, got none{source}")
     return images, names
 
 def _listed(path): # the images of a folder or an archive; any other file is itself
@@ -166,7 +167,7 @@ def _meaning(headers, table): # header -> column of `table`: first the image, th
         return {first: 'image', others[0]: 'label'}
     if not others or any(o not in names for o in others):
         raise ValueError("columns must be the headers of image and label, or the header of the image and classes, got "
-                         f"{', '.join(map(repr, headers))}; the classes are {', '.join(classes)}; for any others give "
+                         f"{listed(headers)}; the classes are {listed(classes)}; for any others give "
                          "{header: column of the table}")
     return {first: 'image', **{o: names[o] for o in others}}
 
@@ -182,10 +183,11 @@ def _in_order(table, ids): # the rows of `table` for `ids`, which hold file name
     count = Counter(map(str, names))
     if twice := [o for o in wanted if count[o] > 1]:
         raise ValueError(f"{len(twice)} ids of the sample submission are the names of several images, the first is "
-                         f"{twice[0]!r}: names must differ without their folders")
+                         f"{in_short(twice[0])}: names must differ without their folders")
     if missing:
         raise ValueError(f"{len(missing)} of {len(wanted)} ids of the sample submission have no prediction, the first "
-                         f"is {missing[0]!r}: predict all of its images; the table holds {table.image.iloc[0]!r}, ...")
+                         f"is {in_short(missing[0])}: predict all of its images; the table holds "
+                         f"{listed(table.image[:1])}, ...")
     if more := len(table) - len(set(wanted)):
         warnings.warn(f"{more} predictions are not in the sample submission: they are left out")
     return table.iloc[[at[o] for o in wanted]].assign(image=list(ids))
@@ -202,15 +204,16 @@ def write_submission(
     """Write predictions as a competition wants them: file names without folders, then labels or probabilities. Raises
     ValueError for columns or ids that do not fit, OSError, naming the file, if it cannot be written."""
     if not isinstance(table, pd.DataFrame):
-        raise ValueError(f"table must be what predict has returned, got {table!r}: write_submission(table, 'mine.csv')")
+        raise ValueError(f"table must be what predict has returned, got {in_short(table)}: "
+                         "write_submission(table, 'mine.csv')")
     if list(table.columns[:3]) != ['image', 'label', 'confidence']:
-        raise ValueError(f"table must be one of predict_table, got the columns {list(table.columns[:5])}")
+        raise ValueError(f"table must be one of predict_table, got the columns {listed(table.columns, 5)}")
     sample = None if like is None else read_table(like) if is_table(like) else as_frame(like, 'like')
     default = ['image', 'label'] if sample is None else [str(o) for o in sample.columns]
     headers = default if columns is None else columns
     meaning = dict(headers) if isinstance(headers, Mapping) else _meaning(list(headers), table)
     if odd := [o for o in meaning.values() if o not in table]:
-        raise ValueError(f"the table has no column {odd[0]!r}: it has {', '.join(table)}")
+        raise ValueError(f"the table has no column {in_short(odd[0])}: it has {listed(table)}")
     if fill is not None: table = _filled(table, fill)
     elif n := table.label.isna().sum():
         warnings.warn(f"{n} images could not be read: their cells are empty, which few competitions take; fill "
@@ -218,16 +221,17 @@ def write_submission(
     out = (_in_order(table, sample.iloc[:, 0]) if sample is not None else
            table.assign(image=_short(table.image, stem)))[list(meaning.values())]
     if sample is None and (twice := out.image[out.image.duplicated()]).size:
-        raise ValueError(f"{len(twice)} images have the name of another one, the first is {twice.iloc[0]!r}: names "
-                         f"must differ without their folders{' and suffixes: stem=False keeps those' if stem else ''}")
+        raise ValueError(f"{len(twice)} images have the name of another one, the first is {in_short(twice.iloc[0])}: "
+                         "names must differ without their folders"
+                         f"{' and suffixes: stem=False keeps those' if stem else ''}")
     write_text(Path(file), out.set_axis(list(meaning), axis=1).to_csv(index=False, float_format='%.7g'))
     return Path(file)
 
 def _filled(table, fill): # with a class for images that could not be read
     columns = list(table.columns[3:])
     name = fill if fill in columns else f'{fill} (class)'
-    if name not in columns: raise ValueError(f"fill must be a class ({', '.join(columns)}), got {fill!r}")
-    table, lost = table.copy(), table.label.isna()
+    if name not in columns: raise ValueError(f"fill must be a class ({listed(columns)}), got {in_short(fill)}")
+    table, lost = table.astype(object), table.label.isna()
     table.loc[lost, 'label'] = fill
     table.loc[lost, ['confidence', *columns]] = 0.
     table.loc[lost, ['confidence', name]] = 1.

@@ -84,7 +84,7 @@ def check_config(directory: RunDir, # Of a run
     if a.get('content') and a['content'] == b.get('content'): alike.append('data') # elsewhere now
     diff = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and k not in alike]
     is_new = a.get('data') != b.get('data') or 'content' in b and 'content' not in a # which an older run does not have
-    free = {'recipe.rounds'} if b['recipe.rounds'] > a['recipe.rounds'] else set()
+    free = {'recipe.rounds'} if b['recipe.rounds'] > a.get('recipe.rounds', float('inf')) else set()
     if not directory.has_begun('selected.parquet'): free |= {f'recipe.{o}' for o in SELECTION}
     if not directory.has_begun(): free = set(diff) # nothing has been made yet
     def describe(k):

@@ -74,11 +74,14 @@ class FoldLearners(Learners):
 
     def answered(self, k: int # A finished round
                 ) -> dict[str, torch.Tensor]: # 'valid', 'test': float32 (n, K)
-        "What its network says."
+        "What its network says. Raises ValueError, naming its weights, where that is no number."
         if self.round != k or 'valid' not in self.answers: # trained by an earlier process
             self.forget(k)
             learn = self.trained(k)
             for name in ('valid', 'test'): self.accuracy(learn, name)
+            if not all(torch.isfinite(o).all() for o in self.answers.values()):
+                raise ValueError(f"{self.dir.weights(k)} answers with what is no number: remove {self.dir.round(k)}, "
+                                 "and fit(), or noisy-student run, makes it again")
         return self.answers
 
 

@@ -189,9 +189,13 @@ class Learners(RoundSettings):
 
     def trained(self, k: int # A finished round
                ) -> Learner: # On the labeled images, without noise
-        "The network of a round with its weights."
+        "The network of a round with its weights. Raises ValueError, naming the file, for other ones."
         with seeded(0): learn = self.new(k, None, Noise.none()) # the caller's random numbers go on as they were
         load_weights(learn.model, self.dir.weights(k))
+        floats = {n: v for n, v in learn.model.state_dict().items() if v.is_floating_point()}
+        if odd := [n for n, v in floats.items() if not torch.isfinite(v).all()]:
+            raise ValueError(f"{self.dir.weights(k)} must hold numbers, but {odd[0]} is not finite: remove "
+                             f"{self.dir.round(k)}, and fit(), or noisy-student run, makes it again")
         return learn
 
     def network(self, k: int, # Round

@@ -177,11 +177,15 @@ def settle(
     _check_archs(archs)
     def decide(limit, archs=archs, **chosen):
         return configure(data, archs, recipe, noise, device, limit and limit / (folds or 1), folds or 1,
-                         before.get('speed'),                         **{**settings, **chosen})
+                         before.get('speed'), **{**settings, **chosen})
     first = before.get('settled_for', limit)
     configured = decide(first)
     if chosen := _as_begun(configured, before.get('chosen', {})):
-        configured = decide(first, **chosen)
+        try: configured = decide(first, **chosen)
+        except ValueError as e:
+            named = ', '.join(f'{k}={v!r}' for k, v in chosen.items())
+            raise ValueError(f"run.json says that the run began with {named}, which cannot be had: {e}; name another "
+                             "run directory (path=, --out)") from None
         configured.reasons.update(dict.fromkeys(chosen, "as when the run began"))
     found, made, reasons, speed = configured
     if reasons and first != limit: _tell_kept(made, decide(limit, **chosen).recipe, first, limit)

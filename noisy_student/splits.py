@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .files import listed
 from .inputs import as_images, class_names, whole_name, whole_numbers
 
 # %% ../nbs/01a_splits.ipynb #3732470e
@@ -81,7 +82,7 @@ class Splits:
                                  f"`classes`, but reach from {split.labels.min()} to {split.labels.max()}")
         missing = [c for i, c in enumerate(self.classes) if not (self.labeled.labels == i).any()]
         if missing:
-            raise ValueError(f"no labeled image of class {', '.join(map(repr, missing))}: every class needs at least "
+            raise ValueError(f"no labeled image of class {listed(missing)}: every class needs at least "
                              "one")
         _check_names(self)
 

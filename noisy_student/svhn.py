@@ -65,7 +65,7 @@ def _read_mat(mat):
 def _converted(images, labels):
     "The Split of two arrays, None unless they belong together."
     a, b = open_array(images), open_array(labels)
-    if a.dtype != np.uint8 or a.shape != (len(b), 32, 32, 3) or b.dtype != np.int64 or b.ndim != 1: return None
+    if b.dtype != np.int64 or b.ndim != 1 or a.dtype != np.uint8 or a.shape != (len(b), 32, 32, 3): return None
     return Split(a, np.array(b)) if np.isin(b, range(10)).all() else None
 
 def _svhn_array(root, name):

@@ -19,6 +19,7 @@ from .files import did_you_mean, folders_beside
 from .folders import from_folder
 from .columns import found_columns
 from .dataframes import from_df # public here too
+from .reading import check_cells
 from .splits import Splits
 
 _all_ = ['from_df']
@@ -35,7 +36,7 @@ def read_table(
         raise FileNotFoundError(f"no file {file}{did_you_mean(file, near)}")
     try:
         with open(file, encoding='utf-8-sig') as f: head = f.readline()
-        sep = max(',;\t', key=head.count)
+        check_cells(file, sep := max(',;\t', key=head.count))
         return pd.read_csv(file, sep=sep, dtype=str, keep_default_na=False, encoding='utf-8-sig', skipinitialspace=True)
     except UnicodeDecodeError:
         raise ValueError(f"{file} is not UTF-8: save it as UTF-8, or read it with pandas.read_csv(file, encoding=...) "

@@ -93,7 +93,8 @@ def read_checkpoint(
         raise ValueError(f"{file} is refused: it is torn, or holds more than tensors ({type(e).__name__}). Save the "
                          "state_dict alone, best as safetensors") from None
     found = _state_dict(found)
-    if not isinstance(found, dict) or not found or not all(isinstance(o, torch.Tensor) for o in found.values()):
+    if not isinstance(found, dict) or not found or not all(
+            isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in found.items()):
         raise ValueError(f"{file} holds no state_dict: save model.state_dict(), best as safetensors")
     return _bare(found), file
 

@@ -191,7 +191,7 @@ def one(kind: str, rng: np.random.Generator) -> str:
         return check_image(mutate(samples()[names[rng.integers(len(names))]], rng))
     if kind == "streams": return check_streams(STREAMED[rng.integers(len(STREAMED))], rng)
     if kind in CRAFTED: make, check = CRAFTED[kind]; return check(make(rng))
-    return CHECKS[kind](mutate(samples()[kind], rng))
+    return CHECKS[kind](mutate(sample(kind), rng))
 
 
 # Well-formed but wrong: what is true of a file (its checksum, its form) stays true, what it says does not
@@ -238,7 +238,7 @@ def text_of(value): return deepened(json.dumps(value)[:10**7])
 def craft_sealed(kind):
     def craft(rng):
         from noisy_student.files import sealed
-        d = json.loads(samples()[kind])
+        d = json.loads(sample(kind))
         d.pop("sha256")
         d = crafted(d, rng)
         if isinstance(d, dict) and rng.random() < .9: return deepened(sealed(d)).encode(errors="surrogatepass")
@@ -289,7 +289,7 @@ def craft_table(kind):
 def craft_csv(kind):
     def craft(rng):
         import pandas as pd
-        t = pd.read_csv(io.BytesIO(samples()[kind])).astype(object)
+        t = pd.read_csv(io.BytesIO(sample(kind))).astype(object)
         for _ in range(rng.integers(1, 4)):
             if rng.random() < .2 and len(t.columns) > 1: t = t.drop(columns=t.columns[rng.integers(len(t.columns))])
             elif rng.random() < .2: t = t.rename(columns={t.columns[0]: "x"})
@@ -431,12 +431,395 @@ def check_streams(words, rng):
     return "used" if code == 0 else "refused"
 
 
+# Tables of users: labels, pools, test images, images to predict; and what a competition wants
+
+TABLE = "image,label,valid,group\n" + "".join(f"train/{c}/{i}.png,{c},{i % 2},{i}\n" for c in ("blue", "red")
+                                              for i in range(8))
+CELLS = ["", " ", "nan", "None", "1", "0", "1.5", "-1", "1e999", "10" * 200, "x" * 20_000, '"', "'", ",", ";", "\t",
+         "\0", "\ufeff", "\ud800", "../x", "/", "/dev/zero", "train/blue/0.png", "train/blue", "true", "=1+1", "\r",
+         "a.tar/b.png", "image", "label", "confidence", "id", "blue", "007", "\u00fc" * 300]
+
+
+def craft_lines(text):
+    "Rows and columns that are nasty, missing, doubled, unnamed, or of other separators and codings."
+    def craft(rng):
+        rows = [o.split(",") for o in text.splitlines()]
+        def cell(): return CELLS[rng.integers(len(CELLS))]
+        for _ in range(rng.integers(1, 4)):
+            how, i = rng.integers(10), int(rng.integers(len(rows)))
+            j, k = int(rng.integers(max(1, len(rows[i])))), int(rng.integers(len(rows[0]) or 1))
+            if how < 3 and rows[i]: rows[i][j] = cell()
+            elif how == 3: rows[0][k:k + 1] = [cell()]
+            elif how == 4: rows = [o[:k] + o[k + 1:] for o in rows]
+            elif how == 5: rows = [o[:k + 1] + o[k:] for o in rows]
+            elif how == 6: v = cell(); rows = rows[:1] + [o[:k] + [v] + o[k + 1:] for o in rows[1:]]
+            elif how == 7: rows = rows[:i + 1]
+            elif how == 8: rows[i:i] = rows[i:i + 1] * int(rng.integers(1, 3000))
+            else: rows = [o + [cell() + str(n) for n in range(rng.integers(2000))] for o in rows[:1]] + rows[1:]
+            rows = rows[:5000]
+        sep, end = [",", ",", ",", ";", "\t", "|"][rng.integers(6)], ["\n", "\n", "\r\n", "\r"][rng.integers(4)]
+        coding = ["utf-8", "utf-8", "utf-8", "utf-16", "latin-1", "utf-8-sig"][rng.integers(6)]
+        return end.join(sep.join(o) for o in rows).encode(coding, errors="replace")[:2_000_000]
+    return craft
+
+
+def any_used(*ways):
+    "Of several outcomes one."
+    return "used" if "used" in ways else "refused"
+
+
+def check_table(data):
+    "As labels, with and without names of columns, as a pool, as test images, as images to predict, as a command."
+    from noisy_student.predictions import named_images
+    from noisy_student.tables import from_csv
+    s = samples()
+    (f := s["work"]/"train.csv").write_bytes(data)
+    (good := s["work"]/"good.csv").write_text(TABLE)
+    p, named = s["pictures"], (f, "column", "row", "table", "label", "test", "group", "files", "folder", "valid")
+    ways = (lambda: from_csv(f, p), lambda: from_csv(f, p, valid="valid", group="group"),
+            lambda: from_csv(f, p, 0, 1, valid=2, group=-1), lambda: from_csv(good, p, unlabeled=f),
+            lambda: from_csv(good, p, test=f), lambda: named_images(f, p), lambda: named_images(f, p, 0))
+    return any_used(*(refused(o, *named) for o in ways), check_line(["run", str(f), "--images", str(p)]))
+
+
+@cache
+def predictions():
+    "As `predict_table` gives them."
+    import pandas as pd
+    p = np.linspace(.5, 1, 6)
+    return pd.DataFrame(dict(image=[f"test/{i}.png" for i in range(6)], label="blue", confidence=p, blue=p, red=1 - p))
+
+
+def check_sample(data):
+    "A sample submission."
+    import pandas as pd
+    from noisy_student.predictions import write_submission
+    s = samples()
+    (f := s["work"]/"sample.csv").write_bytes(data)
+    ways = (dict(), dict(columns=["id", "label"]), dict(columns=dict(id="image", p="red")), dict(fill="red"))
+    def write(how):
+        out = write_submission(predictions(), s["work"]/"mine.csv", like=f, **how)
+        assert len(pd.read_csv(out, skip_blank_lines=False)) <= len(data)
+    return any_used(*(refused(lambda o=o: write(o)) for o in ways))
+
+
+def check_predictions(data):
+    "A table that was written, read with pandas, and is to be written again."
+    import pandas as pd
+    from noisy_student.predictions import write_submission
+    s = samples()
+    if data.count(b"\n") * data.count(b",") > 10**6: return "refused"  # a matter of pandas
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try: table = pd.read_csv(io.BytesIO(data))
+        except (ValueError, OverflowError): return "refused"
+    ways = (dict(), dict(stem=True, fill="red"), dict(columns=["id", "blue", "red"]))
+    return any_used(*(refused(lambda o=o: write_submission(table, s["work"]/"mine.csv", **o)) for o in ways))
+
+
+# Weights of others, in every form of torch.save
+
+@cache
+def network():
+    from noisy_student.models import create_model
+    return create_model("resnet9_4", 2)
+
+
+def saved(value, new=True):
+    import torch
+    torch.save(value, b := io.BytesIO(), _use_new_zipfile_serialization=new)
+    return b.getvalue()
+
+
+def check_checkpoint(data):
+    from noisy_student.models import load_pretrained
+    (f := samples()["work"]/"weights.pth").write_bytes(data)
+    return refused(lambda: load_pretrained(copy.deepcopy(network()), f), f)
+
+
+def craft_checkpoint(rng):
+    "State dicts within others, under odd names, of odd tensors, beside odd things."
+    import argparse, collections, datetime, torch
+    sd = dict(network().state_dict())
+    key = [*sd][rng.integers(len(sd))]
+    odd = [torch.zeros(0), torch.zeros(()), torch.zeros(2, 2).to_sparse(), torch.zeros(1, dtype=torch.complex64),
+           torch.zeros(3, dtype=torch.bool), torch.zeros(1).expand(1 << 30), torch.empty(2, 2, device="meta"),
+           torch.quantize_per_tensor(torch.zeros(2), 1., 0, torch.qint8), None, "x", [1], {}, 1.5, float("nan"),
+           sd[key] * float("nan"), sd[key].double(), torch.nn.Parameter(sd[key].float()), DEEP,
+           np.zeros(3), np.float64(1), set(), argparse.Namespace(a=1), datetime.date(2020, 1, 1), Path("x"), print,
+           collections.OrderedDict(sd), network(), network]
+    def thing(): return odd[rng.integers(len(odd))]
+    for _ in range(rng.integers(0, 4)):
+        name = [key, "", ".", "module.", "n_averaged", "model", "state_dict", "_conv_stem.weight", "_blocks.0.x.y", 1,
+                None, ("a", 1), "x" * 100_000, "\ud800", "\0"][rng.integers(15)]
+        if rng.random() < .2: sd.pop(key, None)
+        else: sd[name] = thing()
+    for _ in range(rng.integers(0, 4)):
+        place = ["state_dict", "model", "state_dict_ema", "model_ema", "model_state_dict", "x", 0][rng.integers(7)]
+        how = rng.integers(6)
+        if how == 0 and all(isinstance(o, str) for o in sd): sd = {f"module.{k}": v for k, v in sd.items()}
+        elif how == 1 and all(isinstance(o, str) for o in sd): sd = {f"x.{k}": v for k, v in sd.items()}
+        elif how == 2: sd = {place: thing(), "state_dict": sd}
+        elif how == 3: sd = [sd]
+        elif how == 4: sd = {place: sd, "optimizer": thing()}; sd["loop"] = sd if rng.random() < .3 else 1
+        else: sd = {place: sd}
+        if not isinstance(sd, dict): break
+    try: return saved(sd, bool(rng.integers(2)))
+    except Exception: return saved(thing() if rng.random() < .1 else {}, bool(rng.integers(2)))  # not to be saved
+
+
+# Arrays on disk: a cache of images, of corrupted ones, of SVHN
+
+def craft_array(rng):
+    "Headers that lie about type, shape and order, and data of any length."
+    kinds = ["|u1", "<i8", "<f2", "|O", "|V8", "|S0", "<U1", "<M8[s]", "x", [("a", "|u1")], "|u1" * 1000, None, 3]
+    sizes = [0, 1, 4, 8, 16, 24, 32, 2**31, 2**63, 10**30, -1, True, None, "x", 1.5]
+    shape = tuple(sizes[rng.integers(len(sizes))] for _ in range(rng.integers(0, 6)))
+    shapes = [(22, 8, 8, 3), (4, 32, 32, 3), (4,), (40, 32, 32, 3), (40,), shape, shape, (8,) * 100, [4], None, 3]
+    head = dict(descr=kinds[rng.integers(len(kinds)) * int(rng.integers(2))], fortran_order=bool(rng.integers(2)),
+                shape=shapes[rng.integers(len(shapes))])
+    if rng.random() < .2: head[["descr", "shape", "fortran_order", "x"][rng.integers(4)]] = NASTY[rng.integers(20)]
+    text = [repr(head), "(" * 5000, "1+" * 3000 + "1"][rng.integers(3) * int(rng.random() < .1)]
+    text = text.encode("latin-1", "replace") + b"\n"
+    data = bytes(int(rng.choice([0, 4, 40, 320, 22 * 192, 4 * 3072, 40 * 3072, 100_000])))
+    version = [1, 1, 2, 3, 9][rng.integers(5)]
+    size = struct.pack("<H" if version == 1 else "<I", [len(text), 0, 2**16 - 1][rng.integers(3) * (rng.random() < .1)])
+    return b"\x93NUMPY" + bytes([version, 0]) + size + text + data
+
+
+def check_array(data):
+    "In the place of decoded images, with the checksum that makes it right; of corrupted ones; of digits."
+    from noisy_student.corruptions import corrupted_set
+    from noisy_student.datasets import load_images, svhn
+    from noisy_student.files import file_sha256
+    s = samples()
+    items = sorted(str(o) for o in (s["pictures"]/"train").rglob("*.png"))
+    root = s["work"]/"arrays"
+    def images():
+        load_images(items, 8, root)
+        (file := next(root.glob("images-*.npy"))).write_bytes(data)
+        meta = file.with_suffix(".json")
+        d = {k: v for k, v in json.loads(meta.read_text()).items() if k != "sha256"}
+        meta.write_text(json.dumps(dict(d, sha256=file_sha256(file, json.dumps(d)))))
+        found = load_images(items, 8, root)
+        assert found.images.shape == (len(items), 8, 8, 3) and found.images.dtype == np.uint8
+    def corrupted():
+        x = np.zeros((1, 32, 32, 3), np.uint8)
+        corrupted_set(x, "brightness", 1, root/"c")
+        next((root/"c").glob("*.npy")).write_bytes(data)
+        found = corrupted_set(x, "brightness", 1, root/"c")
+        assert found.shape == x.shape and found.dtype == np.uint8
+    def digits():
+        from scipy.io import savemat
+        for name, n in dict(train=40, test=4).items():
+            if (f := s["work"]/"svhn"/f"{name}_32x32.mat").exists(): continue
+            f.parent.mkdir(exist_ok=True)
+            savemat(f, dict(X=np.zeros((32, 32, 3, n), np.uint8), y=np.arange(n)[:, None] % 10 + 1))
+        svhn(root=f.parent, n_valid=5, unlabeled="rest")
+        arrays = sorted(f.parent.glob("*.npy"))
+        arrays[len(data) % len(arrays)].write_bytes(data)
+        d = svhn(root=f.parent, n_valid=5, unlabeled="rest")
+        assert len(d.test) == 4 and len(d.valid) == 5 and d.test.images.shape == (4, 32, 32, 3)
+    return any_used(*(refused(o, root, s["work"]/"svhn") for o in (images, corrupted, digits)))
+
+
+def check_mat(data):
+    from noisy_student.datasets import svhn
+    s = samples()
+    (folder := s["work"]/"mat").mkdir(exist_ok=True)
+    for o in folder.iterdir(): o.unlink()
+    for name in ("train", "test"): (folder/f"{name}_32x32.mat").write_bytes(data if name == "train" else sample("mat"))
+    return refused(lambda: svhn(root=folder, n_valid=5, unlabeled="rest"), folder)
+
+
+# A run with folds, and one with a time limit
+
+@cache
+def folded():
+    "A finished teacher of two folds."
+    (run := noisy_student(samples()["pictures"], samples()["folder"].with_name("folded"), rounds=0, teacher_epochs=1,
+                          folds=2)).fit()
+    return run
+
+
+def _in_folded(data, name, f):
+    "With a file of the run, with and without its checksum."
+    root = folded().path
+    before = {o: o.read_bytes() for o in root.rglob("*") if o.is_file()}
+    try:
+        (root/name).write_bytes(data)
+        (root/name).with_name("SHA256SUMS").unlink()
+        return refused(f, root/name)
+    finally:
+        for o, old in before.items(): o.write_bytes(old)
+
+
+def check_answers(data):
+    "What was said of every labeled image."
+    def read():
+        table = folded().oof(0)
+        p = table[list(folded().data.classes)].to_numpy()
+        assert len(table) == len(folded().data.labeled) and (abs(p.sum(1) - 1) < 1e-3).all()
+    return _in_folded(data, "round_0/answers.safetensors", read)
+
+
+def check_oof(data):
+    "Whether validation images trained a run: asked before it is evaluated on them."
+    from noisy_student.commands_judge import _trained_by_all
+    from noisy_student.datasets import from_folder
+    pictures = from_folder(samples()["pictures"])
+    pictures.valid.images.append("elsewhere.png")
+    def evaluate():
+        _trained_by_all(folded().path, pictures)
+        folded().dir.check(0)
+    return _in_folded(data, "round_0/oof.csv", evaluate)
+
+
+def _joined(data, name):
+    "With the networks of a round put together again."
+    def join():
+        for o in folded().parts: o.task.learners.forget(None)
+        folded().task._join(0)
+    return _in_folded(data, f"fold_1/round_0/{name}", join)
+
+
+def check_fold_history(data): return _joined(data, "history.csv")
+def check_fold_weights(data): return _joined(data, "model.safetensors")
+
+
+def check_trained(data):
+    "The history of a run that is compared with others."
+    from noisy_student.ablation import _trained_images
+    s = samples()
+    (f := s["folder"]/"round_0"/"history.csv").write_bytes(data)
+    try: f.with_name("SHA256SUMS").unlink(); return refused(lambda: _trained_images(_this_run()), f)
+    finally: f.write_bytes(s["history"]); f.with_name("SHA256SUMS").write_bytes(s["sums"])
+
+
+@cache
+def planned():
+    "A run with a time limit, before its first round."
+    run = noisy_student(samples()["pictures"], samples()["folder"].with_name("planned"), rounds=1, time_limit=600)
+    run.task.timing.speed = {0: .01, 1: .01}, {0: 1e3, 1: 1e3}
+    run.open_dir()
+    run.opened.all_given()
+    return run
+
+
+def check_plan(data):
+    run = planned()
+    (f := run.dir.round(0)/"plan.json").parent.mkdir(exist_ok=True)
+    f.write_bytes(data)
+    def resume():
+        timing = run.task.timing
+        for k in (0, 1): timing.steps(k), timing.is_left_out(k), run.task.enough_for(k)
+        run.learners.recipe_of(0), timing.keep(0), timing.gone, run.plan()
+    return refused(resume, f)
+
+
+def check_begun(data):
+    "run.json of a run that chose its settings itself, and has begun."
+    from noisy_student.rounds import NoisyStudent
+    s = samples()
+    (root := s["work"]/"begun").mkdir(exist_ok=True)
+    (root/"run.json").write_bytes(data)
+    (root/"round_0").mkdir(exist_ok=True)
+    (root/"round_0"/"x").touch()
+    return refused(lambda: NoisyStudent(s["pictures"], path=root, time_limit=600).open_dir(), root, "run.json")
+
+
+NUMBERS = [0, -1, 1, 2, 1e-300, -.5, 1e18, 1e308, float("nan"), float("inf"), 2**31, 2**62, None]
+
+
+def craft_plan(rng):
+    "Numbers of the right kind, and absurd."
+    from noisy_student.files import sealed
+    if rng.random() < .3: return craft_sealed("plan")(rng)
+    d = json.loads(sample("plan"))
+    d.pop("sha256")
+    for k in [*d]:
+        if rng.random() < .3: d[k] = NUMBERS[rng.integers(len(NUMBERS))]
+    if rng.random() < .3: d["epochs"] = {str(rng.integers(5)): int(rng.integers(-2**62, 2**62))}
+    return sealed(d).encode()
+
+
+def craft_begun(rng):
+    "Choices that nobody has made."
+    from noisy_student.files import sealed
+    if rng.random() < .3: return craft_sealed("begun")(rng)
+    d = json.loads(sample("begun"))
+    d.pop("sha256")
+    names = [o for o in NASTY if isinstance(o, str)] + ["resnet18", "package:x", "local-dir:/tmp", "timm/resnet18"]
+    def name(): return names[rng.integers(len(names))]
+    if rng.random() < .7: d["chosen"]["archs"] = [name() for _ in range(rng.integers(4))]
+    if rng.random() < .4: d["chosen"]["pretrained"] = [True, False, "/dev/zero", name()][rng.integers(4)]
+    for k in ("speed", "settled_for"):
+        if rng.random() < .3: d[k] = NUMBERS[rng.integers(len(NUMBERS))]
+    return sealed(d).encode(errors="surrogatepass")
+
+
+def craft_tensors(kind):
+    "Other tensors under the names of a file, with its checksum."
+    def craft(rng):
+        import torch
+        from noisy_student.models import load_tensors, save_tensors
+        (f := samples()["work"]/"old.safetensors").write_bytes(sample(kind))
+        tensors, meta = load_tensors(f)
+        key = [*tensors][rng.integers(len(tensors))]
+        x = tensors[key]
+        new = [torch.zeros(0), torch.zeros(()), x.flatten()[:1], x.flatten(), x.double(), x.half(), x > 0, x.long(),
+               x * float("nan"), x - 1, x * 2, x[..., None], torch.zeros(len(x) if x.ndim else 1, 3), x * float("inf"),
+               torch.zeros(2, dtype=torch.complex64), x.to(torch.float8_e4m3fn)][rng.integers(16)]
+        if rng.random() < .2: tensors["x" if rng.random() < .5 else "models.7.x"] = tensors.pop(key)
+        else: tensors[key] = new.contiguous()
+        if meta and rng.random() < .3: meta[[*meta][rng.integers(len(meta))]] = text_of(NASTY[rng.integers(len(NASTY))])
+        return save_tensors(tensors, f, meta).read_bytes()
+    return craft
+
+
+def sample(kind):
+    "The bytes of a whole file of a kind."
+    return samples()[kind] if kind in samples() else _more()[kind]
+
+
+@cache
+def _more():
+    "What only the second runs have, and files of users."
+    from noisy_student.checkpoints import Checkpoint
+    from noisy_student.rounds import NoisyStudent
+    from scipy.io import savemat
+    import torch
+    s, found = samples(), {}
+    root = folded().path
+    for name, file in {"answers": "round_0/answers.safetensors", "oof": "round_0/oof.csv",
+                       "fold history": "fold_1/round_0/history.csv",
+                       "fold weights": "fold_1/round_0/model.safetensors"}.items():
+        found[name] = (root/file).read_bytes()
+    planned().task.timing.note(0, steps=8, step_seconds=.01, left=1.5, begun=.5, enough=9., epochs={"0": 3})
+    found["plan"] = (planned().dir.round(0)/"plan.json").read_bytes()
+    own = NoisyStudent(s["pictures"], path=s["work"]/"own", time_limit=600)
+    own.open_dir()
+    found["begun"] = (s["work"]/"own"/"run.json").read_bytes()
+    Checkpoint(s["work"]/"one.safetensors").save(dict(epoch=1, model=dict(a=torch.zeros(1)), seconds=1.))
+    found["state"] = (s["work"]/"one.safetensors").read_bytes()
+    savemat(b := io.BytesIO(), dict(X=np.zeros((32, 32, 3, 40), np.uint8), y=np.arange(40)[:, None] % 10 + 1))
+    found["mat"] = b.getvalue()
+    found["checkpoint"], found["old checkpoint"] = (saved(network().state_dict(), o) for o in (True, False))
+    found |= dict(table=TABLE.encode(), sample=b"id,label\n" + b"".join(b"%d.png,blue\n" % i for i in range(6)),
+                  predictions=predictions().to_csv(index=False).encode(), trained=s["history"])
+    return found
+
+
 STREAMED = [["recipes"], ["--help"], ["--version"], ["evaluate", "{folder}"], ["evaluate", "{folder}", "--json"],
             ["nonsense"],
             ["predict", "{folder}", "{work}/d\u00fcne \u6c99.png", "--device", "cpu"],
             ["predict", "{work}/f\u00fcr", "x.png"],
             ["report", "{work}"], ["recipes", "--json"]]
-CHECKS |= dict(manifest=check_manifest)
+CHECKS |= {
+    "manifest": check_manifest, "state": check_state, "table": check_table, "sample": check_sample,
+    "predictions": check_predictions, "checkpoint": check_checkpoint, "old checkpoint": check_checkpoint,
+    "mat": check_mat, "answers": check_answers, "oof": check_oof, "fold history": check_fold_history,
+    "fold weights": check_fold_weights, "trained": check_trained, "plan": check_plan, "begun": check_begun}
 CRAFTED = {
     "crafted run": (craft_sealed("run"), check_run), "crafted leaks": (craft_sealed("leaks"), check_leaks),
     "crafted metrics": (craft_metrics, check_metrics), "crafted weights": (craft_weights, check_weights),
@@ -445,6 +828,15 @@ CRAFTED = {
     "crafted manifest": (craft_manifest, check_manifest),
     "crafted notes": (craft_notes, check_notes), "crafted state": (craft_state, check_state),
     "crafted png": (craft_png, check_image), "tar": (craft_tar, lambda b: check_archive(b, ".tar")),
-    "pool": (craft_pool, lambda b: check_archive(b, ".parquet"))}
+    "pool": (craft_pool, lambda b: check_archive(b, ".parquet")),
+    "crafted table": (craft_lines(TABLE), check_table), "array": (craft_array, check_array),
+    "crafted sample": (lambda rng: craft_lines(sample("sample").decode())(rng), check_sample),
+    "crafted predictions": (lambda rng: craft_lines(sample("predictions").decode())(rng), check_predictions),
+    "crafted checkpoint": (craft_checkpoint, check_checkpoint), "crafted plan": (craft_plan, check_plan),
+    "crafted begun": (craft_begun, check_begun), "crafted oof": (craft_csv("oof"), check_oof),
+    "crafted answers": (craft_tensors("answers"), check_answers),
+    "crafted fold weights": (craft_tensors("fold weights"), check_fold_weights),
+    "crafted fold history": (craft_csv("fold history"), check_fold_history),
+    "crafted trained": (craft_csv("trained"), check_trained)}
 
 KINDS = ["image", *CHECKS, *CRAFTED, "line", "streams"]

@@ -246,3 +246,10 @@ def test_unread_images_in_a_submission(folder):
     assert got.label[2] == "emu" and not seen and table.label[2] is None
     assert written(table, folder/"s.csv", ("id", "cat", "dog", "emu"),
                    fill="emu").iloc[2, 1:].astype(float).tolist() == [0, 0, 1]
+
+
+def test_a_table_that_was_read_back_is_filled_too(tmp_path):
+    table = pd.DataFrame(dict(image=["a", "b"], label=["x", None], confidence=["0.75", None], x=["0.75", None],
+                              y=["0.25", None]))
+    out = pd.read_csv(write_submission(table, tmp_path/"o.csv", ["id", "x", "y"], fill="y"))
+    assert out.to_numpy().tolist() == [["a", .75, .25], ["b", 0., 1.]]

