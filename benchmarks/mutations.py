@@ -9,8 +9,8 @@ emptied once: nothing breaks where its result is missing, so only a law about wh
 those drawn are cosmic-ray's (another operator, number, condition, decorator), one variant per place; a third lack a
 statement, which cosmic-ray has no operator for. Left out is what no law can be about: annotations, and the first
 assignment to a local name. Tests run in a copy of the tree, those of the module alone (`LAWS`), in processes forked
-after the libraries are imported; the first failure ends them. A mutant that takes five times as long is a timeout, and
-counts as noticed.
+after the libraries are imported; the first failure ends them. A mutant that takes 20 s and five times as long is a
+timeout, and counts as noticed.
 
 Writes results/mutations.csv, a row per mutant, and goes on where it was stopped. `first` is what came of it when it was
 first tried, `outcome` what came of it last (--again runs those with that outcome once more), `why` is written by hand
