@@ -57,7 +57,7 @@ LAWS = {  # module: where its laws are, a notebook or what pytest takes
                   "tests/test_untrusted.py -k 'no_selection or ones_own'"],
     "metrics": ["07a_metrics", "tests/test_evaluation.py -k 'wilson or scores or ece or temperature'"],
     "round_scores": ["06a_round_scores", "06b_checks", "07b_rundir"],
-    "training": ["04e_training", "tests/test_recipes.py -k 'stairs or killed or fly_targets or averaged or stopped_early'"],
+    "training": ["04e_training", "tests/test_recipes.py -k 'stairs or killed or fly_targets or averaged or early'"],
     "training_state": ["04g_training_state", "04h_checkpoints"],
     "fitting": ["06g_fitting", "08f_time_limit",
                 "tests/test_recipes.py -k 'stairs or accumul or shortcuts or rate or fly_targets or stopped_early'"],
