@@ -53,11 +53,18 @@ class _Features:
                 try: tensors, _ = load_tensors(file)
                 except FileNotFoundError: tensors = {}
                 except ValueError as e: warnings.warn(f"{e}; it is made again now"); tensors = {}
+                tensors = self._fitting(tensors, splits)
                 if missing := [o for o in splits if o not in tensors]:
                     tensors |= self._compute(learn, missing)
                     save_tensors(tensors, file)
             self.known[key] = {o: tensors[o].numpy() for o in splits}
         return self.known[key]
+
+    # All if they can be features of these images, else none: a file may be another's
+    def _fitting(self, tensors, splits):
+        found = {o: tensors[o] for o in splits if o in tensors}
+        fits = all(x.dtype == torch.float32 and x.ndim == 2 and len(x) == len(self.images(o)) for o, x in found.items())
+        return found if fits and len({x.shape[1] for x in found.values()}) == 1 else {}
 
     # By weights, normalization and pixels
     def _key(self, learn):
