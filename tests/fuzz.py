@@ -214,7 +214,7 @@ def crafted(value, rng):
     for _ in range(rng.integers(1, 4)):
         found = list(places(value))
         *way, last = found[rng.integers(len(found))] or (None,)
-        new = NASTY[rng.integers(len(NASTY))]
+        new = copy.deepcopy(NASTY[rng.integers(len(NASTY))])  # it may be put into, too
         if rng.random() < .02: new = DEEP
         if last is None: value = new; continue
         o = value
