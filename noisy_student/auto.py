@@ -38,7 +38,7 @@ class Facts(NamedTuple):
     device: str = 'cpu' # 'cpu', 'cuda', 'mps'
     color: bool = True # Whether the images have three channels
     seconds: float | None = None # Time limit of the run; None: as long as it takes
-    speed: float | None = None # Images per second in training; None: not known
+    images_per_second: float | None = None # In training; None: not known
     folds: int = 1 # Networks per round; `seconds` are those of one
 
 class Auto(NamedTuple):
@@ -75,9 +75,9 @@ def _batches(f):
     most, bs = _most(f), _deserved(f)
     why = f"at most a quarter of {f.labeled:,} labels, 8 to {most}"
     ratio, because = 3, "the paper's for networks of up to 70 million parameters"
-    if f.seconds and f.speed: # many small steps teach more than few large ones
+    if f.seconds and f.images_per_second: # many small steps teach more than few large ones
         trained = 1 if f.pretrained or not f.pool or _labels_alone(f) else 2 # networks
-        part = f.seconds * f.speed / trained / ENOUGH_STEPS # images of a step
+        part = f.seconds * f.images_per_second / trained / ENOUGH_STEPS # images of a step
         if 4 * bs > part:
             ratio, because = 1, f"in this time larger batches would leave fewer than {ENOUGH_STEPS} steps"
         if (fits := _power_of_two(part / (1 + ratio if f.pool else 1), 8, most)) < bs:
@@ -113,8 +113,9 @@ def _short(f): return f.seconds is not None and f.seconds < 900 and not _is_quic
 
 def _is_quick(f):
     "From scratch, whether some minutes are five times what a teacher and two students need at least: tiny pictures."
-    images = LEAST_STEPS + 2 * 4 * _steps(2 * f.pool, 3 * _deserved(f), f.device)
-    return bool(f.speed and not f.pretrained and f.seconds >= max(120, 5 * _deserved(f) * images / f.speed))
+    if f.pretrained or not f.images_per_second: return False
+    images = _deserved(f) * (LEAST_STEPS + 2 * 4 * _steps(2 * f.pool, 3 * _deserved(f), f.device))
+    return f.seconds >= max(120, 5 * images / f.images_per_second)
 
 def _because(f): return ", as two would be too short in this time" if _short(f) else ""
 
@@ -134,11 +135,13 @@ def _from_weights(f):
 
 def _labels_alone(f):
     "Whether the time is too short for all that the labels have to teach, which a student would have to wait for."
-    return bool(f.seconds and f.speed and not f.pretrained and f.seconds * f.speed < ENOUGH_PASSES * f.labeled)
+    if f.pretrained or not f.seconds or not f.images_per_second: return False
+    return f.seconds * f.images_per_second < ENOUGH_PASSES * f.labeled
 
 def _students(f): # of networks from scratch
     if _labels_alone(f):
-        passes, enough = f.seconds * f.speed / f.labeled, in_minutes(f.folds * ENOUGH_PASSES * f.labeled / f.speed)
+        passes = f.seconds * f.images_per_second / f.labeled
+        enough = in_minutes(f.folds * ENOUGH_PASSES * f.labeled / f.images_per_second)
         return 0, (f"no student: {f.seconds:.0f} s{' a fold' * (f.folds > 1)} are {passes:.0f} passes over "
                    f"{f.labeled:,} labels, and from scratch more of these teach more than pseudo labels do; there will "
                    f"be one with time_limit='{enough}' or more")

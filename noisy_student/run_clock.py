@@ -16,12 +16,12 @@ from .files import sealed
 from .head_rounds import MAX_FEATURES
 from .pseudo_labels import read_selection
 from .run_learners import Learners
-from .speed import Speed
+from .speed import StepTimes
 
 # %% ../nbs/08ea_run_clock.ipynb #ac100005
 KNOWN_RATE = 5000 # images per second whose features are known
 
-class Clock(Speed):
+class Clock(StepTimes):
     "How much of a run's time has gone, what was decided about its rounds, and what is left for them."
     opening = 0. # Seconds that were spent on it elsewhere
     reserve = 4. # Seconds for writing what came out
@@ -117,7 +117,7 @@ class Clock(Speed):
         k: int, # Round
     ) -> float:
         "Seconds of the validation after an epoch."
-        return len(self.learners.data.valid) / self.measured()[1][k]
+        return len(self.learners.data.valid) / self.measured().images_per_second[k]
 
     def note(
         self,
@@ -140,14 +140,14 @@ class Clock(Speed):
         "Seconds in which its pool is labeled by the network before it."
         if self.recipe.on_the_fly: return 0.
         known = min(self.pool, MAX_FEATURES) if k <= self.recipe.head_rounds else 0
-        return (self.pool - known) / self.measured()[1][k - 1] + known / KNOWN_RATE
+        return (self.pool - known) / self.measured().images_per_second[k - 1] + known / KNOWN_RATE
 
     def evaluation(
         self,
         k: int, # Round
     ) -> float:
         "Seconds of its validation and test images."
-        return self.held_out / (KNOWN_RATE if k < self.recipe.head_rounds else self.measured()[1][k])
+        return self.held_out / (KNOWN_RATE if k < self.recipe.head_rounds else self.measured().images_per_second[k])
 
     @property
     def features(self) -> int:

@@ -33,7 +33,7 @@ def _version(package, module):
 
 def write_run(directory: RunDir, # Of a run
               config: dict, # Its settings, as JSON types
-              **about # More to know about it: device, sizes, source, speed
+              **about # More to know about it: device, sizes, source, `speed` in pixels per second
              ) -> None:
     "Write run.json. Raises OSError, naming the file."
     versions = {o: _version(o, m) for o, m in _VERSIONS.items()}

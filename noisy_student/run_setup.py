@@ -49,7 +49,8 @@ class Setup:
     given: PseudoLabels | None = None # Made elsewhere: round 0 is a student of that teacher
     limit: float | None = None # Seconds that all rounds may take together
     reasons: dict[str, str] = field(default_factory=dict) # Of the settings that were decided
-    settled: dict = field(default_factory=dict) # What was decided, and by what: `speed`, `settled_for`, `chosen`
+    # What was decided, and by what, as in run.json: `speed` in pixels per second, `settled_for`, `chosen`
+    settled: dict = field(default_factory=dict)
     auto_batch: bool = False # Whether batches may be computed in parts
     cbs: Callable[[int, Path], list] = lambda k, folder: [] # More callbacks
 
@@ -177,13 +178,13 @@ def settle(
     _check_archs(archs)
     def decide(limit, archs=archs, **chosen):
         return configure(data, archs, recipe, noise, device, limit and limit / (folds or 1), folds or 1,
-                         before.get('speed'),                         **{**settings, **chosen})
+                         before.get('speed'), **{**settings, **chosen})
     first = before.get('settled_for', limit)
     configured = decide(first)
     if chosen := _as_begun(configured, before.get('chosen', {})):
         configured = decide(first, **chosen)
         configured.reasons.update(dict.fromkeys(chosen, "as when the run began"))
-    found, made, reasons, speed = configured
+    found, made, reasons, pixels_per_second = configured
     if reasons and first != limit: _tell_kept(made, decide(limit, **chosen).recipe, first, limit)
     if not before and NO_WEIGHTS in reasons.get('pretrained', ''):
         warnings.warn(f"training starts from scratch, as {NO_WEIGHTS}: with pretrained weights a few labels do for "
@@ -195,7 +196,7 @@ def settle(
     size, given = made.size or default_size(data, made.pretrained), None
     metrics = _metrics(metrics)
     if pseudo_labels is not None: _check_given(given := read_selection(pseudo_labels), data)
-    settled = dict(speed=speed, settled_for=first, chosen=_chosen(configured)) if reasons else {}
+    settled = dict(speed=pixels_per_second, settled_for=first, chosen=_chosen(configured)) if reasons else {}
     s = Setup(data, made, size, dict(zip(names, found)), names, seed, device, metrics, given, limit, reasons, settled,
               auto_batch, cbs or (lambda k, folder: []))
     _check_images(s)

@@ -32,7 +32,7 @@ class Timing(Clock):
         "Whether the time is too short for a student; known before its pool is labeled."
         if self.limit is None or not k or k < self.recipe.head_rounds or self.steps(k): return False
         if self.steps(k) is None and not rank():
-            step, _ = self.measured()
+            step = self.measured().step_seconds
             is_labeled = (self.learners.dir.round(k)/'selected.parquet').exists()
             left = self.left(k) - (0. if is_labeled else self.labeling(k))
             if not self.fitting(left, k, step[k]):
@@ -47,7 +47,7 @@ class Timing(Clock):
     ) -> float:
         "The limit in seconds from which on there would be, and a tenth more."
         r, weights = self.recipe, round_weights(self.recipe)
-        least = least_steps(r) * (self.measured()[0][k] + self.judging(k) / 10)
+        least = least_steps(r) * (self.measured().step_seconds[k] + self.judging(k) / 10)
         trained = least * sum(weights[k:]) / weights[k]
         return 1.1 * (self.gone + before + self.beside(k) + (trained + self.labeling(k)) / .96)
 
@@ -80,7 +80,7 @@ class Timing(Clock):
         if self.limit is None: # what was shortened stays so
             return [KeepTime(float('inf'), epochs, lambda kept: None, r.accumulate)] if epochs else []
         steps = plan.get('steps') or self.full_length(k)
-        step = plan.get('step_seconds') or self.measured()[0][k] # it began without a limit
+        step = plan.get('step_seconds') or self.measured().step_seconds[k] # it began without a limit
         planned = steps * step + r.epochs_of(self.learners.role_of(k)) * self.judging(k) - self.trained_seconds(k)
         seconds = max(planned, self.left(k) * weights[k] / sum(weights[k:]))
         return [KeepTime(seconds, epochs, lambda kept: self.note(k, epochs=kept), r.accumulate)]
@@ -122,10 +122,10 @@ def plan_table(
     rows: list[Stage] = []
     todo = [k for k in range(r.rounds + 1) if not a.dir.is_done(k)]
     if not todo: return pd.DataFrame(columns=Stage._fields)
-    (step, rate), n = clock.measured(), clock.pool
+    rates, n = clock.measured(), clock.pool
     labeling = {k: clock.labeling(k) for k in todo if k and not r.on_the_fly}
     judged, gone = {k: clock.evaluation(k) for k in todo}, clock.gone
-    features = clock.features / rate[0] if todo[0] < r.head_rounds else 0.
+    features = clock.features / rates.images_per_second[0] if todo[0] < r.head_rounds else 0.
     fixed, trained = sum(labeling.values()) + sum(judged.values()) + features, 0.
     for k in todo:
         role = a.role_of(k)
@@ -138,11 +138,12 @@ def plan_table(
         else:
             planned = clock.steps(k)
             if planned is None and clock.limit: # of what the rounds before it leave
-                planned = clock.fitting(clock.limit - gone - fixed - trained, k, step[k])
+                planned = clock.fitting(clock.limit - gone - fixed - trained, k, rates.step_seconds[k])
             steps = clock.full_length(k) if planned is None else planned
             if not steps: break # no time for it
             epochs = epochs_in(steps) if clock.limit and steps != clock.full_length(k) else r.epochs_of(role)
-            seconds = max(0., steps * step[k] + epochs * clock.judging(k) - clock.trained_seconds(k))
+            seconds = steps * rates.step_seconds[k] + epochs * clock.judging(k) - clock.trained_seconds(k)
+            seconds = max(0., seconds)
             trained += seconds
             new.append(Stage(k, f'{name}: {a.arch(k)}', f'{steps:,} steps', seconds))
         rows += new + ([Stage(k, 'evaluation', f'{clock.held_out:,} images', judged[k])] if judged[k] else [])
