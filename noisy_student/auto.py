@@ -62,8 +62,7 @@ def _power_of_two(x, lowest, highest):
 
 def _most_steps(device): return 3000 if device == 'cpu' else 20_000
 
-def _steps(images, per_step, device):
-    "Of a training that is to see so many images."
+def _steps(images, per_step, device): # of a training that is to see so many images
     return int(min(max(LEAST_STEPS, -(-images // per_step)), _most_steps(device)))
 
 def _most(f): return 64 if f.device == 'cpu' else 128 # labeled images in a batch
@@ -95,6 +94,7 @@ def _length(f, bs, ratio):
         teacher_epochs=(max(1, round(teacher / (student // 10))),
                         f"{why}thirty passes over the labels for the teacher"))
 
+# %% ../nbs/06e_auto.ipynb #65824c02
 def _noise(f):
     from noisy_student.learner import default_noise # here, so that lengths of time and recipes need no torch
     return dict(
@@ -113,9 +113,8 @@ def _short(f): return f.seconds is not None and f.seconds < 900 and not _is_quic
 
 def _is_quick(f):
     "From scratch, whether some minutes are five times what a teacher and two students need at least: tiny pictures."
-    if f.pretrained or not f.images_per_second: return False
     images = _deserved(f) * (LEAST_STEPS + 2 * 4 * _steps(2 * f.pool, 3 * _deserved(f), f.device))
-    return f.seconds >= max(120, 5 * images / f.images_per_second)
+    return bool(f.images_per_second and not f.pretrained and f.seconds >= max(120, 5 * images / f.images_per_second))
 
 def _because(f): return ", as two would be too short in this time" if _short(f) else ""
 
@@ -133,16 +132,18 @@ def _from_weights(f):
         ema=(.99, "averaged weights, from which noise and the last batches have gone"),
         label_smoothing=(0., "few labels count in full"))
 
+# %% ../nbs/06e_auto.ipynb #65824c04
+def _passes(f): # over the labels, that the time allows
+    return f.seconds * f.images_per_second / f.labeled if f.seconds and f.images_per_second else math.inf
+
 def _labels_alone(f):
     "Whether the time is too short for all that the labels have to teach, which a student would have to wait for."
-    if f.pretrained or not f.seconds or not f.images_per_second: return False
-    return f.seconds * f.images_per_second < ENOUGH_PASSES * f.labeled
+    return not f.pretrained and _passes(f) < ENOUGH_PASSES
 
 def _students(f): # of networks from scratch
     if _labels_alone(f):
-        passes = f.seconds * f.images_per_second / f.labeled
-        enough = in_minutes(f.folds * ENOUGH_PASSES * f.labeled / f.images_per_second)
-        return 0, (f"no student: {f.seconds:.0f} s{' a fold' * (f.folds > 1)} are {passes:.0f} passes over "
+        enough = in_minutes(f.folds * f.seconds * ENOUGH_PASSES / _passes(f))
+        return 0, (f"no student: {f.seconds:.0f} s{' a fold' * (f.folds > 1)} are {_passes(f):.0f} passes over "
                    f"{f.labeled:,} labels, and from scratch more of these teach more than pseudo labels do; there will "
                    f"be one with time_limit='{enough}' or more")
     if _short(f): return 1, f"one student{_because(f)}"
@@ -155,12 +156,12 @@ def _from_scratch(f):
         init=('teacher' if _short(f) else 'scratch', "in so short a time students go on from their teacher" if _short(f)
               else "as in the paper: a student does not inherit its teacher's errors"),
         lr=(4e-3 if f.size <= 64 else 2e-3, "AdamW, one cycle"),
-        student_lr=(.3 if _short(f) else 1.,
-                    "students that go on from their teacher change what it knows, and do not learn it anew" if _short(f)
-                    else "from scratch, as the teacher"),
+        student_lr=(.3, "students that go on from their teacher change what it knows, and do not learn it anew")
+                   if _short(f) else (1., "from scratch, as the teacher"),
         ema=(.99, "averaged weights, from which noise and the last batches have gone"),
         label_smoothing=(.1, "as in the paper"))
 
+# %% ../nbs/06e_auto.ipynb #65824c06
 def auto_recipe(
     facts: Facts, # What is known
     **given # Settings that were decided by others: `bs` and `ratio` decide the number of steps

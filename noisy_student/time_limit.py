@@ -101,11 +101,7 @@ class Timing(Clock):
         if self.limit and len(table) and (k := int(table['round'].max()) + 1) <= self.recipe.rounds:
             enough = in_minutes(self.enough(k, table.seconds.sum()))
             print(f"no time for round {k}: there would be with time_limit='{enough}'", file=sys.stderr, flush=True)
-        data = self.learners.data
-        if self.recipe.rounds and (v := len(data.valid)) < 50 and len(data.labeled) < 500:
-            print(f"{v} validation images tell an accuracy to within {200 * (.09 / v)**.5:.0f} points: folds=5 "
-                  f"(--folds 5) judges by all {v + len(data.labeled)} labels, and trains on all of them",
-                  file=sys.stderr, flush=True)
+        if self.recipe.rounds: _tell_folds(self.learners.data)
 
     def complain(self) -> None:
         "Warn, at the end, of a limit that was not kept."
@@ -148,6 +144,13 @@ def plan_table(
             new.append(Stage(k, f'{name}: {a.arch(k)}', f'{steps:,} steps', seconds))
         rows += new + ([Stage(k, 'evaluation', f'{clock.held_out:,} images', judged[k])] if judged[k] else [])
     return pd.DataFrame(rows, columns=Stage._fields).round(dict(seconds=1))
+
+def _tell_folds(data):
+    "A line on stderr where few validation images judge."
+    if (v := len(data.valid)) < 50 and len(data.labeled) < 500:
+        print(f"{v} validation images tell an accuracy to within {200 * (.09 / v)**.5:.0f} points: folds=5 "
+              f"(--folds 5) judges by all {v + len(data.labeled)} labels, and trains on all of them", file=sys.stderr,
+              flush=True)
 
 def tell_plan(
     table: pd.DataFrame, # Of `plan_table`
