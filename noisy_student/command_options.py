@@ -59,8 +59,8 @@ def _is_length(value: Optional[str]) -> Optional[str]: # of time
     except ValueError:
         raise typer.BadParameter(f"{value!r} is no length of time: give 2h, 90m, 1h30m or seconds") from None
 
-def _text(help, metavar): # an option that has no counterpart in Python, or other words for it
-    return typer.Option(metavar=metavar, show_default=False, help=help)
+def _text(said, metavar): # an option that has no counterpart in Python, or other words for it
+    return typer.Option(metavar=metavar, show_default=False, help=said)
 
 _RECIPES = "the recipe's"
 

@@ -181,4 +181,3 @@ def folders_beside(
     "Names for `did_you_mean`."
     folder = Path(path).parent
     return sorted(str(o) for o in folder.iterdir() if o.is_dir()) if folder.is_dir() else []
-

@@ -30,7 +30,6 @@ from .run_setup import Setup
 from .splits import Split, Splits
 from .time_limit import Timing, tell_plan
 
-
 # %% ../nbs/08l_folds.ipynb #77ded6d4
 def _check_number(folds):
     if isinstance(folds, bool) or not isinstance(folds, int) or folds < 2:
@@ -87,7 +86,6 @@ def joined(data: Splits # With labeled images and perhaps validation images
     images = np.concatenate([s.images, v.images]) if isinstance(s.images, np.ndarray) else [*s.images, *v.images]
     one = Split(images, both(s.labels, v.labels), None, both(s.groups, v.groups)) # type: ignore[arg-type]
     return replace(data, labeled=one, valid=one)
-
 
 # %% ../nbs/08l_folds.ipynb #f1e870aa
 # The networks of some rounds as one, and the mean of their histories

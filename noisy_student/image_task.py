@@ -32,7 +32,6 @@ from .run_setup import Setup
 from .round_task import Task
 from .time_limit import Timing
 
-
 # %% ../nbs/08i_image_task.ipynb #a7000006
 class ImageRounds(Task):
     "A round of images: what it learns from, how it is trained and judged."
@@ -105,7 +104,6 @@ class ImageRounds(Task):
 
     def trained(self, k): return self.learners.trained(k)
     def true_labels(self, name): return self.learners.labels(name)
-
 
 # %% ../nbs/08i_image_task.ipynb #a7000008
 class ImageTask(ImageRounds):
@@ -180,4 +178,3 @@ class ImageTask(ImageRounds):
     def plan(self) -> pd.DataFrame: # round, stage, amount, seconds
         "What the run will do."
         return self.timing.plan()
-

@@ -76,7 +76,6 @@ def check_batch(
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         raise ValueError(f"images must have shape (B, C, H, W) with 1 or 3 channels, got {tuple(x.shape)}")
 
-
 # %% ../nbs/02d_kernels.ipynb #9ee4e409
 _Img = TypeVar('_Img', bound=Image.Image | Tensor)
 

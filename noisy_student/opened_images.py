@@ -109,7 +109,6 @@ class OpenedImages:
         images = getattr(self.data, name).images
         return int(i) if isinstance(images, np.ndarray) else images[i]
 
-
 # %% ../nbs/08a_opened_images.ipynb #ab000013
 class OpenedPool(OpenedImages):
     "The same, and which of them a table of pseudo labels speaks of."
@@ -164,7 +163,6 @@ def leaks_of(opened: OpenedImages, # Of a run
             out.append(dict(pile=name, position=i, item=opened.item(name, i), also_in=other,
                             other=opened.item(other, j), kind=o.kind, difference=round(o.difference, 4)))
     return out
-
 
 # %% ../nbs/08a_opened_images.ipynb #ab000017
 class Opened(OpenedPool):
@@ -235,4 +233,3 @@ class Opened(OpenedPool):
         if not self._left_out: return
         leaks = [(self.item('unlabeled', good[row]), o) for row, o in self._left_out.items()]
         self.write_skipped([*self.images('unlabeled').bad, *leaks])
-

@@ -24,7 +24,6 @@ from .run_warnings import chance_warnings, round_warnings
 from .run_record import read_run
 from .rundir import RunDir, of_round
 
-
 # %% ../nbs/08h_round_task.ipynb #a6000006
 class Parts:
     "What a kind of data, such as images, has to say about its rounds."
@@ -83,7 +82,6 @@ class Parts:
     def end(self) -> None:
         "What comes after the last one."
 
-
 # %% ../nbs/08h_round_task.ipynb #a6000008
 class Task(Parts):
     "The rounds of a run."
@@ -141,4 +139,3 @@ class Task(Parts):
         if n_parameters(learn.model) < self.dir.summary.parameters[k - 1]:
             warnings.warn(f"round {k}: the student {self.arch(k)} is smaller than its teacher {self.arch(k - 1)}: this "
                           "is distillation, Noisy Student wants an equal or larger student")
-

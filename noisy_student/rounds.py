@@ -138,7 +138,6 @@ class Loop(Results):
 def _is_whole(page): # whether a page is there to its end
     return page.is_file() and page.read_bytes().endswith(b'</html>\n')
 
-
 # %% ../nbs/09_rounds.ipynb #ab100003
 class ImageLoop(Loop):
     "The loop on images, and what its networks are good for."
@@ -201,7 +200,6 @@ class ImageLoop(Loop):
         al. 2021."""
         return find_suspects(self.task, self.folds is not None, pictures)
 
-
 # %% ../nbs/09_rounds.ipynb #0d458502
 class NoisyStudent(ImageLoop):
     """Teacher, pseudo labels, noised student, and again (Xie et al. 2020, Algorithm 1), in a run directory.
@@ -254,7 +252,6 @@ def _of_data(settings): # what is said of data, taken out; ValueError for a name
         if k not in known: raise ValueError(f"unknown setting {k!r}{setting_hint(k, known)}")
     return {k: settings.pop(k) for k in DATA_SETTINGS if k in settings}
 
-
 # %% ../nbs/09_rounds.ipynb #031d82e9
 def load_model(path: str | Path, # A run directory (its best round), a round_K folder, or a model.safetensors
                device: str | torch.device = 'cpu', # Where to put it
@@ -262,4 +259,3 @@ def load_model(path: str | Path, # A run directory (its best round), a round_K f
               ) -> Network:
     "The trained network of a run. Raises FileNotFoundError or ValueError, naming the file, if there is none."
     return load_network(weights_file(path), device, arch)
-

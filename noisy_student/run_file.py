@@ -16,7 +16,6 @@ from .files import sealed
 from .models import resolved
 from .rundir import RunDir, read_about
 
-
 # %% ../nbs/07c_run_file.ipynb #f1000006
 # Settings that older runs do not know
 _SINCE = ('share', 'share_of', 'head_rounds', 'body_lr', 'freeze_norm', 'class_weights', 'choose_by', 'student_lr')
@@ -52,7 +51,6 @@ def config_of(directory: RunDir, # Of a run
         return config
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{file} is damaged: remove {directory.path}, or choose another folder") from None
-
 
 # %% ../nbs/07c_run_file.ipynb #f1000009
 SELECTION = ('threshold', 'per_class', 'strict', 'binned', 'share', 'share_of') # Settings that select pseudo labels

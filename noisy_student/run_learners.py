@@ -33,7 +33,6 @@ from .recipes import Recipe
 from .rundir import of_round
 from .training import TeacherTargets, optimizer
 
-
 # %% ../nbs/08b_run_learners.ipynb #ac000006
 class RoundSettings:
     "What the learners of a run are made of."
@@ -107,7 +106,6 @@ class RoundSettings:
         if r.soft: return selection.probs
         return np.eye(K, dtype=np.float32)[selection.labels] * (1 - r.label_smoothing) + r.label_smoothing / K
 
-
 # %% ../nbs/08b_run_learners.ipynb #ac000010
 def halve_batch(made: RoundSettings, # Of the run that ran out of memory
                 k: int, # In this round
@@ -132,7 +130,6 @@ def halve_batch(made: RoundSettings, # Of the run that ran out of memory
     if torch.cuda.is_initialized(): torch.cuda.empty_cache()
     warnings.warn(f"out of memory in round {k}: from the last checkpoint on, batches of {r.bs} are computed in "
                   f"{2 * r.accumulate} parts of {half}")
-
 
 # %% ../nbs/08b_run_learners.ipynb #ac000013
 class Learners(RoundSettings):
@@ -213,7 +210,6 @@ class Learners(RoundSettings):
         if split is None or not len(split): return None
         return int((self.scores(learn, name).argmax(1) == split.labels).sum()) / len(split)
 
-
 # %% ../nbs/08b_run_learners.ipynb #ac000015
 def check_weights(made: RoundSettings, # Of a run
                   rounds: list[int] # That are still to be trained
@@ -240,4 +236,3 @@ def check_metrics(made: Learners # Of a run
         raise ValueError(f"metrics cannot be computed for {len(made.data.classes)} classes "
                          f"({str(e).strip().splitlines()[-1]}): of more than two, F1Score and the like want "
                          "average='macro'") from None
-

@@ -203,4 +203,3 @@ def settle(
     join(device)
     _check_networks(s)
     return s
-

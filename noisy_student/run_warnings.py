@@ -35,7 +35,6 @@ def skewed_classes(
     many, few = (ratio >= odds) & (b_low > a_high), (ratio <= 1 / odds) & (b_high < a_low)
     return [(int(i), bool(many[i])) for i in np.argsort(-pseudo, kind='stable') if many[i] or few[i]]
 
-
 # %% ../nbs/07e_run_warnings.ipynb #b2000008
 def leak_warnings(found: list[dict] # What leaks.json holds
                  ) -> list[str]: # A sentence per pair of splits and kind
