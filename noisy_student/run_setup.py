@@ -37,7 +37,7 @@ from .splits import unseen_classes
 # %% ../nbs/08g_run_setup.ipynb #a5000006
 @dataclass(frozen=True)
 class Setup:
-    "What a run on images is made of, once it was looked through."
+    "What a run on images is made of, after validation."
     data: Splits # Its images
     recipe: Recipe # With all that was decided
     size: int # Side of the images in pixels
@@ -49,8 +49,7 @@ class Setup:
     given: PseudoLabels | None = None # Made elsewhere: round 0 is a student of that teacher
     limit: float | None = None # Seconds that all rounds may take together
     reasons: dict[str, str] = field(default_factory=dict) # Of the settings that were decided
-    # What was decided, and by what, as in run.json: `speed` in pixels per second, `settled_for`, `chosen`
-    settled: dict = field(default_factory=dict)
+    settled: dict = field(default_factory=dict) # As in run.json: `speed` (pixels per second), `settled_for`, `chosen`
     auto_batch: bool = False # Whether batches may be computed in parts
     cbs: Callable[[int, Path], list] = lambda k, folder: [] # More callbacks
 

@@ -64,7 +64,7 @@ def test_a_limit_shortens_what_was_asked_for_and_never_lengthens_it(tmp_path, mo
     monkeypatch.setattr(slow.task.timing, "step_seconds", lambda k, *_: .1)
     student = slow.plan().query("round == 1 and stage.str.startswith('student')")
     assert 0 < int(student.amount.iloc[0].split()[0].replace(",", "")) < 400 * 5
-    assert slow.plan().seconds.sum() <= 100
+    assert slow.plan().seconds.sum() <= 100 + 1e-9 # a sum of rounded numbers
 
 
 def test_a_plan_counts_what_is_shuffled_together(tmp_path):
