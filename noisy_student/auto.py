@@ -49,7 +49,7 @@ class Auto(NamedTuple):
 # %% ../nbs/06e_auto.ipynb #65824c54
 LEAST_STEPS = 500 # of a network, where no time limit says otherwise
 ENOUGH_STEPS = 300 # of a network, for which batches are made smaller where a time limit does
-ENOUGH_PASSES = 100 # over the labels, from scratch: below, more of them teach more than pseudo labels in the same time
+ENOUGH_PASSES = 100 # over the labels, from scratch: below, more of them help more than pseudo labels
 
 def in_minutes(s: float # Seconds
               ) -> str: # '4m', as `seconds` reads it
@@ -74,7 +74,7 @@ def _batches(f):
     most, bs = _most(f), _deserved(f)
     why = f"at most a quarter of {f.labeled:,} labels, 8 to {most}"
     ratio, because = 3, "the paper's for networks of up to 70 million parameters"
-    if f.seconds and f.images_per_second: # many small steps teach more than few large ones
+    if f.seconds and f.images_per_second: # many small steps help more than few large ones
         trained = 1 if f.pretrained or not f.pool or _labels_alone(f) else 2 # networks
         part = f.seconds * f.images_per_second / trained / ENOUGH_STEPS # images of a step
         if 4 * bs > part:
@@ -144,8 +144,8 @@ def _students(f): # of networks from scratch
     if _labels_alone(f):
         enough = in_minutes(f.folds * f.seconds * ENOUGH_PASSES / _passes(f))
         return 0, (f"no student: {f.seconds:.0f} s{' a fold' * (f.folds > 1)} are {_passes(f):.0f} passes over "
-                   f"{f.labeled:,} labels, and from scratch more of these teach more than pseudo labels do; there will "
-                   f"be one with time_limit='{enough}' or more")
+                   f"{f.labeled:,} labels, and from scratch more passes over the labels help more than pseudo labels; "
+                   f"there will be one with time_limit='{enough}' or more")
     if _short(f): return 1, f"one student{_because(f)}"
     return 2, "a student on half of the pool, one on most of it"
 
@@ -185,7 +185,7 @@ def auto_recipe(
 def seconds(
     limit: str | float, # '2h', '90m', '1h30m', '45s', '1:30:00', or a number of seconds
 ) -> float: # In seconds, > 0
-    "A length of time. Raises ValueError for what is none."
+    "A length of time. Raises ValueError for an invalid duration."
     text = str(limit).strip().lower().replace(' ', '')
     bare = re.fullmatch(r'()()([\d.]+)', text) # after an hour it would be minutes, for most people
     units = bare or re.fullmatch(r'(?:([\d.]+)h)?(?:([\d.]+)m(?:in)?)?(?:([\d.]+)s)?', text)

@@ -125,7 +125,7 @@ def noise_named(
     text: str, # none, mild, paper, or a magnitude
     base: Noise | None, # Whose other numbers a magnitude keeps; None: not known yet
 ) -> Noise | dict: # Fields of the noise to be, for a magnitude without a base
-    "The noise of `--noise`. Raises ValueError for what is none."
+    "The noise of `--noise`. Raises ValueError for an invalid noise."
     named = dict(none=Noise.none(), mild=Noise(2, 10, .2, .9), paper=Noise())
     if text in named: return named[text]
     try: m = float(text)

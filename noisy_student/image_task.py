@@ -170,7 +170,7 @@ class ImageTask(ImageRounds):
 
     def enough_for(self, k: int # Round that is left out
                   ) -> float: # 0 where it is not known
-        "The time limit in seconds from which on it is not."
+        "Smallest time limit in seconds that fits this round, plus 10 %."
         return self.dir.plan(k).get('enough') or 0.
 
     def end(self): self.timing.complain()

@@ -123,7 +123,7 @@ class Task(Parts):
 
     def findings(self, k: int # A finished round
                 ) -> list[str]:
-        "What looks wrong since it is there, in words."
+        "Warnings about a finished round."
         run = read_run(self.dir.path)
         return round_warnings(run, k) + chance_warnings(run.metrics[-1], run.about)
 

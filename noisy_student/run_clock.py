@@ -44,7 +44,7 @@ class Elapsed(StepTimes):
         self.begun = begun - self.before
 
     def pause(self) -> None:
-        "It stands until `start`: others work now."
+        "Stop the clock until `start`."
         self.begun = 0.
 
     @property

@@ -81,7 +81,7 @@ def check_config(directory: RunDir, # Of a run
     alike.append('content') # told by `data`; of the same names and sizes, the pixels are compared once they are decoded
     if a.get('content') and a['content'] == b.get('content'): alike.append('data') # elsewhere now
     diff = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and k not in alike]
-    is_new = a.get('data') != b.get('data') or 'content' in b and 'content' not in a # which an older run does not have
+    is_new = a.get('data') != b.get('data') or 'content' in b and 'content' not in a # older runs lack it
     free = {'recipe.rounds'} if b['recipe.rounds'] > a['recipe.rounds'] else set()
     if not directory.has_begun('selected.parquet'): free |= {f'recipe.{o}' for o in SELECTION}
     if not directory.has_begun(): free = set(diff) # nothing has been made yet

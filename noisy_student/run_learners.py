@@ -225,7 +225,7 @@ def check_weights(made: RoundSettings, # Of a run
 
 def check_metrics(made: Learners # Of a run
                  ) -> None:
-    "Raises ValueError if the metrics cannot be computed: before a training whose figures they should give."
+    "Raises ValueError if the metrics cannot be computed: before training."
     if not made.metrics: return
     with seeded(0), warnings.catch_warnings():
         warnings.simplefilter('ignore') # each is told when the network is made

@@ -1,4 +1,4 @@
-"""The suspects of a run: labels that a network contradicts which never saw them
+"""Labels contradicted by a network that was never trained on them
 
 Docs: https://noisy-student.github.io/noisy_student/run_suspects.html.md"""
 

@@ -1,4 +1,4 @@
-"""The directory of a run: what is in it, what is finished, what may be put into it
+"""The directory of a run: what is in it, what is finished, what may be written to it
 
 Docs: https://noisy-student.github.io/noisy_student/rundir.html.md"""
 

@@ -132,7 +132,7 @@ class StepTimes:
             self._rates = Rates(step, {k: rates[arch(k)] for k in range(r.rounds + 1)})
         return self._rates
 
-    def _any_selection(self): # as a student has one
+    def _any_selection(self): # a uniform stand-in for pseudo labels, used for timing
         items, classes = self.learners.opened.items()[:512], list(self.learners.data.classes)
         n, probs = len(items), np.full((len(items), len(classes)), 1 / len(classes), np.float32)
         return PseudoLabels(items, np.zeros(n, np.int64), probs.max(1), probs, np.ones(n, np.int64), classes)

@@ -45,7 +45,7 @@ class Timing(Clock):
         k: int, # Round for which there is no time
         before: float = 0., # Seconds that are planned for the rounds before it
     ) -> float:
-        "The limit in seconds from which on there would be, and a tenth more."
+        "Smallest time limit in seconds that fits this round, plus 10 %."
         r, weights = self.recipe, round_weights(self.recipe)
         least = least_steps(r) * (self.measured().step_seconds[k] + self.judging(k) / 10)
         trained = least * sum(weights[k:]) / weights[k]
