@@ -118,8 +118,7 @@ def _is_quick(f):
 
 def _because(f): return ", as two would be too short in this time" if _short(f) else ""
 
-def _from_weights(f):
-    "Fine-tuning."
+def _from_weights(f): # fine-tuning
     return dict(
         rounds=(2 if _short(f) else 3, "a classifier on frozen features learns from its own labels first; then "
                 + ("one student trains" if _short(f) else "two students train") + " all of the network" + _because(f)),
@@ -239,6 +238,7 @@ LEAST_TUNED = 60 # The same where it is to be better than a classifier on the fe
 
 def least_steps(recipe: Recipe # Of the run
                ) -> int: # Of its students
+    "Steps below which a student is left out."
     return LEAST_TUNED if recipe.head_rounds else LEAST_IN_TIME
 
 def epochs_in(

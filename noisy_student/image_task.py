@@ -86,8 +86,8 @@ class ImageRounds(Task):
 
     def figures(self, k: int, # Round
                 scores: np.ndarray # float (n, K) logits of the validation images
-               ) -> dict:
-        "What they say of the round, and, as `worse_than` and `verdict`, whether it is worse than the best before it."
+               ) -> dict: # As `valid_figures`; also `worse_than`, a round, and `verdict`, a sentence, if it is worse
+        "What they say of the round, and whether it is worse than the best before it."
         y = self.true_labels('valid')
         out = valid_figures(y, scores, self.recipe.choose_by)
         if not k or not len(self.dir.summary): return out

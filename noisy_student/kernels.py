@@ -62,6 +62,7 @@ def augment(
     return (len(x) and _fused(x.device, x.dtype, _is_large(x)) or batch_ops.augment)(x, draws, reference)
 
 
+# Of a batch that is augmented: bytes, or any floating-point type in [0, 1]
 DTYPES = (torch.uint8, torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 

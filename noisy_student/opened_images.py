@@ -189,7 +189,7 @@ class Opened(OpenedPool):
         except FileNotFoundError: pass
         except ValueError: self.find_leaks()
 
-    def left_out(self) -> dict[int, str]: # Row of the decoded pool -> why
+    def left_out(self) -> dict[int, str]: # Row of the decoded pool, which is no `item` -> why
         "Unlabeled images that are also validation or test images."
         if self._left_out is None: self.find_leaks()
         return self._left_out or {}

@@ -42,7 +42,8 @@ class Parts:
 
     @property
     def config(self) -> dict:
-        "Settings that must match to resume a run, as JSON types."
+        """Settings that must match to resume a run, as JSON types: `seed`, `recipe`, `classes`, and what tells networks
+        and data apart."""
         raise NotImplementedError
 
     def label(self, k: int) -> Any:
@@ -54,7 +55,8 @@ class Parts:
         raise NotImplementedError
 
     def train(self, k: int, learn: Learner, role: str) -> tuple[list[dict], float]:
-        "Train what `start` gave: a dict per epoch, and the seconds of all processes that it took."
+        """Train what `start` gave: a dict per epoch (`epoch`, `train_loss`, `valid_loss`, `valid_accuracy`, further
+        metrics by name), and the seconds of all processes that it took."""
         raise NotImplementedError
 
     def save(self, k: int, learn: Learner) -> None:
@@ -62,7 +64,8 @@ class Parts:
         raise NotImplementedError
 
     def measure(self, k: int, learn: Learner, labels: Any) -> dict:
-        "What a row of the summary says of the trained network and its labels."
+        """What a row of the summary says of the trained network and its labels: `pseudo_labeled`, `test_accuracy`,
+        `pseudo_label_accuracy`, and the figures of `valid_figures`."""
         raise NotImplementedError
 
     def trained(self, k: int) -> Learner:
@@ -128,7 +131,7 @@ class Task(Parts):
         return round_warnings(run, k) + chance_warnings(run.metrics[-1], run.about)
 
     def sizes(self) -> dict[str, Any]: # As run.json has them
-        "How much there is of everything."
+        "How many there are: `labeled`, `unlabeled`, `valid`, `test`, `labeled_per_class`, `valid_per_class`."
         parts = {o: getattr(self.data, o) for o in ('labeled', 'unlabeled', 'valid', 'test')}
         out: dict[str, Any] = {k: 0 if o is None else len(o) for k, o in parts.items()}
         for o in ('labeled', 'valid'):

@@ -65,7 +65,7 @@ class Elapsed(StepTimes):
 
     @property
     def gone(self) -> float:
-        "Seconds of the limit that nothing can be planned in; before `start` those of earlier calls."
+        "Seconds of the limit that nothing can be planned in, at least 0; before `start` those of earlier calls."
         return self.opening + (self.spent if self.begun else self.earlier)
 
     def steps(
@@ -167,7 +167,7 @@ class Clock(Elapsed):
     def left(
         self,
         k: int, # Round
-    ) -> float:
+    ) -> float: # Negative where the limit does not even suffice for the rest
         "Seconds for the trainings from round k on, with the validations after their epochs."
         assert self.limit is not None
         # many steps in a row are a little slower than the few that were measured
@@ -176,7 +176,7 @@ class Clock(Elapsed):
     def beside(
         self,
         k: int, # Round
-    ) -> float:
+    ) -> float: # At least `reserve`
         "Seconds that are not for trainings from round k on: labeling for later ones, evaluation, writing."
         later = sum(map(self.labeling, range(k + 1, self.recipe.rounds + 1)))
         return later + sum(map(self.evaluation, range(k, self.recipe.rounds + 1))) + self.reserve

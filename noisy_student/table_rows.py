@@ -67,7 +67,7 @@ class Table:
 
     @property
     def parts(self) -> dict[str, pd.DataFrame]:
-        "The splits that there are."
+        "The splits that there are: 'labeled', 'unlabeled', 'valid', and 'test' unless it is None."
         parts = dict(labeled=self.labeled, unlabeled=self.unlabeled, valid=self.valid, test=self.test)
         return {k: o for k, o in parts.items() if o is not None}
 
