@@ -13,7 +13,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -37,6 +36,7 @@ from .predictions import predict_table
 from .progress import StageProgress, default_progress
 from .pseudo_labels import Selection
 from .recipes import Recipe, setting_hint
+from .round_task import Task
 from .run_results import Results
 from .rundir import RunDir, read_metrics, read_summary, run_folder, weights_file # noqa: F401
 from .run_file import check_config, config_of, write_run
@@ -52,7 +52,7 @@ class Loop(Results):
     "Rounds, one after the other, in a directory that can be looked at and resumed."
     source: dict | None = None # Where the data came from: kept for `noisy-student report`
 
-    def __init__(self, task: Any, # Makes the rounds: an `ImageTask`, `Folds`, or that of a table
+    def __init__(self, task: Task, # Makes the rounds: an `ImageTask`, `Folds`, or that of a table
                  stops: bool = False # Whether a network at chance level ends the run
                 ):
         super().__init__(task)
@@ -236,13 +236,13 @@ class NoisyStudent(ImageLoop):
             folds=folds, before=directory.about if directory.has_begun() else {}, pseudo_labels=pseudo_labels,
             metrics=metrics, auto_batch=auto_batch, cbs=cbs, settings=settings)
         tell = (lambda *_: None) if rank() else progress or default_progress()
-        task: Any = (ImageTask.assemble(setup, directory, tell) if folds is None
-                     else Folds.assemble(setup, directory, tell, folds, identity(given), Loop))
+        task = (ImageTask.assemble(setup, directory, tell) if folds is None
+                else Folds.assemble(setup, directory, tell, folds, identity(given), Loop))
         super().__init__(task, stops=bool(setup.reasons) and not force)
         self.setup, self.size, self.device, self.folds = setup, setup.size, setup.device, folds
         self.opened, self.learners, self.labeling = task.opened, task.learners, task.labeling
         self.source = source_of_names(data, seed, **said)
-        self.parts = [self] if folds is None else task.parts # runs, one per fold
+        self.parts = task.parts if isinstance(task, Folds) else [self] # runs, one per fold
         task.timing.making = time.perf_counter() - begun
 
 def _of_data(settings): # what is said of data, taken out; ValueError for a name that nothing has

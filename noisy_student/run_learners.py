@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 
@@ -143,11 +144,11 @@ class Learners(RoundSettings):
         "The network of a round before its training."
         r = self.recipe_of(k)
         labeled, valid = ((self.opened.images(n).images, getattr(self.data, n).labels) for n in ('labeled', 'valid'))
-        pseudo: Any = None
+        pseudo: tuple[Any, torch.Tensor | np.ndarray] | None = None # images, targets
         copies, augment, parts = None, student_view(r), r.accumulate
         bs = r.bs // (parts * world()) # images of a batch that are labeled, of this process
         if teacher is not None:
-            pool: Any = self.opened.pool()
+            pool = self.opened.pool()
             pseudo = pool, torch.zeros(1, len(self.data.classes)).expand(len(pool), -1)
             augment = [TeacherTargets(teacher.model, teacher.dls.clean_view, bs, r.temperature), *augment]
         elif selection is not None:
@@ -164,7 +165,7 @@ class Learners(RoundSettings):
         return self.on(k, dls, noise, pretrained, loss, self.class_weights())
 
     def on(self, k: int, # Round
-           dls: Any, # Any data loaders of the same images
+           dls: DataLoaders, # Any of the same images
            noise: Noise, # In training
            pretrained: bool | str = False, # Start from weights
            loss: Callable | None = None, # None: that of the recipe
