@@ -27,9 +27,9 @@ from .run_record import read_history
 
 # %% ../nbs/09a_ablation.ipynb #e6690e88
 def variants(full: Recipe # With its architectures
-            ) -> tuple[dict[str, dict], dict[str, str]]: # Name -> changes; name -> why it is left out
+            ) -> tuple[dict[str, dict], dict[str, str]]: # Runs: name -> changes; those left out: name -> why
     """What can be changed around a recipe, one thing at a time, and the supervised baselines: the last network, labeled
-    images only."""
+    images only. The first dictionary has the variants to run, the second those that would be the recipe itself."""
     n, archs, fly, has = full.noise, full.archs, full.on_the_fly, "the recipe has "
     plain, always = replace(n, randaugment_n=0, dropout=0., survival=1.), "labels on the fly are "
     grid: dict[str, tuple] = { # name: changes, and what makes them no change

@@ -55,7 +55,6 @@ class ArrayItem:
         "The label, or the probabilities."
         return self.dataset[self.position][1].as_subclass(torch.Tensor)
 
-
 # %% ../nbs/04a_arrays.ipynb #d7b7a313
 def _free(device):
     "Bytes of a GPU's memory; what PyTorch holds without using it counts."

@@ -38,7 +38,7 @@ class Facts(NamedTuple):
     device: str = 'cpu' # 'cpu', 'cuda', 'mps'
     color: bool = True # Whether the images have three channels
     seconds: float | None = None # Time limit of the run; None: as long as it takes
-    speed: float | None = None # Images per second in training; None: not known
+    images_per_second: float | None = None # In training; None: not known
     folds: int = 1 # Networks per round; `seconds` are those of one
 
 class Auto(NamedTuple):
@@ -49,7 +49,7 @@ class Auto(NamedTuple):
 # %% ../nbs/06e_auto.ipynb #65824c54
 LEAST_STEPS = 500 # of a network, where no time limit says otherwise
 ENOUGH_STEPS = 300 # of a network, for which batches are made smaller where a time limit does
-ENOUGH_PASSES = 100 # over the labels, from scratch: below, more of them teach more than pseudo labels in the same time
+ENOUGH_PASSES = 100 # over the labels, from scratch: below, more of them help more than pseudo labels
 
 def in_minutes(s: float # Seconds
               ) -> str: # '4m', as `seconds` reads it
@@ -62,8 +62,7 @@ def _power_of_two(x, lowest, highest):
 
 def _most_steps(device): return 3000 if device == 'cpu' else 20_000
 
-def _steps(images, per_step, device):
-    "Of a training that is to see so many images."
+def _steps(images, per_step, device): # of a training that is to see so many images
     return int(min(max(LEAST_STEPS, -(-images // per_step)), _most_steps(device)))
 
 def _most(f): return 64 if f.device == 'cpu' else 128 # labeled images in a batch
@@ -75,9 +74,9 @@ def _batches(f):
     most, bs = _most(f), _deserved(f)
     why = f"at most a quarter of {f.labeled:,} labels, 8 to {most}"
     ratio, because = 3, "the paper's for networks of up to 70 million parameters"
-    if f.seconds and f.speed: # many small steps teach more than few large ones
+    if f.seconds and f.images_per_second: # many small steps help more than few large ones
         trained = 1 if f.pretrained or not f.pool or _labels_alone(f) else 2 # networks
-        part = f.seconds * f.speed / trained / ENOUGH_STEPS # images of a step
+        part = f.seconds * f.images_per_second / trained / ENOUGH_STEPS # images of a step
         if 4 * bs > part:
             ratio, because = 1, f"in this time larger batches would leave fewer than {ENOUGH_STEPS} steps"
         if (fits := _power_of_two(part / (1 + ratio if f.pool else 1), 8, most)) < bs:
@@ -95,6 +94,7 @@ def _length(f, bs, ratio):
         teacher_epochs=(max(1, round(teacher / (student // 10))),
                         f"{why}thirty passes over the labels for the teacher"))
 
+# %% ../nbs/06e_auto.ipynb #65824c02
 def _noise(f):
     from noisy_student.learner import default_noise # here, so that lengths of time and recipes need no torch
     return dict(
@@ -113,13 +113,12 @@ def _short(f): return f.seconds is not None and f.seconds < 900 and not _is_quic
 
 def _is_quick(f):
     "From scratch, whether some minutes are five times what a teacher and two students need at least: tiny pictures."
-    images = LEAST_STEPS + 2 * 4 * _steps(2 * f.pool, 3 * _deserved(f), f.device)
-    return bool(f.speed and not f.pretrained and f.seconds >= max(120, 5 * _deserved(f) * images / f.speed))
+    images = _deserved(f) * (LEAST_STEPS + 2 * 4 * _steps(2 * f.pool, 3 * _deserved(f), f.device))
+    return bool(f.images_per_second and not f.pretrained and f.seconds >= max(120, 5 * images / f.images_per_second))
 
 def _because(f): return ", as two would be too short in this time" if _short(f) else ""
 
-def _from_weights(f):
-    "Fine-tuning."
+def _from_weights(f): # fine-tuning
     return dict(
         rounds=(2 if _short(f) else 3, "a classifier on frozen features learns from its own labels first; then "
                 + ("one student trains" if _short(f) else "two students train") + " all of the network" + _because(f)),
@@ -132,16 +131,20 @@ def _from_weights(f):
         ema=(.99, "averaged weights, from which noise and the last batches have gone"),
         label_smoothing=(0., "few labels count in full"))
 
+# %% ../nbs/06e_auto.ipynb #65824c04
+def _passes(f): # over the labels, that the time allows
+    return f.seconds * f.images_per_second / f.labeled if f.seconds and f.images_per_second else math.inf
+
 def _labels_alone(f):
     "Whether the time is too short for all that the labels have to teach, which a student would have to wait for."
-    return bool(f.seconds and f.speed and not f.pretrained and f.seconds * f.speed < ENOUGH_PASSES * f.labeled)
+    return not f.pretrained and _passes(f) < ENOUGH_PASSES
 
 def _students(f): # of networks from scratch
     if _labels_alone(f):
-        passes, enough = f.seconds * f.speed / f.labeled, in_minutes(f.folds * ENOUGH_PASSES * f.labeled / f.speed)
-        return 0, (f"no student: {f.seconds:.0f} s{' a fold' * (f.folds > 1)} are {passes:.0f} passes over "
-                   f"{f.labeled:,} labels, and from scratch more of these teach more than pseudo labels do; there will "
-                   f"be one with time_limit='{enough}' or more")
+        enough = in_minutes(f.folds * f.seconds * ENOUGH_PASSES / _passes(f))
+        return 0, (f"no student: {f.seconds:.0f} s{' a fold' * (f.folds > 1)} are {_passes(f):.0f} passes over "
+                   f"{f.labeled:,} labels, and from scratch more passes over the labels help more than pseudo labels; "
+                   f"there will be one with time_limit='{enough}' or more")
     if _short(f): return 1, f"one student{_because(f)}"
     return 2, "a student on half of the pool, one on most of it"
 
@@ -152,12 +155,12 @@ def _from_scratch(f):
         init=('teacher' if _short(f) else 'scratch', "in so short a time students go on from their teacher" if _short(f)
               else "as in the paper: a student does not inherit its teacher's errors"),
         lr=(4e-3 if f.size <= 64 else 2e-3, "AdamW, one cycle"),
-        student_lr=(.3 if _short(f) else 1.,
-                    "students that go on from their teacher change what it knows, and do not learn it anew" if _short(f)
-                    else "from scratch, as the teacher"),
+        student_lr=(.3, "students that go on from their teacher change what it knows, and do not learn it anew")
+                   if _short(f) else (1., "from scratch, as the teacher"),
         ema=(.99, "averaged weights, from which noise and the last batches have gone"),
         label_smoothing=(.1, "as in the paper"))
 
+# %% ../nbs/06e_auto.ipynb #65824c06
 def auto_recipe(
     facts: Facts, # What is known
     **given # Settings that were decided by others: `bs` and `ratio` decide the number of steps
@@ -181,7 +184,7 @@ def auto_recipe(
 def seconds(
     limit: str | float, # '2h', '90m', '1h30m', '45s', '1:30:00', or a number of seconds
 ) -> float: # In seconds, > 0
-    "A length of time. Raises ValueError for what is none."
+    "A length of time. Raises ValueError for an invalid duration."
     text = str(limit).strip().lower().replace(' ', '')
     bare = re.fullmatch(r'()()([\d.]+)', text) # after an hour it would be minutes, for most people
     units = bare or re.fullmatch(r'(?:([\d.]+)h)?(?:([\d.]+)m(?:in)?)?(?:([\d.]+)s)?', text)
@@ -235,6 +238,7 @@ LEAST_TUNED = 60 # The same where it is to be better than a classifier on the fe
 
 def least_steps(recipe: Recipe # Of the run
                ) -> int: # Of its students
+    "Steps below which a student is left out."
     return LEAST_TUNED if recipe.head_rounds else LEAST_IN_TIME
 
 def epochs_in(

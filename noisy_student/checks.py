@@ -17,7 +17,6 @@ from .round_scores import CHOOSE_BY, accuracy_error, class_metrics, predicted, s
 
 _all_ = ['CHOOSE_BY', 'class_metrics', 'score', 'accuracy_error', 'score_error', 'valid_figures'] # Public here too
 
-
 # %% ../nbs/06b_checks.ipynb #d6171296
 LEVEL = .05 # Of every test: a network at chance level passes in one of twenty cases
 

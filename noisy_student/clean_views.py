@@ -11,6 +11,7 @@ __all__ = ['view_of']
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,45 @@ def _normalizer(mean, std, device):
     return normalize
 
 # %% ../nbs/05c_clean_views.ipynb #7402bb6e
+# the class of images, where files are opened by fastai's own `create` and by nothing else; None: by other functions
+def _plain_loader(tl):
+    names = [getattr(f, 'name', type(f).__name__) for f in tl.tfms.fs if not isinstance(f, ColReader)]
+    names = [o for o in names if o != 'noop']
+    cls = next((t for t in tl.types[::-1] if isinstance(t, type) and issubclass(t, PILBase)), None)
+    return cls if names[:1] == ['PILBase.create'] else None
+
+# by fastai's own loader, as the type of image that the transforms expect
+def _open(cls, o):
+    if not isinstance(o, str):
+        img = Image.fromarray(o[..., 0] if o.shape[-1] == 1 else o)
+        return cls(img.convert(cls._open_args['mode']))
+    try:
+        with open_item(o) as f: # of a kind that is safe to decode, which `create` does not ask for
+            if (n := np.prod(open_image(f).size)) > MAX_PIXELS: raise ValueError(f"{n:,} pixels are too many")
+            f.seek(0)
+            return cls.create(f.read())
+    except Exception as e: # decoders raise all sorts
+        try: load_image(o)
+        except ImageFileError as known: return BadImage(o, known.reason)
+        return BadImage(o, str(e) or type(e).__name__)
+
+# what the user's own loader takes, which is the first of these transforms
+def _item(tl, o):
+    name = "the teacher's own loader (get_x or another than PILImage.create)"
+    if not isinstance(o, str):
+        raise PseudoLabelError(f"{name} must see the images as they are read, got an array: give names of files, "
+                               "or the network itself, with size, mean and std")
+    if split_item(o)[1] is not None:
+        raise PseudoLabelError(f"{name} cannot open what lies in an archive, got {o}: unpack it")
+    if not os.path.isfile(o): load_image(o) # which says why
+    for item in (Path(o), o)[::-1 if isinstance(next(iter(tl.items), None), str) else 1]:
+        try: start = tl.infer_idx(item)
+        except AssertionError: continue
+        if all(isinstance(f, ColReader) for f in tl.tfms.fs[:start]): return item
+    raise PseudoLabelError(f"{name} must take names of files, got one that takes other items: let get_items give "
+                           "paths, and look up the rest in get_x")
+
+# %% ../nbs/05c_clean_views.ipynb #7402bb02
 # through the loaders and transforms of the validation set of any fastai data loaders, as `learn.get_preds` goes
 class _FastaiView(_View):
     few = 8 # Images at a time: a whole batch of photographs in full size would fill the memory
@@ -97,7 +137,7 @@ class _FastaiView(_View):
             for i in range(0, len(chunk), self.few):
                 some = chunk[i:i + self.few]
                 # a loader of the user's own need not bear threads
-                new = list(pool.map(self._open, some) if self.plain else map(self._load, some))
+                new = list(pool.map(partial(_open, self.plain), some) if self.plain else map(self._load, some))
                 bad += [o for o in new if isinstance(o, BadImage)]
                 good += [k for k, o in enumerate(new, i) if not isinstance(o, BadImage)]
                 if items := [o for o in new if not isinstance(o, BadImage)]: xs += self._seen(items)
@@ -114,24 +154,9 @@ class _FastaiView(_View):
             raise PseudoLabelError(f"images cannot be shown to the teacher as its own validation images are ("
                                    f"{type(e).__name__}: {' '.join(str(e).split())[:200]})") from e
 
-    def _open(self, o): # by fastai's own loader, as the type of image that the transforms expect
-        cls = self.plain
-        if not isinstance(o, str):
-            img = Image.fromarray(o[..., 0] if o.shape[-1] == 1 else o)
-            return cls(img.convert(cls._open_args['mode']))
-        try:
-            with open_item(o) as f: # of a kind that is safe to decode, which `create` does not ask for
-                if (n := np.prod(open_image(f).size)) > MAX_PIXELS: raise ValueError(f"{n:,} pixels are too many")
-                f.seek(0)
-                return cls.create(f.read())
-        except Exception as e: # decoders raise all sorts
-            try: load_image(o)
-            except ImageFileError as known: return BadImage(o, known.reason)
-            return BadImage(o, str(e) or type(e).__name__)
-
     def _load(self, o): # by the user's own loader
         try:
-            self.dl = self._dl([self._item(o)])
+            self.dl = self._dl([_item(self.list, o)])
             self.dl.before_iter() # which tells the transforms that this is no training
             item = self.dl.do_item(0)
             return BadImage(o, "the teacher's dls skip it") if item is None else item
@@ -139,28 +164,7 @@ class _FastaiView(_View):
         except Exception as e: # as any loader may
             return BadImage(str(o), f"{type(e).__name__}: {' '.join(str(e).split())[:200]}")
 
-    def _item(self, o): # what the loader takes
-        name = "the teacher's own loader (get_x or another than PILImage.create)"
-        if not isinstance(o, str):
-            raise PseudoLabelError(f"{name} must see the images as they are read, got an array: give names of files, "
-                                   "or the network itself, with size, mean and std")
-        if split_item(o)[1] is not None:
-            raise PseudoLabelError(f"{name} cannot open what lies in an archive, got {o}: unpack it")
-        if not os.path.isfile(o): load_image(o) # which says why
-        for item in (Path(o), o)[::-1 if isinstance(next(iter(self.list.items), None), str) else 1]:
-            try: start = self.list.infer_idx(item)
-            except AssertionError: continue
-            if all(isinstance(f, ColReader) for f in self.list.tfms.fs[:start]): return item
-        raise PseudoLabelError(f"{name} must take names of files, got one that takes other items: let get_items give "
-                               "paths, and look up the rest in get_x")
-
-# the class of images, where files are opened by fastai's own `create` and by nothing else; None: by other functions
-def _plain_loader(tl):
-    names = [getattr(f, 'name', type(f).__name__) for f in tl.tfms.fs if not isinstance(f, ColReader)]
-    names = [o for o in names if o != 'noop']
-    cls = next((t for t in tl.types[::-1] if isinstance(t, type) and issubclass(t, PILBase)), None)
-    return cls if names[:1] == ['PILBase.create'] else None
-
+# %% ../nbs/05c_clean_views.ipynb #7402bb04
 # whether `get_preds`, which calls the user's callbacks, has the network see and say something else
 def _check_callbacks(learn, view, items):
     own = [type(o).__name__ for o in learn.cbs if o.run_valid
@@ -182,12 +186,12 @@ def _check_callbacks(learn, view, items):
                                f"{', '.join(own)}, which labeling does without: make that a batch transform or a part "
                                "of the network, or set run_valid=False")
 
+# %% ../nbs/05c_clean_views.ipynb #9fbef653
 # rows, through the procs of a tabular learner: categories and continuous values
 class _RowView(_View):
     def __call__(self, chunk):
         return tuple(self.dls.test_dl(chunk, bs=len(chunk)).one_batch()[:2]), np.arange(len(chunk)), []
 
-# %% ../nbs/05c_clean_views.ipynb #9fbef653
 def view_of(teacher: Learner | nn.Module, # What is to see
             items: list[str] | np.ndarray | pd.DataFrame, # What there is to see, or the first of it
             device: torch.device, # Where it computes

@@ -167,7 +167,6 @@ def found_columns(
     left = [o for o in names if o != image]
     return image, left[0] if label == 'label' and label not in names and image in names and len(left) == 1 else label
 
-
 # %% ../nbs/01f_columns.ipynb #ac576e2b
 def _class_of(value):
     "Of one label: its kind, and its name."

@@ -76,7 +76,6 @@ def _data_set(name, labels, unlabeled, seed, recipe): # by name
     from noisy_student import datasets
     return datasets.digits(labels, seed) if name == 'digits' else getattr(datasets, name)(labels, unlabeled, seed)
 
-
 # %% ../nbs/12d_command_inputs.ipynb #12d00011
 def source_of(
     name: str, # As `load_data` takes it

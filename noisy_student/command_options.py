@@ -59,8 +59,8 @@ def _is_length(value: Optional[str]) -> Optional[str]: # of time
     except ValueError:
         raise typer.BadParameter(f"{value!r} is no length of time: give 2h, 90m, 1h30m or seconds") from None
 
-def _text(help, metavar): # an option that has no counterpart in Python, or other words for it
-    return typer.Option(metavar=metavar, show_default=False, help=help)
+def _text(said, metavar): # an option that has no counterpart in Python, or other words for it
+    return typer.Option(metavar=metavar, show_default=False, help=said)
 
 _RECIPES = "the recipe's"
 
@@ -125,7 +125,7 @@ def noise_named(
     text: str, # none, mild, paper, or a magnitude
     base: Noise | None, # Whose other numbers a magnitude keeps; None: not known yet
 ) -> Noise | dict: # Fields of the noise to be, for a magnitude without a base
-    "The noise of `--noise`. Raises ValueError for what is none."
+    "The noise of `--noise`. Raises ValueError for an invalid noise."
     named = dict(none=Noise.none(), mild=Noise(2, 10, .2, .9), paper=Noise())
     if text in named: return named[text]
     try: m = float(text)

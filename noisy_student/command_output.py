@@ -20,7 +20,6 @@ from typing import Any
 from .progress import Log, in_words
 from .recipes import Recipe
 
-
 # %% ../nbs/12b_command_output.ipynb #ee9f4a7e
 _BESIDE = 56 # Columns of the bar, the numbers, the rate and the time left
 

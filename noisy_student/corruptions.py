@@ -22,7 +22,6 @@ from PIL import Image
 from .files import replacing
 from .reading import open_array
 
-
 # %% ../nbs/10a_corruptions.ipynb #0e6a072f
 CORRUPTIONS = ('gaussian_noise', 'shot_noise', 'impulse_noise', 'defocus_blur', 'glass_blur', 'motion_blur',
                'zoom_blur', 'snow', 'frost', 'fog', 'brightness', 'contrast', 'elastic_transform', 'pixelate',

@@ -20,7 +20,6 @@ from fastai.callback.core import Callback
 
 from .files import write_text
 
-
 # %% ../nbs/00h_distributed.ipynb #d3ca6971
 def rank() -> int: # 0..world()-1
     "Which of the processes this is; 0 writes what there is to write."
@@ -66,7 +65,6 @@ def write_once(
 ) -> None:
     "Of several processes the first one writes the file, whole or not at all. Raises OSError, naming the file."
     if not rank(): write_text(file, text)
-
 
 # %% ../nbs/00h_distributed.ipynb #fed4caf2
 class MeanGradients(Callback):

@@ -52,7 +52,6 @@ def as_network(
     net = copy.copy(net); net.subset = list(subset)
     return net
 
-
 # %% ../nbs/10c_evaluation.ipynb #5355a8d5
 def _key(net, images, labels, asked):
     "What a measurement depends on."

@@ -1,4 +1,4 @@
-"""Every file is written whole or not at all, and files that were altered are noticed.
+"""Atomic writes and checksums: every file is written whole or not at all, and altered files are found.
 
 Docs: https://noisy-student.github.io/noisy_student/files.html.md"""
 
@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 
-from .locks_and_signals import InUseError, Stopped, locked, stoppable
+from .locks_and_signals import InUseError, Stopped, is_alive, locked, stoppable
 from .reading import open_regular, read_json
 
 _all_ = ['InUseError', 'Stopped', 'locked', 'stoppable'] # public here too
@@ -63,17 +63,11 @@ def _here():
         except OSError: pass
     return f'{zlib.crc32(" ".join(told).encode()):08x}'
 
-def _is_alive(pid):
-    try: os.kill(pid, 0)
-    except ProcessLookupError: return False
-    except OSError: pass # it is there, and somebody else's
-    return True
-
 def _remove_if_abandoned(new):
     "A temporary file whose process is gone; of other machines only the age tells."
     try:
         here, pid = new.name.split('.')[-4:-2]
-        gone = here == _here() and os.name == 'posix' and not _is_alive(int(pid))
+        gone = here == _here() and not is_alive(int(pid))
         if gone or time.time() - new.stat().st_mtime > _STALE: new.unlink()
     except (ValueError, OSError): pass # not made here; gone by now; somebody else's: tidying up must not fail a write
 
@@ -198,4 +192,3 @@ def folders_beside(
     "Names for `did_you_mean`."
     folder = Path(path).parent
     return sorted(str(o) for o in folder.iterdir() if o.is_dir()) if folder.is_dir() else []
-

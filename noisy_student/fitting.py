@@ -122,7 +122,6 @@ def _fit(learn, epochs, recipe, cbs, **how):
     stairs = staircase(rate, epochs, **recipe.stairs(epochs))
     learn.fit(epochs, rate, cbs=[ParamScheduler({'lr': stairs}), *cbs], **how)
 
-
 # %% ../nbs/06g_fitting.ipynb #d1000016
 class KeepTime(Callback):
     "Shortens epochs so that a training ends in time."
@@ -153,4 +152,3 @@ class KeepTime(Callback):
         dl = self.dls.train
         dl.steps, dl.n = steps * self.parts, steps * self.parts * dl.bs
     def after_fit(self): self._set(self.whole)
-

@@ -31,7 +31,6 @@ from .run_setup import Setup
 from .splits import Split, Splits
 from .time_limit import Timing, tell_plan
 
-
 # %% ../nbs/08l_folds.ipynb #77ded6d4
 def _check_number(folds):
     if isinstance(folds, bool) or not isinstance(folds, int) or folds < 2:
@@ -89,7 +88,6 @@ def joined(data: Splits # With labeled images and perhaps validation images
     one = Split(images, both(s.labels, v.labels), None, both(s.groups, v.groups)) # type: ignore[arg-type]
     return replace(data, labeled=one, valid=one)
 
-
 # %% ../nbs/08l_folds.ipynb #f1e870aa
 # The networks of some rounds as one, and the mean of their histories
 def _join_networks(folders, out):
@@ -101,9 +99,32 @@ def _join_networks(folders, out):
     save_tensors(joint, out/'model.safetensors', about)
 
 
+# What they say: of a labeled image the one that never saw it, of a test image all of them
+def _join_answers(answers, of):
+    valid = torch.zeros(len(of), answers[0]['valid'].shape[1])
+    for f, a in enumerate(answers): valid[torch.from_numpy(of == f)] = a['valid']
+    if 'test' not in answers[0]: return dict(valid=valid)
+    return dict(valid=valid, test=torch.stack([a['test'] for a in answers]).mean(0))
+
+def _share_right(probs, labels): return int((probs.argmax(1).numpy() == labels).sum()) / len(labels)
+
+# The plans of all folds, each stage once
+def _added_up(rows):
+    stages = rows.groupby(['round', 'stage'], sort=False)
+    table = stages.agg(amount=('amount', 'first'), times=('amount', 'size'), seconds=('seconds', 'sum'))
+    table = table.reset_index().sort_values('round', kind='stable', ignore_index=True)
+    table['amount'] += [f', {n} times' if n > 1 else '' for n in table.pop('times')]
+    return table
+
 # %% ../nbs/08l_folds.ipynb #f1e870ab
 def _are_probabilities(p): # NaN is none
     return p.dtype == torch.float32 and bool(((p >= 0) & ((p.sum(1, keepdim=True) - 1).abs() < 1e-3)).all())
+
+def _read_answers(file, shape):
+    "float32 (N, K), of the validation images. Raises ValueError, naming the file, for anything else."
+    p = load_tensors(file)[0].get('valid')
+    if p is not None and p.shape == shape and _are_probabilities(p): return p.numpy()
+    raise ValueError(f"{file} is not what was written: fit(), or noisy-student run, makes it again")
 
 class Folds(ImageTask):
     "Rounds of several networks: each part is a run of its own, and what they say is put together."
@@ -163,18 +184,10 @@ class Folds(ImageTask):
 
     def plan(self) -> pd.DataFrame: # round, stage, amount, seconds
         rows = pd.concat([part.task.plan() for part in self.parts])
-        if not len(rows): return rows
-        stages = rows.groupby(['round', 'stage'], sort=False)
-        table = stages.agg(amount=('amount', 'first'), times=('amount', 'size'), seconds=('seconds', 'sum'))
-        table = table.reset_index().sort_values('round', kind='stable', ignore_index=True)
-        table['amount'] += [f', {n} times' if n > 1 else '' for n in table.pop('times')]
-        return table
+        return _added_up(rows) if len(rows) else rows
 
     def valid_probs(self, k):
-        p = load_tensors(file := self.dir.round(k)/'answers.safetensors')[0].get('valid')
-        if p is None or p.shape != (len(self.of), len(self.data.classes)) or not _are_probabilities(p):
-            raise ValueError(f"{file} is not what was written: fit(), or noisy-student run, makes it again")
-        return p.numpy()
+        return _read_answers(self.dir.round(k)/'answers.safetensors', (len(self.of), len(self.data.classes)))
 
     def _is_answered(self, k):
         try: return self.valid_probs(k) is not None
@@ -190,22 +203,18 @@ class Folds(ImageTask):
         return pd.concat([pd.DataFrame(table), pd.DataFrame(probs, columns=names)], axis=1)
 
     def _join(self, k): # the folds of a round: answers, networks, history, figures
-        begun, folder, y = time.perf_counter(), self.dir.round(k), self.true_labels('valid')
-        answers, folders = [o.task.learners.answered(k) for o in self.parts], [o.dir.round(k) for o in self.parts]
-        valid = torch.zeros(len(y), len(self.data.classes))
-        for f, a in enumerate(answers): valid[torch.from_numpy(self.of == f)] = a['valid']
-        test = dict(test=torch.stack([a['test'] for a in answers]).mean(0)) if 'test' in answers[0] else {}
+        begun, folder, folders = time.perf_counter(), self.dir.round(k), [o.dir.round(k) for o in self.parts]
+        answers = _join_answers([o.task.learners.answered(k) for o in self.parts], self.of)
         folder.mkdir(exist_ok=True)
-        save_tensors(dict(valid=valid, **test), folder/'answers.safetensors')
+        save_tensors(answers, folder/'answers.safetensors')
         write_text(folder/'oof.csv', self.oof(k).to_csv(index=False))
         _join_networks(folders, folder)
         rows = pd.DataFrame([read_metrics(o) for o in folders])
         known = rows.pseudo_label_accuracy.astype(float).mean()
-        right = (test['test'].argmax(1).numpy() == self.data.test.labels).sum() if test else 0
         metrics = dict(
-            round=k, role=rows.role.iloc[0], arch=self.arch(k), parameters=int(rows.parameters.iloc[0]), labeled=len(y),
-            pseudo_labeled=round(float(rows.pseudo_labeled.mean())),
-            **self.figures(k, valid.clamp_min(1e-20).log().numpy()),
-            test_accuracy=int(right) / len(self.data.test) if test else None,
+            round=k, role=rows.role.iloc[0], arch=self.arch(k), parameters=int(rows.parameters.iloc[0]),
+            labeled=len(self.of), pseudo_labeled=round(float(rows.pseudo_labeled.mean())),
+            **self.figures(k, answers['valid'].clamp_min(1e-20).log().numpy()),
+            test_accuracy=_share_right(answers['test'], self.data.test.labels) if 'test' in answers else None,
             pseudo_label_accuracy=None if np.isnan(known) else float(known))
         self.dir.finish(dict(metrics, seconds=round(float(rows.seconds.sum()) + time.perf_counter() - begun, 1)))

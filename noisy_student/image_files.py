@@ -44,7 +44,7 @@ with suppress(ImportError):
 def open_image(
     file: BinaryIO, # From `open_item`
 ) -> Image.Image: # Not decoded yet
-    "The one way to open an image: by a decoder of `FORMATS`. Raises whatever Pillow raises for what is none."
+    "The one way to open an image: by a decoder of `FORMATS`. Raises whatever Pillow raises for an invalid image."
     Image.init()
     return Image.open(file, formats=[o for o in FORMATS if o in Image.OPEN])
 

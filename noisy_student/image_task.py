@@ -32,7 +32,6 @@ from .run_setup import Setup
 from .round_task import Task
 from .time_limit import Timing
 
-
 # %% ../nbs/08i_image_task.ipynb #a7000006
 class ImageRounds(Task):
     "A round of images: what it learns from, how it is trained and judged."
@@ -87,8 +86,8 @@ class ImageRounds(Task):
 
     def figures(self, k: int, # Round
                 scores: np.ndarray # float (n, K) logits of the validation images
-               ) -> dict:
-        "What they say of the round, and, as `worse_than` and `verdict`, whether it is worse than the best before it."
+               ) -> dict: # As `valid_figures`; also `worse_than`, a round, and `verdict`, a sentence, if it is worse
+        "What they say of the round, and whether it is worse than the best before it."
         y = self.true_labels('valid')
         out = valid_figures(y, scores, self.recipe.choose_by)
         if not k or not len(self.dir.summary): return out
@@ -105,7 +104,6 @@ class ImageRounds(Task):
 
     def trained(self, k): return self.learners.trained(k)
     def true_labels(self, name): return self.learners.labels(name)
-
 
 # %% ../nbs/08i_image_task.ipynb #a7000008
 class ImageTask(ImageRounds):
@@ -172,7 +170,7 @@ class ImageTask(ImageRounds):
 
     def enough_for(self, k: int # Round that is left out
                   ) -> float: # 0 where it is not known
-        "The time limit in seconds from which on it is not."
+        "Smallest time limit in seconds that fits this round, plus 10 %."
         return self.dir.plan(k).get('enough') or 0.
 
     def end(self): self.timing.complain()
@@ -180,4 +178,3 @@ class ImageTask(ImageRounds):
     def plan(self) -> pd.DataFrame: # round, stage, amount, seconds
         "What the run will do."
         return self.timing.plan()
-

@@ -25,7 +25,6 @@ from .reading import open_array, read_json
 
 _all_ = ['MAX_PIXELS', 'ImageFileError', 'BadImage', 'load_image'] # public here too
 
-
 # %% ../nbs/01c_images.ipynb #2ea11351
 class Decoded(NamedTuple):
     "Square images in one array, and what could not be read."

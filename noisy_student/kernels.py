@@ -62,6 +62,7 @@ def augment(
     return (len(x) and _fused(x.device, x.dtype, _is_large(x)) or batch_ops.augment)(x, draws, reference)
 
 
+# Of a batch that is augmented: bytes, or any floating-point type in [0, 1]
 DTYPES = (torch.uint8, torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -75,7 +76,6 @@ def check_batch(
                         f"got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         raise ValueError(f"images must have shape (B, C, H, W) with 1 or 3 channels, got {tuple(x.shape)}")
-
 
 # %% ../nbs/02d_kernels.ipynb #9ee4e409
 _Img = TypeVar('_Img', bound=Image.Image | Tensor)

@@ -35,7 +35,7 @@ from .stochastic_depth import TrainingNoise
 # %% ../nbs/08d_labeling.ipynb #ae000005
 # a network that answers as in training, but for batch normalization; equal images, equal draws
 class _NoisedTeacher(nn.Module):
-    def __init__(self, learn, noise, seed): # `learn` is for this purpose only: its network stays noised
+    def __init__(self, learn, noise, seed): # `learn` is not reused: its network stays noised
         super().__init__()
         self.model, self.augment, self.seed = learn.model, noise.transforms(), seed
         for cb in learn.cbs:

@@ -50,7 +50,6 @@ def images_at_once(device: str | torch.device, # Where a network computes
     if torch.device(device).type != 'cuda': return 256
     return min(max(256, 2**22 // size**2), 4096) # more than 256 only of fewer pixels than 84 images of 224
 
-
 # %% ../nbs/03p_network.ipynb #b1000009
 def check_stats(mean: Sequence[float], # Per channel
                 std: Sequence[float] # Per channel

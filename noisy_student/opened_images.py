@@ -109,7 +109,6 @@ class OpenedImages:
         images = getattr(self.data, name).images
         return int(i) if isinstance(images, np.ndarray) else images[i]
 
-
 # %% ../nbs/08a_opened_images.ipynb #ab000013
 class OpenedPool(OpenedImages):
     "The same, and which of them a table of pseudo labels speaks of."
@@ -165,7 +164,6 @@ def leaks_of(opened: OpenedImages, # Of a run
                             other=opened.item(other, j), kind=o.kind, difference=round(o.difference, 4)))
     return out
 
-
 # %% ../nbs/08a_opened_images.ipynb #ab000017
 class Opened(OpenedPool):
     "All that a run asks of its images: the same, without what leaks."
@@ -191,7 +189,7 @@ class Opened(OpenedPool):
         except FileNotFoundError: pass
         except ValueError: self.find_leaks()
 
-    def left_out(self) -> dict[int, str]: # Row of the decoded pool -> why
+    def left_out(self) -> dict[int, str]: # Row of the decoded pool, which is no `item` -> why
         "Unlabeled images that are also validation or test images."
         if self._left_out is None: self.find_leaks()
         return self._left_out or {}
@@ -235,4 +233,3 @@ class Opened(OpenedPool):
         if not self._left_out: return
         leaks = [(self.item('unlabeled', good[row]), o) for row, o in self._left_out.items()]
         self.write_skipped([*self.images('unlabeled').bad, *leaks])
-

@@ -15,7 +15,6 @@ import torch
 from fastai.callback.fp16 import MixedPrecision
 from torch import nn
 
-
 # %% ../nbs/00i_precision.ipynb #a1000006
 def half_of(
     device: torch.device, # Where it would be computed
@@ -59,7 +58,6 @@ def fast(
         if wanted and has_fast_bf16(device):
             for net in networks: stack.enter_context(in_bf16(net, device))
         yield
-
 
 # %% ../nbs/00i_precision.ipynb #a1000009
 class Half(MixedPrecision):

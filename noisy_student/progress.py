@@ -15,7 +15,6 @@ from typing import Any
 
 from fastcore.imports import IN_NOTEBOOK
 
-
 # %% ../nbs/00c_progress.ipynb #p0000006
 def in_words(
     figures: dict[str, float | str | None], # Name to figure; accuracies in 0..1
@@ -136,7 +135,6 @@ def default_progress() -> Callable[[str, int, int], None]:
     "What fits who looks."
     return InNotebook() if IN_NOTEBOOK else OneLine() if sys.stderr.isatty() else Log()
 
-
 # %% ../nbs/00c_progress.ipynb #p0000012
 class StageProgress:
     "Progress (done, total) of one stage."
@@ -182,4 +180,3 @@ class Within:
         total: int, # Epochs
         figures: dict[str, float | str | None], # As `in_words` takes them
     ) -> None: StageProgress(self.tell, self.before + stage).epoch(done, total, figures)
-

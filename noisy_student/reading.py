@@ -37,7 +37,6 @@ def check_regular(
     "Raises OSError, naming the file, as `open_regular` does."
     open_regular(file).close()
 
-
 # %% ../nbs/00da_reading.ipynb #da000009
 def misfit(
     value: Any, # As JSON is read
@@ -65,7 +64,6 @@ def misfit(
     return None
 
 def _wrong(value): return f'is {str(value)[:40]!r}'
-
 
 # %% ../nbs/00da_reading.ipynb #da00000c
 _MOST, _VALUES = 1 << 28, 5_000_000 # Bytes; values: empty lists take 20 times the memory of their text
@@ -96,7 +94,6 @@ def read_json(
     with open_regular(file) as f: data = f.read(_MOST + 1)
     return parse_json(data if len(data) <= _MOST else b'', shape, file, remedy)
 
-
 # %% ../nbs/00da_reading.ipynb #da000010
 _ROWS_PER_BYTE = 100 # A run of equal values takes a few bytes; a pool of so many has none worth a look
 
@@ -121,7 +118,6 @@ def open_parquet(
     if sum(g.num_rows for g in groups) > _ROWS_PER_BYTE * os.path.getsize(file):
         raise ValueError(f"{file} claims more rows than fit into it: refused")
     return found
-
 
 # %% ../nbs/00da_reading.ipynb #da000019
 _CELLS = 10_000_000 # Of a table, which take memory also where rows leave them out

@@ -74,13 +74,7 @@ class Recipe:
     bf16: bool = True # Compute in bfloat16 where the hardware is fast at it
     source: str = '' # Where the numbers are from, and what came out there
 
-    def __post_init__(self):
-        object.__setattr__(self, 'archs', tuple(self.archs))
-        words = {'hub': True, 'none': False} # those of the command line
-        object.__setattr__(self, 'pretrained', words.get(self.pretrained, self.pretrained))
-        if isinstance(self.share, list): object.__setattr__(self, 'share', tuple(self.share)) # as JSON has it
-        if isinstance(self.ratio, float) and self.ratio.is_integer(): object.__setattr__(self, 'ratio', int(self.ratio))
-        check_ranges(self)
+    def __post_init__(self): check_ranges(_as_kept(self))
 
     @property
     def rate(self) -> float:
@@ -112,6 +106,16 @@ class Recipe:
     def to_json(self) -> dict:
         "As plain JSON types."
         return asdict(self)
+
+# %% ../nbs/06d_recipes.ipynb #3cf08c72
+def _as_kept(r):
+    "The recipe, with its values in their one form."
+    words = {'hub': True, 'none': False} # those of the command line
+    new = dict(archs=tuple(r.archs), pretrained=words.get(r.pretrained, r.pretrained))
+    if isinstance(r.share, list): new['share'] = tuple(r.share)
+    if isinstance(r.ratio, float) and r.ratio.is_integer(): new['ratio'] = int(r.ratio)
+    for k, v in new.items(): object.__setattr__(r, k, v) # which is frozen
+    return r
 
 # %% ../nbs/06d_recipes.ipynb #2c0825f4
 def _paper(name, ratio, m=27, **changes):

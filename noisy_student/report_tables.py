@@ -171,7 +171,7 @@ def leaks_table(run: RunRecord, # From `read_run`
                 n: int = 20 # Rows at most
                ) -> ReportTable:
     "A row per image that is in two splits."
-    words = ('image', 'pile', 'also in', 'there', 'how')
+    words = ('image', 'split', 'also in', 'there', 'how')
     rows = [[item_name(o['item']), o['pile'], o['also_in'], item_name(o['other']), o['kind'], f"{o['difference']:.3f}"]
             for o in run.leaks[:n]]
     return ReportTable([*((o, True) for o in words), ('difference', False)], rows)

@@ -12,7 +12,6 @@ import warnings
 
 import numpy as np
 
-
 # %% ../nbs/06a_round_scores.ipynb #5c000006
 CHOOSE_BY = dict(accuracy=1, balanced_accuracy=1, f1=1, log_loss=-1) # Name -> sign: 1 where higher is better
 
@@ -65,7 +64,6 @@ def score(metrics: dict, # Of `class_metrics`
                          "probabilities")
     return CHOOSE_BY[choose_by] * value
 
-
 # %% ../nbs/06a_round_scores.ipynb #5c000011
 def accuracy_error(p: float, # Accuracy, in [0, 1]
                    n: int # Images, > 0
@@ -100,7 +98,6 @@ def score_error(
         size = of if choose_by == 'balanced_accuracy' else (of + taken) / 2
         return (right[size > 0] / size[size > 0]).mean()
     return float(np.std([rate(c) for c in np.random.default_rng(seed).multinomial(n, counts / n, draws)]))
-
 
 # %% ../nbs/06a_round_scores.ipynb #5c000014
 def valid_figures(

@@ -24,7 +24,6 @@ from .run_warnings import chance_warnings, round_warnings
 from .run_record import read_run
 from .rundir import RunDir, of_round
 
-
 # %% ../nbs/08h_round_task.ipynb #a6000006
 class Parts:
     "What a kind of data, such as images, has to say about its rounds."
@@ -43,7 +42,8 @@ class Parts:
 
     @property
     def config(self) -> dict:
-        "Settings that must match to resume a run, as JSON types."
+        """Settings that must match to resume a run, as JSON types: `seed`, `recipe`, `classes`, and what tells networks
+        and data apart."""
         raise NotImplementedError
 
     def label(self, k: int) -> Any:
@@ -55,7 +55,8 @@ class Parts:
         raise NotImplementedError
 
     def train(self, k: int, learn: Learner, role: str) -> tuple[list[dict], float]:
-        "Train what `start` gave: a dict per epoch, and the seconds of all processes that it took."
+        """Train what `start` gave: a dict per epoch (`epoch`, `train_loss`, `valid_loss`, `valid_accuracy`, further
+        metrics by name), and the seconds of all processes that it took."""
         raise NotImplementedError
 
     def save(self, k: int, learn: Learner) -> None:
@@ -63,7 +64,8 @@ class Parts:
         raise NotImplementedError
 
     def measure(self, k: int, learn: Learner, labels: Any) -> dict:
-        "What a row of the summary says of the trained network and its labels."
+        """What a row of the summary says of the trained network and its labels: `pseudo_labeled`, `test_accuracy`,
+        `pseudo_label_accuracy`, and the figures of `valid_figures`."""
         raise NotImplementedError
 
     def trained(self, k: int) -> Learner:
@@ -82,7 +84,6 @@ class Parts:
 
     def end(self) -> None:
         "What comes after the last one."
-
 
 # %% ../nbs/08h_round_task.ipynb #a6000008
 class Task(Parts):
@@ -125,12 +126,12 @@ class Task(Parts):
 
     def findings(self, k: int # A finished round
                 ) -> list[str]:
-        "What looks wrong since it is there, in words."
+        "Warnings about a finished round."
         run = read_run(self.dir.path)
         return round_warnings(run, k) + chance_warnings(run.metrics[-1], run.about)
 
     def sizes(self) -> dict[str, Any]: # As run.json has them
-        "How much there is of everything."
+        "How many there are: `labeled`, `unlabeled`, `valid`, `test`, `labeled_per_class`, `valid_per_class`."
         parts = {o: getattr(self.data, o) for o in ('labeled', 'unlabeled', 'valid', 'test')}
         out: dict[str, Any] = {k: 0 if o is None else len(o) for k, o in parts.items()}
         for o in ('labeled', 'valid'):
@@ -141,4 +142,3 @@ class Task(Parts):
         if n_parameters(learn.model) < self.dir.summary.parameters[k - 1]:
             warnings.warn(f"round {k}: the student {self.arch(k)} is smaller than its teacher {self.arch(k - 1)}: this "
                           "is distillation, Noisy Student wants an equal or larger student")
-

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -37,6 +36,7 @@ from .predictions import predict_table
 from .progress import StageProgress, default_progress
 from .pseudo_labels import Selection
 from .recipes import Recipe, setting_hint
+from .round_task import Task
 from .run_results import Results
 from .rundir import RunDir, read_metrics, read_summary, run_folder, weights_file # noqa: F401
 from .run_file import check_config, config_of, write_run
@@ -52,7 +52,7 @@ class Loop(Results):
     "Rounds, one after the other, in a directory that can be looked at and resumed."
     source: dict | None = None # Where the data came from: kept for `noisy-student report`
 
-    def __init__(self, task: Any, # Makes the rounds: an `ImageTask`, `Folds`, or that of a table
+    def __init__(self, task: Task, # Makes the rounds: an `ImageTask`, `Folds`, or that of a table
                  stops: bool = False # Whether a network at chance level ends the run
                 ):
         super().__init__(task)
@@ -138,7 +138,6 @@ class Loop(Results):
 def _is_whole(page): # whether a page is there to its end
     return page.is_file() and page.read_bytes().endswith(b'</html>\n')
 
-
 # %% ../nbs/09_rounds.ipynb #ab100003
 class ImageLoop(Loop):
     "The loop on images, and what its networks are good for."
@@ -201,7 +200,6 @@ class ImageLoop(Loop):
         al. 2021."""
         return find_suspects(self.task, self.folds is not None, pictures)
 
-
 # %% ../nbs/09_rounds.ipynb #0d458502
 class NoisyStudent(ImageLoop):
     """Teacher, pseudo labels, noised student, and again (Xie et al. 2020, Algorithm 1), in a run directory.
@@ -238,13 +236,13 @@ class NoisyStudent(ImageLoop):
             folds=folds, before=directory.about if directory.has_begun() else {}, pseudo_labels=pseudo_labels,
             metrics=metrics, auto_batch=auto_batch, cbs=cbs, settings=settings)
         tell = (lambda *_: None) if rank() else progress or default_progress()
-        task: Any = (ImageTask.assemble(setup, directory, tell) if folds is None
-                     else Folds.assemble(setup, directory, tell, folds, identity(given), Loop))
+        task = (ImageTask.assemble(setup, directory, tell) if folds is None
+                else Folds.assemble(setup, directory, tell, folds, identity(given), Loop))
         super().__init__(task, stops=bool(setup.reasons) and not force)
         self.setup, self.size, self.device, self.folds = setup, setup.size, setup.device, folds
         self.opened, self.learners, self.labeling = task.opened, task.learners, task.labeling
         self.source = source_of_names(data, seed, **said)
-        self.parts = [self] if folds is None else task.parts # runs, one per fold
+        self.parts = task.parts if isinstance(task, Folds) else [self] # runs, one per fold
         task.timing.making = time.perf_counter() - begun
 
 def _of_data(settings): # what is said of data, taken out; ValueError for a name that nothing has
@@ -254,7 +252,6 @@ def _of_data(settings): # what is said of data, taken out; ValueError for a name
         if k not in known: raise ValueError(f"unknown setting {k!r}{setting_hint(k, known)}")
     return {k: settings.pop(k) for k in DATA_SETTINGS if k in settings}
 
-
 # %% ../nbs/09_rounds.ipynb #031d82e9
 def load_model(path: str | Path, # A run directory (its best round), a round_K folder, or a model.safetensors
                device: str | torch.device = 'cpu', # Where to put it
@@ -262,4 +259,3 @@ def load_model(path: str | Path, # A run directory (its best round), a round_K f
               ) -> Network:
     "The trained network of a run. Raises FileNotFoundError or ValueError, naming the file, if there is none."
     return load_network(weights_file(path), device, arch)
-

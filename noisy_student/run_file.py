@@ -16,7 +16,6 @@ from .files import sealed
 from .models import resolved
 from .rundir import RunDir, read_about
 
-
 # %% ../nbs/07c_run_file.ipynb #f1000006
 # Settings that older runs do not know
 _SINCE = ('share', 'share_of', 'head_rounds', 'body_lr', 'freeze_norm', 'class_weights', 'choose_by', 'student_lr')
@@ -33,7 +32,7 @@ def _version(package, module):
 
 def write_run(directory: RunDir, # Of a run
               config: dict, # Its settings, as JSON types
-              **about # More to know about it: device, sizes, source, speed
+              **about # More to know about it: device, sizes, source, `speed` in pixels per second
              ) -> None:
     "Write run.json. Raises OSError, naming the file."
     versions = {o: _version(o, m) for o, m in _VERSIONS.items()}
@@ -52,7 +51,6 @@ def config_of(directory: RunDir, # Of a run
         return config
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{file} is damaged: remove {directory.path}, or choose another folder") from None
-
 
 # %% ../nbs/07c_run_file.ipynb #f1000009
 SELECTION = ('threshold', 'per_class', 'strict', 'binned', 'share', 'share_of') # Settings that select pseudo labels
@@ -83,7 +81,7 @@ def check_config(directory: RunDir, # Of a run
     alike.append('content') # told by `data`; of the same names and sizes, the pixels are compared once they are decoded
     if a.get('content') and a['content'] == b.get('content'): alike.append('data') # elsewhere now
     diff = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k) and k not in alike]
-    is_new = a.get('data') != b.get('data') or 'content' in b and 'content' not in a # which an older run does not have
+    is_new = a.get('data') != b.get('data') or 'content' in b and 'content' not in a # older runs lack it
     free = {'recipe.rounds'} if b['recipe.rounds'] > a.get('recipe.rounds', float('inf')) else set()
     if not directory.has_begun('selected.parquet'): free |= {f'recipe.{o}' for o in SELECTION}
     if not directory.has_begun(): free = set(diff) # nothing has been made yet

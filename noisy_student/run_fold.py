@@ -27,7 +27,6 @@ from .rundir import RunDir
 from .splits import Splits
 from .time_limit import Timing
 
-
 # %% ../nbs/08k_run_fold.ipynb #a8000006
 class OpenedFold(Opened):
     "The images of a fold: its labeled and validation images are some of those of the whole run, its pool is the same."
@@ -84,7 +83,6 @@ class FoldLearners(Learners):
                                  "and fit(), or noisy-student run, makes it again")
         return self.answers
 
-
 # %% ../nbs/08k_run_fold.ipynb #a8000007
 class _FoldHeads(Heads): # features are computed once for all folds
     def __init__(self, whole, held, *args): super().__init__(*args); self.whole, self.held = whole, held
@@ -140,4 +138,3 @@ class FoldTask(ImageTask):
     def try_networks(self, todo): pass
     def say_left_out(self, k): pass
     def end(self): pass
-

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 
@@ -32,7 +33,6 @@ from .pseudo_labels import PseudoLabels
 from .recipes import Recipe
 from .rundir import of_round
 from .training import TeacherTargets, optimizer
-
 
 # %% ../nbs/08b_run_learners.ipynb #ac000006
 class RoundSettings:
@@ -107,7 +107,6 @@ class RoundSettings:
         if r.soft: return selection.probs
         return np.eye(K, dtype=np.float32)[selection.labels] * (1 - r.label_smoothing) + r.label_smoothing / K
 
-
 # %% ../nbs/08b_run_learners.ipynb #ac000010
 def halve_batch(made: RoundSettings, # Of the run that ran out of memory
                 k: int, # In this round
@@ -133,7 +132,6 @@ def halve_batch(made: RoundSettings, # Of the run that ran out of memory
     warnings.warn(f"out of memory in round {k}: from the last checkpoint on, batches of {r.bs} are computed in "
                   f"{2 * r.accumulate} parts of {half}")
 
-
 # %% ../nbs/08b_run_learners.ipynb #ac000013
 class Learners(RoundSettings):
     "Builds the learners of a run."
@@ -146,11 +144,11 @@ class Learners(RoundSettings):
         "The network of a round before its training."
         r = self.recipe_of(k)
         labeled, valid = ((self.opened.images(n).images, getattr(self.data, n).labels) for n in ('labeled', 'valid'))
-        pseudo: Any = None
+        pseudo: tuple[Any, torch.Tensor | np.ndarray] | None = None # images, targets
         copies, augment, parts = None, student_view(r), r.accumulate
         bs = r.bs // (parts * world()) # images of a batch that are labeled, of this process
         if teacher is not None:
-            pool: Any = self.opened.pool()
+            pool = self.opened.pool()
             pseudo = pool, torch.zeros(1, len(self.data.classes)).expand(len(pool), -1)
             augment = [TeacherTargets(teacher.model, teacher.dls.clean_view, bs, r.temperature), *augment]
         elif selection is not None:
@@ -167,7 +165,7 @@ class Learners(RoundSettings):
         return self.on(k, dls, noise, pretrained, loss, self.class_weights())
 
     def on(self, k: int, # Round
-           dls: Any, # Any data loaders of the same images
+           dls: DataLoaders, # Any of the same images
            noise: Noise, # In training
            pretrained: bool | str = False, # Start from weights
            loss: Callable | None = None, # None: that of the recipe
@@ -217,7 +215,6 @@ class Learners(RoundSettings):
         if split is None or not len(split): return None
         return int((self.scores(learn, name).argmax(1) == split.labels).sum()) / len(split)
 
-
 # %% ../nbs/08b_run_learners.ipynb #ac000015
 def check_weights(made: RoundSettings, # Of a run
                   rounds: list[int] # That are still to be trained
@@ -233,7 +230,7 @@ def check_weights(made: RoundSettings, # Of a run
 
 def check_metrics(made: Learners # Of a run
                  ) -> None:
-    "Raises ValueError if the metrics cannot be computed: before a training whose figures they should give."
+    "Raises ValueError if the metrics cannot be computed: before training."
     if not made.metrics: return
     with seeded(0), warnings.catch_warnings():
         warnings.simplefilter('ignore') # each is told when the network is made
@@ -244,4 +241,3 @@ def check_metrics(made: Learners # Of a run
         raise ValueError(f"metrics cannot be computed for {len(made.data.classes)} classes "
                          f"({str(e).strip().splitlines()[-1]}): of more than two, F1Score and the like want "
                          "average='macro'") from None
-

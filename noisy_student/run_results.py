@@ -20,7 +20,6 @@ from .run_record import read_run
 from .report import write_report
 from .splits import Splits
 
-
 # %% ../nbs/07j_run_results.ipynb #aa000006
 class Results:
     "What a run has found, read from its directory."
@@ -77,4 +76,3 @@ class Results:
         except Exception as e:
             warnings.warn(f"{self.path/'report.html'} could not be written ({type(e).__name__}: {e}); the run itself "
                           "is complete")
-

@@ -37,7 +37,7 @@ from .splits import unseen_classes
 # %% ../nbs/08g_run_setup.ipynb #a5000006
 @dataclass(frozen=True)
 class Setup:
-    "What a run on images is made of, once it was looked through."
+    "What a run on images is made of, after validation."
     data: Splits # Its images
     recipe: Recipe # With all that was decided
     size: int # Side of the images in pixels
@@ -49,7 +49,7 @@ class Setup:
     given: PseudoLabels | None = None # Made elsewhere: round 0 is a student of that teacher
     limit: float | None = None # Seconds that all rounds may take together
     reasons: dict[str, str] = field(default_factory=dict) # Of the settings that were decided
-    settled: dict = field(default_factory=dict) # What was decided, and by what: `speed`, `settled_for`, `chosen`
+    settled: dict = field(default_factory=dict) # As in run.json: `speed` (pixels per second), `settled_for`, `chosen`
     auto_batch: bool = False # Whether batches may be computed in parts
     cbs: Callable[[int, Path], list] = lambda k, folder: [] # More callbacks
 
@@ -187,7 +187,7 @@ def settle(
             raise ValueError(f"run.json says that the run began with {named}, which cannot be had: {e}; name another "
                              "run directory (path=, --out)") from None
         configured.reasons.update(dict.fromkeys(chosen, "as when the run began"))
-    found, made, reasons, speed = configured
+    found, made, reasons, pixels_per_second = configured
     if reasons and first != limit: _tell_kept(made, decide(limit, **chosen).recipe, first, limit)
     if not before and NO_WEIGHTS in reasons.get('pretrained', ''):
         warnings.warn(f"training starts from scratch, as {NO_WEIGHTS}: with pretrained weights a few labels do for "
@@ -199,11 +199,10 @@ def settle(
     size, given = made.size or default_size(data, made.pretrained), None
     metrics = _metrics(metrics)
     if pseudo_labels is not None: _check_given(given := read_selection(pseudo_labels), data)
-    settled = dict(speed=speed, settled_for=first, chosen=_chosen(configured)) if reasons else {}
+    settled = dict(speed=pixels_per_second, settled_for=first, chosen=_chosen(configured)) if reasons else {}
     s = Setup(data, made, size, dict(zip(names, found)), names, seed, device, metrics, given, limit, reasons, settled,
               auto_batch, cbs or (lambda k, folder: []))
     _check_images(s)
     join(device)
     _check_networks(s)
     return s
-

@@ -1,4 +1,4 @@
-"""The suspects of a run: labels that a network contradicts which never saw them
+"""Labels contradicted by a network that was never trained on them
 
 Docs: https://noisy-student.github.io/noisy_student/run_suspects.html.md"""
 
@@ -27,7 +27,6 @@ from .metrics import softmax
 from .progress import StageProgress
 from .pseudo_labels import read_selection
 from .suspects import flipped_labels, rank_suspects, show_suspects
-
 
 # %% ../nbs/08j_run_suspects.ipynb #a9000006
 def unseen_probs(task: ImageTask, # Of a run
@@ -69,7 +68,6 @@ def _by_classifiers(task, k):
         found = fit_head(x[train], y[train], C=C, seed=task.seed)
         out[fold == f], C = softmax(found.logits(x[fold == f])), found.C
     return out
-
 
 # %% ../nbs/08j_run_suspects.ipynb #a9000008
 def find_suspects(task: ImageTask, # Of a run, at least one round done
@@ -115,4 +113,3 @@ def _changed(task, k, folder):
     if not before or not len(f := flipped_labels(before[0], folder/'pseudo_labels')): return []
     return [pd.DataFrame(dict(kind='pseudo-labeled', item=f['item'], label=f.label_before, predicted=f.label_after,
                               confidence=f.confidence_after))]
-

@@ -35,23 +35,22 @@ def skewed_classes(
     many, few = (ratio >= odds) & (b_low > a_high), (ratio <= 1 / odds) & (b_high < a_low)
     return [(int(i), bool(many[i])) for i in np.argsort(-pseudo, kind='stable') if many[i] or few[i]]
 
-
 # %% ../nbs/07e_run_warnings.ipynb #b2000008
 def leak_warnings(found: list[dict] # What leaks.json holds
                  ) -> list[str]: # A sentence per pair of splits and kind
     "Leaks in words."
     key, out = lambda o: (o['pile'], o['also_in'], o['kind']), []
-    for (split, exam, kind), leaks in groupby(sorted(found, key=key), key):
-        group, exam = list(leaks), dict(valid='validation').get(exam, exam)
+    for (split, held_out, kind), leaks in groupby(sorted(found, key=key), key):
+        group, held_out = list(leaks), dict(valid='validation').get(held_out, held_out)
         first, one = group[0], len(group) == 1
         subject = f"{len(group):,} {split} image{'' if one else 's'}"
-        also = f"{'a ' if one else ''}{exam} image{'' if one else 's'}"
+        a, also = 'a ' if one else '', f"{held_out} image{'' if one else 's'}"
         pair = f"({item_name(first['item'])} = {item_name(first['other'])}{'' if one else ', ...'})"
         if kind == 'identical':
             then = ('left out of the pool' if split == 'unlabeled' else
                     'still trained on, which flatters the accuracy: remove from one of the two')
-            out.append(f"{subject} {'is' if one else 'are'} also {also} {pair}: {then}.")
-        else: out.append(f"{subject} look{'s' if one else ''} like {also} saved anew {pair}: still trained on; "
+            out.append(f"{subject} {'is' if one else 'are'} also {a}{also} {pair}: {then}.")
+        else: out.append(f"{subject} look{'s' if one else ''} like {a}re-encoded {also} {pair}: still trained on; "
                          "have a look, and remove real copies.")
     return out
 

@@ -1,4 +1,4 @@
-"""The directory of a run: what is in it, what is finished, what may be put into it
+"""The directory of a run: what is in it, what is finished, what may be written to it
 
 Docs: https://noisy-student.github.io/noisy_student/rundir.html.md"""
 
@@ -22,7 +22,6 @@ from .files import altered, locked, unsealed, write_sums
 from .reading import misfit, open_parquet, read_csv, read_json
 from .round_scores import accuracy_error
 from .weights import load_tensors
-
 
 # %% ../nbs/07b_rundir.ipynb #e1000006
 def _is_share(o): return type(o) in (int, float) and 0 <= o <= 1
@@ -76,7 +75,6 @@ def best_round(rounds: list[dict] # Their metrics, at least one; figures of test
     top = max(rounds, key=lambda r: (score(r), r['round']))
     least = score(top) - number(top, 'score_error', 0.)
     return max(r['round'] for r in rounds if score(r) >= least and (r is top or number(r, 'worse_than', -1) < 0))
-
 
 # %% ../nbs/07b_rundir.ipynb #e1000009
 RESULTS = ('model.safetensors', 'history.csv', 'selected.parquet', 'answers.safetensors', 'oof.csv',
@@ -166,7 +164,6 @@ class Rounds:
         except (FileNotFoundError, NotADirectoryError): return {}
         except ValueError: raise ValueError(f"{file} is damaged: remove the folder {file.parent}") from None
 
-
 # %% ../nbs/07b_rundir.ipynb #e1000016
 COLUMNS = ['round', 'role', 'arch', 'parameters', 'labeled', 'pseudo_labeled', 'valid_accuracy', 'test_accuracy',
            'seconds', 'pseudo_label_accuracy', 'valid_balanced_accuracy', 'valid_f1', 'valid_log_loss', 'score',
@@ -237,7 +234,6 @@ class RunDir(Rounds):
             raise ValueError(f"{self.path} is not empty and holds no run (there is no run.json in it): choose another "
                              "folder")
 
-
 # %% ../nbs/07b_rundir.ipynb #e1000014
 def read_summary(path: str | Path # A run directory
                 ) -> pd.DataFrame: # A row per finished round, none if it is no run
@@ -265,4 +261,3 @@ def weights_file(path: str | Path # A run directory (its best round), a round_K 
         raise FileNotFoundError(f"no trained model at {path}: give a run directory, a round_K folder or a "
                                 "model.safetensors")
     return file
-

@@ -138,4 +138,3 @@ def _rounded_up(kept, n):
     is_dropped[kept.numpy()] = False
     dropped = np.flatnonzero(is_dropped)
     return torch.cat([kept, torch.from_numpy(dropped[np.arange(more) * len(dropped) // more])])
-

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import into_place
+from .files import into_place, replacing, write_text
 from .images import new_array
 from .reading import check_regular, may_fetch, open_array, read_json
 from .unlabeled import find_pool
@@ -70,27 +70,23 @@ def _converted(images, labels):
 
 def _svhn_array(root, name):
     "The Split of one .mat file, memory-mapped."
-    mat, *done = _svhn_names(root, name)
-    images, labels, meta = done
+    mat, images, labels, meta = _svhn_names(root, name)
     made_of = [mat.stat().st_size, mat.stat().st_mtime_ns] if mat.exists() else None
     try:
         if made_of in (None, read_json(meta, [int])) and (found := _converted(images, labels)): return found
     except (OSError, ValueError): pass # never made, or damaged
     X, y = _read_mat(mat)
-    part = [o.with_name(f'.{o.name}.{os.getpid()}') for o in done] # several processes may start at once
     try:
-        out = new_array(part[0], (len(y), 32, 32, 3))
-        for i in range(0, len(y), 8192): out[i:i + 8192] = X[..., i:i + 8192].transpose(3, 0, 1, 2)
-        out.flush(); del out, X
-        with open(part[1], 'wb') as f: np.save(f, y)
-        part[2].write_text(json.dumps(made_of))
-        meta.unlink(missing_ok=True) # it comes last and says that the other two are of this .mat file
-        for a, b in zip(part, done): into_place(a, b)
+        with replacing(images) as new:
+            out = new_array(new, (len(y), 32, 32, 3))
+            for i in range(0, len(y), 8192): out[i:i + 8192] = X[..., i:i + 8192].transpose(3, 0, 1, 2)
+            out.flush(); del out, X
+            meta.unlink(missing_ok=True) # it comes last and says that the other two are of this .mat file
+        with replacing(labels) as new, open(new, 'wb') as f: np.save(f, y)
+        write_text(meta, json.dumps(made_of))
     except OSError as e:
-        raise OSError(e.errno, f"cannot convert {mat}: {e.strerror} in {root}; "
-                               "put it where there is room for its pixels") from None
-    finally:
-        for o in part: o.unlink(missing_ok=True)
+        raise OSError(e.errno, f"cannot convert {mat}: {e.strerror}; put it where there is room for its "
+                               "pixels") from None
     return _converted(images, labels)
 
 # %% ../nbs/01i_svhn.ipynb #e149b9af

@@ -22,7 +22,6 @@ from torch import nn
 from .losses import HardTargets, SoftLabelCrossEntropy
 from .stochastic_depth import ClassifierDropout
 
-
 # %% ../nbs/11a_swap_noise.ipynb #98a95038
 def _check_swap(p):
     if not 0 <= p < 1: raise ValueError(f"swap must be in [0, 1), got {p}; it is the probability of replacing a cell")

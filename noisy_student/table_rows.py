@@ -24,7 +24,6 @@ from .dataloaders import MixedDL
 from .pseudo_labels import PseudoLabels
 from .splits import stratified
 
-
 # %% ../nbs/11b_table_rows.ipynb #26ca3617
 class FillMedian(TabularProc):
     """Fill missing continuous values with the median of the training rows, and add a category `NAME_na` for columns
@@ -68,7 +67,7 @@ class Table:
 
     @property
     def parts(self) -> dict[str, pd.DataFrame]:
-        "The splits that there are."
+        "The splits that there are: 'labeled', 'unlabeled', 'valid', and 'test' unless it is None."
         parts = dict(labeled=self.labeled, unlabeled=self.unlabeled, valid=self.valid, test=self.test)
         return {k: o for k, o in parts.items() if o is not None}
 
@@ -94,7 +93,6 @@ class Table:
     def __repr__(self) -> str:
         text = ', '.join(f'{n}: {len(self.parts.get(n, ())):,}' for n in ('labeled', 'unlabeled', 'valid', 'test'))
         return f"Table({text}, {len(self.classes)} classes)"
-
 
 # %% ../nbs/11b_table_rows.ipynb #ad100007
 def cut_table(
@@ -130,7 +128,6 @@ def _a_fifth(y, known, seed): # positions of labeled rows that validate, every c
         raise ValueError(f"{len(known)} labeled rows of {len(classes)} classes are too few to set some aside "
                          "for validation: label more, or give valid_idx")
     return known[stratified(codes, n, np.random.default_rng(seed))]
-
 
 # %% ../nbs/11b_table_rows.ipynb #ad100010
 # What `MixedDL` asks of a dataset: rows as one matrix, categories first, whose codes a float holds exactly
@@ -187,4 +184,3 @@ class TableLoaders:
             copies = selection.copies
         train = _RowsDL(len(labeled.cat_names), rows, pseudo, copies=copies, **kwargs)
         return DataLoaders(train, self.dls.valid, device=device)
-

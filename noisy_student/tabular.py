@@ -40,7 +40,6 @@ from .round_task import Task
 # Public here too
 _all_ = ['swap_noise', 'SwapNoise', 'TabularNoise', 'tabular_noisy_student_learner', 'FillMedian', 'Table']
 
-
 # %% ../nbs/11c_tabular.ipynb #dc0aebfe
 @dataclass(frozen=True)
 class TabularRecipe:
@@ -88,7 +87,6 @@ def _decay_groups(model):
     decay = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     params = [p for p in model.parameters() if p.requires_grad]
     return [[p for p in params if id(p) in decay], [p for p in params if id(p) not in decay]]
-
 
 # %% ../nbs/11c_tabular.ipynb #8bef1695
 class TableTask(Task):
@@ -167,7 +165,6 @@ class TableTask(Task):
 
     def true_labels(self, name): return self.data.codes(name)
 
-
 # %% ../nbs/11c_tabular.ipynb #ae100002
 class TabularNoisyStudent(Loop):
     """Teacher, pseudo labels, noised student, and again, on a table, in a run directory, as in `NoisyStudent`.
@@ -201,4 +198,3 @@ class TabularNoisyStudent(Loop):
         super().__init__(TableTask(table, widths, list(procs), recipe, seed, torch.device(device or 'cpu'),
                                    RunDir(path), progress or default_progress()))
         self.dls = self.task.loaders.dls
-

@@ -67,4 +67,3 @@ def keep_memory() -> bool: # Whether it could be asked for: with glibc, and unle
     mmap_threshold, trim_threshold, top_pad = -3, -1, -2
     wanted = {mmap_threshold: 32 << 20, trim_threshold: 2**31 - 1, top_pad: 64 << 20} # bytes
     return all([set_option(k, v) for k, v in wanted.items()])
-

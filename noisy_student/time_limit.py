@@ -32,7 +32,7 @@ class Timing(Clock):
         "Whether the time is too short for a student; known before its pool is labeled."
         if self.limit is None or not k or k < self.recipe.head_rounds or self.steps(k): return False
         if self.steps(k) is None and not rank():
-            step, _ = self.measured()
+            step = self.measured().step_seconds
             is_labeled = (self.learners.dir.round(k)/'selected.parquet').exists()
             left = self.left(k) - (0. if is_labeled else self.labeling(k))
             if not self.fitting(left, k, step[k]):
@@ -45,9 +45,9 @@ class Timing(Clock):
         k: int, # Round for which there is no time
         before: float = 0., # Seconds that are planned for the rounds before it
     ) -> float:
-        "The limit in seconds from which on there would be, and a tenth more."
+        "Smallest time limit in seconds that fits this round, plus 10 %."
         r, weights = self.recipe, round_weights(self.recipe)
-        least = least_steps(r) * (self.measured()[0][k] + self.judging(k) / 10)
+        least = least_steps(r) * (self.measured().step_seconds[k] + self.judging(k) / 10)
         trained = least * sum(weights[k:]) / weights[k]
         return 1.1 * (self.gone + before + self.beside(k) + (trained + self.labeling(k)) / .96)
 
@@ -80,7 +80,7 @@ class Timing(Clock):
         if self.limit is None: # what was shortened stays so
             return [KeepTime(float('inf'), epochs, lambda kept: None, r.accumulate)] if epochs else []
         steps = plan.get('steps') or self.full_length(k)
-        step = plan.get('step_seconds') or self.measured()[0][k] # it began without a limit
+        step = plan.get('step_seconds') or self.measured().step_seconds[k] # it began without a limit
         planned = steps * step + r.epochs_of(self.learners.role_of(k)) * self.judging(k) - self.trained_seconds(k)
         seconds = max(planned, self.left(k) * weights[k] / sum(weights[k:]))
         return [KeepTime(seconds, epochs, lambda kept: self.note(k, epochs=kept), r.accumulate)]
@@ -101,11 +101,7 @@ class Timing(Clock):
         if self.limit and len(table) and (k := int(table['round'].max()) + 1) <= self.recipe.rounds:
             enough = in_minutes(self.enough(k, table.seconds.sum()))
             print(f"no time for round {k}: there would be with time_limit='{enough}'", file=sys.stderr, flush=True)
-        data = self.learners.data
-        if self.recipe.rounds and (v := len(data.valid)) < 50 and len(data.labeled) < 500:
-            print(f"{v} validation images tell an accuracy to within {200 * (.09 / v)**.5:.0f} points: folds=5 "
-                  f"(--folds 5) judges by all {v + len(data.labeled)} labels, and trains on all of them",
-                  file=sys.stderr, flush=True)
+        if self.recipe.rounds: _tell_folds(self.learners.data)
 
     def complain(self) -> None:
         "Warn, at the end, of a limit that was not kept."
@@ -122,10 +118,10 @@ def plan_table(
     rows: list[Stage] = []
     todo = [k for k in range(r.rounds + 1) if not a.dir.is_done(k)]
     if not todo: return pd.DataFrame(columns=Stage._fields)
-    (step, rate), n = clock.measured(), clock.pool
+    rates, n = clock.measured(), clock.pool
     labeling = {k: clock.labeling(k) for k in todo if k and not r.on_the_fly}
     judged, gone = {k: clock.evaluation(k) for k in todo}, clock.gone
-    features = clock.features / rate[0] if todo[0] < r.head_rounds else 0.
+    features = clock.features / rates.images_per_second[0] if todo[0] < r.head_rounds else 0.
     fixed, trained = sum(labeling.values()) + sum(judged.values()) + features, 0.
     for k in todo:
         role = a.role_of(k)
@@ -138,15 +134,23 @@ def plan_table(
         else:
             planned = clock.steps(k)
             if planned is None and clock.limit: # of what the rounds before it leave
-                planned = clock.fitting(clock.limit - gone - fixed - trained, k, step[k])
+                planned = clock.fitting(clock.limit - gone - fixed - trained, k, rates.step_seconds[k])
             steps = clock.full_length(k) if planned is None else planned
             if not steps: break # no time for it
             epochs = epochs_in(steps) if clock.limit and steps != clock.full_length(k) else r.epochs_of(role)
-            seconds = max(0., steps * step[k] + epochs * clock.judging(k) - clock.trained_seconds(k))
+            seconds = steps * rates.step_seconds[k] + epochs * clock.judging(k) - clock.trained_seconds(k)
+            seconds = max(0., seconds)
             trained += seconds
             new.append(Stage(k, f'{name}: {a.arch(k)}', f'{steps:,} steps', seconds))
         rows += new + ([Stage(k, 'evaluation', f'{clock.held_out:,} images', judged[k])] if judged[k] else [])
     return pd.DataFrame(rows, columns=Stage._fields).round(dict(seconds=1))
+
+def _tell_folds(data):
+    "A line on stderr where few validation images judge."
+    if (v := len(data.valid)) < 50 and len(data.labeled) < 500:
+        print(f"{v} validation images tell an accuracy to within {200 * (.09 / v)**.5:.0f} points: folds=5 "
+              f"(--folds 5) judges by all {v + len(data.labeled)} labels, and trains on all of them", file=sys.stderr,
+              flush=True)
 
 def tell_plan(
     table: pd.DataFrame, # Of `plan_table`

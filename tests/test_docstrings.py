@@ -1,16 +1,19 @@
 "What help() shows: every parameter of everything public, in the words of the comment beside it."
 import importlib, inspect, pkgutil, re, sys, types
+from typing import get_type_hints
 
 import pytest
 
 import noisy_student
 from noisy_student.docstrings import comments, document
 
-def is_command(name): return name in ('cli', 'options') or name.startswith('commands_') # explained by --help
+MODULES = [o.name for o in pkgutil.iter_modules(noisy_student.__path__) if o.name != '_modidx']
 
 
-MODULES = [o.name for o in pkgutil.iter_modules(noisy_student.__path__) if o.name != '_modidx'
-           and not is_command(o.name)]
+def commands():
+    "The functions that --help explains."
+    from noisy_student.cli import app
+    return [o.callback for o in app.registered_commands]
 
 
 def parameters(o):
@@ -29,10 +32,16 @@ def test_help_names_every_parameter(name):
     module = importlib.import_module(f'noisy_student.{name}')
     for key in getattr(module, '__all__', ()):
         o = getattr(module, key)
-        if not callable(o) or getattr(o, '__module__', None) != module.__name__: continue
+        if not callable(o) or getattr(o, '__module__', None) != module.__name__ or o in commands(): continue
         doc = inspect.getdoc(o) or ''
         missing = [p for p in parameters(o) if not re.search(rf'^    \*{{0,2}}{p}( \(.*\))?: \S', doc, re.M)]
         assert not missing, f"{key} says nothing of {missing}:\n{doc}"
+
+
+@pytest.mark.parametrize('command', commands(), ids=lambda o: o.__name__)
+def test_every_option_of_a_command_has_a_help(command):
+    hints = get_type_hints(command, include_extras=True)
+    assert parameters(command) and all(hints[o].__metadata__[0].help for o in parameters(command))
 
 
 def test_it_says_type_meaning_default_and_result():

@@ -81,4 +81,3 @@ def test_pages_show_the_table_of_the_rows():
     assert sum(bool(folders.MARKED.search(o)) for o in [*cells, page]) == 2
     for text, spread in [*((o, False) for o in cells), (page, True)]:
         assert folders.paged(text, spread) == text, "python benchmarks/folders.py pages"
-

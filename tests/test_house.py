@@ -14,8 +14,7 @@ import noisy_student
 
 FOLDER = Path(noisy_student.__file__).parent
 ROOT = FOLDER.parent
-LINES = 200  # that a notebook exports at most, imports and blank lines left out
-TABLES = {"recipes"}  # whose lines are rows of a table
+LINES, CELL = 200, 80  # that a notebook and a cell of it export at most, imports and blank lines left out
 if not (ROOT/"_quarto.yml").exists(): pytest.skip("needs the source tree", allow_module_level=True)
 
 
@@ -63,12 +62,11 @@ def private(files):
     return sorted(found)
 
 
-def exported():
-    "The exported lines of every notebook by its name, imports and blank lines left out."
-    for file in (ROOT/"nbs").glob("*.ipynb"):
-        cells = ["".join(c["source"]) for c in json.loads(file.read_text())["cells"] if c["cell_type"] == "code"]
-        yield file.stem, [o for c in cells if c.startswith("#| export") for o in c.split("\n")
-                          if o.strip() and not o.startswith(("#|", "import ", "from "))]
+def exported(cells):
+    "The exported lines of a notebook's cells, a list per cell, imports and blank lines left out."
+    sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    return [[o for o in c.split("\n") if o.strip() and not o.startswith(("#|", "import ", "from "))]
+            for c in sources if c.startswith("#| export")]
 
 
 def test_a_module_needs_only_what_stands_before_it():
@@ -81,8 +79,10 @@ def test_no_private_name_of_another_module(): assert private(sources()) == []
 
 
 def test_a_notebook_is_one_room():
-    assert {k: len(v) for k, v in exported() if len(v) > LINES and k.partition("_")[2] not in TABLES} == {}
-    assert [o for _, v in exported() for o in v if len(o) > 120] == []
+    cells = {f.stem: exported(json.loads(f.read_text())["cells"]) for f in (ROOT/"nbs").glob("*.ipynb")}
+    assert {k: n for k, v in cells.items() if (n := sum(map(len, v))) > LINES} == {}
+    assert [(k, n) for k, v in cells.items() for c in v if (n := len(c)) > CELL] == []
+    assert [o for v in cells.values() for c in v for o in c if len(o) > 120] == []
 
 
 def test_what_is_planted_is_found():
@@ -91,5 +91,7 @@ def test_what_is_planted_is_found():
     for line in ("from .report import y", "def f():\n    from noisy_student.report import y", "from . import report",
                  "import noisy_student.report", "from noisy_student import report"):
         assert upward({**files, "files": line}, place) == [("files", "report")], line
+    cell = dict(cell_type="code", source=["#| export\n", "import x\n", "\n", "a\n", "b"])
+    assert exported([cell, dict(cell, source=["a"]), cell]) == [["a", "b"]] * 2
     for line in ("from .files import _x", "from . import files\nfiles._x", "from noisy_student import files\nfiles._x"):
         assert private({**files, "report": line}) == [("report", "files._x")], line

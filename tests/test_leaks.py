@@ -105,7 +105,7 @@ def test_leaks_of_arrays_are_left_out_before_labeling(tmp_path):
     assert any("3 unlabeled images are also test images (number 5 = number 7, ...): left out of the pool" in o
                for o in said)
     assert any("1 labeled image is also a validation image (number 3 = number 4)" in o for o in said)
-    assert any("1 unlabeled image looks like a test image saved anew (number 100 = number 20)" in o for o in said)
+    assert any("1 unlabeled image looks like a re-encoded test image (number 100 = number 20)" in o for o in said)
     gone = [5, 50, 150]
     for table in ("pseudo_labels", "selected.parquet"):
         items = pd.read_parquet(run.path / "round_1" / table).item
@@ -113,7 +113,7 @@ def test_leaks_of_arrays_are_left_out_before_labeling(tmp_path):
     skipped = pd.read_csv(run.path / "skipped.csv")
     assert skipped.item.tolist() == gone and (skipped.reason.str.startswith("also a test image")).all()
     page = (run.path / "report.html").read_text()
-    assert "left out of the pool" in page and "Images in two piles" in page
+    assert "left out of the pool" in page and "Images in two splits" in page
     again, silent = fit(data, tmp_path / "a", threshold=0., per_class=None, rounds=2)  # goes on, and knows
     assert len(again.summary) == 3 and not any("also test" in o for o in silent)
     assert not set(gone) & set(pd.read_parquet(run.path / "round_2" / "pseudo_labels").item)

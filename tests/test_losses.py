@@ -109,12 +109,18 @@ class SeesSoft(Callback):
     def check(self): assert not self.training or self.learn.y.is_floating_point()
     after_pred = after_loss = before_backward = after_step = check
 
+class Right(Callback):
+    "Whether the largest logit is that of the most probable class, for each item that an epoch trains on"
+    def before_epoch(self): self.found = []
+    def after_pred(self):
+        if self.training: self.found.append(self.pred.argmax(-1) == self.y.argmax(-1))
+
 def test_hard_targets_change_metrics_only():
-    plain, hard = learner(train_metrics=False), learner(HardTargets(), SeesSoft())
+    plain, hard = learner(train_metrics=False), learner(HardTargets(), SeesSoft(), right := Right())
     for learn in (plain, hard): learn.fit(3)
     assert torch.equal(weights(plain), weights(hard))
     assert plain.recorder.losses == hard.recorder.losses
-    assert 0 < hard.recorder.values[-1][1] <= 1
+    assert hard.recorder.values[-1][1] == pytest.approx(torch.cat(right.found).float().mean().item())
     with pytest.raises(AssertionError, match='Recorder'): learner().fit(1)
 
 def test_hard_targets_with_integers():

@@ -125,14 +125,14 @@ def test_names_stay_in_their_folder(tmp_path):
 def test_downloads_are_unpacked_in_their_folder(tmp_path):
     "What fastai unpacks for us is looked through first."
     from noisy_student.datasets import _check_members
-    def archive(name, type=tarfile.REGTYPE):
-        (o := tarfile.TarInfo(name)).type, o.linkname = type, "../.."
+    def archive(name, kind=tarfile.REGTYPE):
+        (o := tarfile.TarInfo(name)).type, o.linkname = kind, "../.."
         with tarfile.open(tmp_path/"a.tgz", "w:gz") as t: t.addfile(tarfile.TarInfo("fine/..png")); t.addfile(o)
         return tmp_path/"a.tgz"
     _check_members(archive("cifar10/train/a.png"))
-    for name, type in (("../evil", tarfile.REGTYPE), ("a/../../evil", tarfile.REGTYPE), ("/evil", tarfile.REGTYPE),
+    for name, kind in (("../evil", tarfile.REGTYPE), ("a/../../evil", tarfile.REGTYPE), ("/evil", tarfile.REGTYPE),
                        ("out", tarfile.SYMTYPE), ("out", tarfile.LNKTYPE), ("pipe", tarfile.FIFOTYPE)):
-        with pytest.raises(ValueError, match="a.tgz holds"): _check_members(archive(name, type))
+        with pytest.raises(ValueError, match="a.tgz holds"): _check_members(archive(name, kind))
 
 
 def test_a_manifest_opens_no_file(tmp_path):

@@ -6,6 +6,8 @@ import pandas as pd
 import pytest
 import torch
 
+from noisy_student.speed import Rates
+
 pytestmark = pytest.mark.usefixtures("no_page")
 SMALL = dict(recipe="digits", rounds=1, epochs=2, teacher_epochs=6, steps=5, bs=8, size=8, threshold=0., force=True)
 
@@ -62,7 +64,7 @@ def test_a_limit_shortens_what_was_asked_for_and_never_lengthens_it(tmp_path, mo
     monkeypatch.setattr(slow.task.timing, "step_seconds", lambda k, *_: .1)
     student = slow.plan().query("round == 1 and stage.str.startswith('student')")
     assert 0 < int(student.amount.iloc[0].split()[0].replace(",", "")) < 400 * 5
-    assert slow.plan().seconds.sum() <= 100
+    assert slow.plan().seconds.sum() <= 100 + 1e-9 # a sum of rounded numbers
 
 
 def test_a_plan_counts_what_is_shuffled_together(tmp_path):
@@ -105,7 +107,7 @@ def test_what_is_left_out_names_the_limit_that_would_do(tmp_path):
     asked = []
     def start(**more):
         ns = run(tmp_path/"a", **more)
-        def measured(): asked.append(1); return {0: .01, 1: 1.}, {0: 1e3, 1: 1e3}
+        def measured(): asked.append(1); return Rates({0: .01, 1: 1.}, {0: 1e3, 1: 1e3})
         ns.task.timing.measured = measured
         return ns
     with pytest.warns(UserWarning, match=r"round 1 is left out: .* with a longer time_limit \('1m' or more\) the run"):

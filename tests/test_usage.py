@@ -1,18 +1,18 @@
-"A mistake in a command line is said at once: before torch is loaded, and within a second or so."
+"A mistake in a command line is said at once: before torch is loaded."
 import json, os, subprocess, sys
 
 import pytest
 
-CODE = """import json, sys, time
+CODE = """import json, sys
 from noisy_student.cli import main
 code = main(json.loads(sys.argv[1]))
 heavy = [o for o in ('torch', 'fastai', 'timm', 'matplotlib') if o in sys.modules]
-print(json.dumps([code, heavy, time.process_time()]))
+print(json.dumps([code, heavy]))
 """
 
 
 def usage(args, cwd):
-    "Exit code, heavy modules that were loaded, CPU seconds, and stderr of a command line in a fresh process."
+    "Exit code, heavy modules that were loaded, and stderr of a command line in a fresh process."
     p = subprocess.run([sys.executable, '-c', CODE, json.dumps([str(a) for a in args])], cwd=cwd, text=True,
                        capture_output=True)
     return *json.loads(p.stdout.splitlines()[-1]), p.stderr
@@ -86,10 +86,9 @@ def place(tmp_path_factory):
     ('export empty --out model.pt', "must end in .onnx"),
 ])
 def test_a_mistake_is_said_before_torch_is_loaded(line, saying, place):
-    code, loaded, seconds, err = usage(line.split(), place)
+    code, loaded, err = usage(line.split(), place)
     assert code == 2 and saying in err.splitlines()[-1], err
     assert loaded == []
-    assert seconds < 3 # of CPU time, which other processes do not lengthen; about .6 where nothing is compiled
 
 
 def test_threads_wait_passively_unless_the_user_says_otherwise(place):
