@@ -116,7 +116,6 @@ def _added_up(rows):
     table['amount'] += [f', {n} times' if n > 1 else '' for n in table.pop('times')]
     return table
 
-# %% ../nbs/08l_folds.ipynb #f1e870ab
 def _are_probabilities(p): # NaN is none
     return p.dtype == torch.float32 and bool(((p >= 0) & ((p.sum(1, keepdim=True) - 1).abs() < 1e-3)).all())
 
@@ -126,6 +125,8 @@ def _read_answers(file, shape):
     if p is not None and p.shape == shape and _are_probabilities(p): return p.numpy()
     raise ValueError(f"{file} is not what was written: fit(), or noisy-student run, makes it again")
 
+
+# %% ../nbs/08l_folds.ipynb #f1e870ab
 class Folds(ImageTask):
     "Rounds of several networks: each part is a run of its own, and what they say is put together."
     def __init__(self, setup: Setup, # What the run is made of, with `joined` data
