@@ -125,6 +125,11 @@ def _read_answers(file, shape):
     if p is not None and p.shape == shape and _are_probabilities(p): return p.numpy()
     raise ValueError(f"{file} is not what was written: fit(), or noisy-student run, makes it again")
 
+def _table_of(probs, names, split, of):
+    item = np.arange(len(of)) if isinstance(split.images, np.ndarray) else split.images
+    table = dict(item=item, label=names[split.labels], predicted=names[probs.argmax(1)], confidence=probs.max(1), fold=of)
+    return pd.concat([pd.DataFrame(table), pd.DataFrame(probs, columns=names)], axis=1)
+
 
 # %% ../nbs/08l_folds.ipynb #f1e870ab
 class Folds(ImageTask):
@@ -197,11 +202,7 @@ class Folds(ImageTask):
     def oof(self, k: int # A finished round
            ) -> pd.DataFrame: # item, label, predicted, confidence, fold, and one column per class
         "A row per labeled image, by the network that never saw it."
-        probs, names, s = self.valid_probs(k), np.array(self.data.classes), self.data.labeled
-        item = np.arange(len(s)) if isinstance(s.images, np.ndarray) else s.images
-        table = dict(item=item, label=names[s.labels], predicted=names[probs.argmax(1)], confidence=probs.max(1),
-                     fold=self.of)
-        return pd.concat([pd.DataFrame(table), pd.DataFrame(probs, columns=names)], axis=1)
+        return _table_of(self.valid_probs(k), np.array(self.data.classes), self.data.labeled, self.of)
 
     def _join(self, k): # the folds of a round: answers, networks, history, figures
         begun, folder, folders = time.perf_counter(), self.dir.round(k), [o.dir.round(k) for o in self.parts]
