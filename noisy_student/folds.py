@@ -127,7 +127,8 @@ def _read_answers(file, shape):
 
 def _table_of(probs, names, split, of):
     item = np.arange(len(of)) if isinstance(split.images, np.ndarray) else split.images
-    table = dict(item=item, label=names[split.labels], predicted=names[probs.argmax(1)], confidence=probs.max(1), fold=of)
+    table = dict(item=item, label=names[split.labels], predicted=names[probs.argmax(1)], confidence=probs.max(1),
+                 fold=of)
     return pd.concat([pd.DataFrame(table), pd.DataFrame(probs, columns=names)], axis=1)
 
 
