@@ -82,9 +82,12 @@ class _Tar:
 
 # %% ../nbs/00e_archives.ipynb #854ebcc3
 _AT_ONCE = 1 << 26 # bytes of images, about, that are read at a time
+_OPEN_AT_ONCE = 4 # files that hold what was read
+_lock = threading.Lock() # of what is known of all archives
 
 class _Parquet:
-    "Row number -> bytes. Few rows are held at a time, however long a row group is."
+    "Row number -> bytes. Few rows are held at a time, however long a row group is, and of few files."
+    holding: OrderedDict['_Parquet', None] = OrderedDict() # Those that hold rows, the last one to be read at the end
     def __init__(self, file):
         try: schema = open_parquet(file).schema_arrow
         except ValueError as e: raise ArchiveError(f"{e}: fetch or make it again") from None
@@ -129,12 +132,22 @@ class _Parquet:
             while len(self.held) > 1: self.held.popitem(last=False)
             self.held[group, self.now[1] + 1] = next(self.more).column(0)
             self.now = group, self.now[1] + 1
+        self._let_go_of_others()
         return self.held[group, k]
+
+    def _let_go_of_others(self): # of a pool in a thousand files, in whatever order they are read
+        with _lock:
+            self.holding[self] = None
+            self.holding.move_to_end(self)
+            old = [o for o in list(self.holding)[:-_OPEN_AT_ONCE] if o.lock.acquire(blocking=False)]
+            for o in old: del self.holding[o]
+        for o in old:
+            o.held.clear(); o.now, o.more = (-1, -1), iter(())
+            o.lock.release()
 
 # %% ../nbs/00e_archives.ipynb #1933393a
 MAX_INDEXED = 250_000 # names of images in tables of contents kept in memory, about 75 MB
 _contents: OrderedDict[tuple, _Tar | _Parquet] = OrderedDict()
-_lock = threading.Lock()
 
 def _archive(file):
     "Its table of contents, from memory unless the file has changed."

@@ -201,4 +201,6 @@ def load_network(file: str | Path, # A file that `Network.save` wrote
         raise ValueError(f"{file}: {e}; where a function made the network, give it: "
                          "load_model(..., arch=...)") from None
     load_weights(model, Path(file))
-    return Network(model, meta['arch'], classes, size, mean, std).to(device).eval()
+    try: found = Network(model, meta['arch'], classes, size, mean, std)
+    except ValueError as e: raise ValueError(f"{file}: {e}") from None
+    return found.to(device).eval()

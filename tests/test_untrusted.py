@@ -284,6 +284,19 @@ def test_long_row_groups_are_read_in_pieces(tmp_path, monkeypatch, struct):
     assert len(archives._archive(file).held) <= 2
 
 
+def test_few_of_many_files_hold_what_was_read(tmp_path):
+    "A pool in a thousand files, in any order and by several threads, takes no more memory than one in few."
+    from noisy_student import archives
+    files = [tmp_path/f"{i}.parquet" for i in range(12)]
+    for i, f in enumerate(files): pq.write_table(pa.table(dict(image=[picture(10 * i + j) for j in range(3)])), f)
+    items = [o for f in files for o in list_archive(f)]
+    for order in (range(36), np.random.default_rng(0).permutation(36)):
+        for i in order:
+            with open_item(items[i]) as f: assert f.read() == picture(10 * (i // 3) + i % 3)
+    assert load_images(items, 8).images[:, 0, 0, 0].tolist() == [10 * (i // 3) + i % 3 for i in range(36)]
+    assert sum(bool(archives._archive(f).held) for f in files) <= 4
+
+
 @posix
 @pytest.mark.parametrize("rows", [10, 100_000])
 def test_equal_values_stay_one_in_memory(tmp_path, rows):
