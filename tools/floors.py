@@ -2,7 +2,7 @@
 
     python tools/floors.py                  every floor, minutes each; those of torch download gigabytes
     python tools/floors.py duckdb pandas    these floors
-    python tools/floors.py duckdb==1.4      another version than the floor, to find the lowest that works
+    python tools/floors.py duckdb==1.5      another version than the floor, to find the lowest that works
 
 uv makes a fresh environment for each. In it a short run on digits, its report, a prediction, and the tests that use
 the package most must pass, and none may be skipped.
