@@ -29,8 +29,7 @@ def locked(
     """Inside, no other process is. Raises `InUseError` at once if one is, or if it cannot be known; a folder that
     cannot be written is not locked."""
     owner = file.with_name(file.name + '.txt')
-    try: lock: Any = FileLock(str(file), fallback_to_soft=False)
-    except TypeError: lock = FileLock(str(file)) # before filelock 3.30
+    lock: Any = FileLock(str(file), fallback_to_soft=False)
     try: file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise OSError(e.errno, f"cannot write {file.parent}: {e.strerror}") from None
     try: lock.acquire(timeout=0)
