@@ -26,6 +26,8 @@ from .weights import load_tensors
 # %% ../nbs/07b_rundir.ipynb #e1000006
 def _is_share(o): return type(o) in (int, float) and 0 <= o <= 1
 def _is_finite(o): return type(o) in (int, float) and abs(o) < 1e300
+
+def _is_speed(o): return _is_finite(o) and o >= 1 # pixels per second
 # What a run chooses by itself: nothing that is fetched, and no file
 def _is_arch(o): return isinstance(o, str) and re.fullmatch(r'[\w.]{1,100}', o) is not None
 def _is_package(o): return isinstance(o, str) and re.fullmatch(r'package:[\w.-]{1,100}', o) is not None
@@ -44,7 +46,7 @@ _RUN = {
         'classes': [str], 'archs?': [str], 'seed?': int, 'size?': int, 'folds?': (int, None), 'y_name?': str,
         'recipe': {'rounds?': int, 'choose_by?': str, 'pretrained?': (bool, str, None), 'threshold?': (float, None)}},
     'sizes?': ({'labeled?': int, 'unlabeled?': int, 'valid?': int, 'test?': int}, None), 'threads?': int,
-    'device?': str, 'source?': (_SOURCE, None), 'speed?': (_is_finite, None), 'settled_for?': (_is_finite, None),
+    'device?': str, 'source?': (_SOURCE, None), 'speed?': (_is_speed, None), 'settled_for?': (_is_finite, None),
     'chosen?': {'archs?': [_is_arch], 'pretrained?': (bool, _is_package)}, 'versions?': {str: str},
     'python?': str} # Of run.json
 _PLAN = {**{f'{o}?': (_is_finite, None) for o in ('step_seconds', 'limit', 'left', 'enough')}, 'steps?': (int, None),

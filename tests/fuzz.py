@@ -331,7 +331,7 @@ def craft_tar(rng):
 def craft_pool(rng):
     "Parquet files of few bytes: equal values, nulls, nested ones, other types."
     import pyarrow as pa, pyarrow.parquet as pq
-    one = [samples()["image b.png"], b"", bytes(int(rng.integers(1, 1_000_000))), None, "x"][rng.integers(5)]
+    one = [samples()["image b.png"], b"", bytes(int(rng.integers(1, 200_000))), None, "x"][rng.integers(5)]
     n = int(rng.integers(0, 40))
     cell = one if rng.random() < .5 else dict(bytes=one, path="x")
     more = {"more": [b"x"] * n} if rng.random() < .3 else {}

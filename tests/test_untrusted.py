@@ -451,7 +451,8 @@ RUNS = [dict(config=5), dict(config={}), dict(config=dict(classes=5, recipe={}))
         dict(config=dict(classes=["a"], recipe={}), source=dict(name=[1])),
         dict(config=dict(classes=["a"], recipe={}), sizes=dict(valid="x")),
         dict(config=dict(classes=["a"], recipe={}), threads="x"),
-        dict(config=dict(classes=["a"], recipe={}), speed="x")]
+        dict(config=dict(classes=["a"], recipe={}), speed="x"),
+        dict(config=dict(classes=["a"], recipe={}), speed=0)]
 
 
 @pytest.mark.parametrize("about", RUNS)
