@@ -124,6 +124,7 @@ class _Parquet:
     # Batch k of a row group: a later one is read on, an earlier one from the start, unless it is one of the last two
     def _batch(self, group, k):
         if (group, k) in self.held: return self.held[group, k]
+        self._let_go_of_others()
         if self.now[0] != group or self.now[1] >= k:
             # one thread, or all row groups of a bomb would be there at once
             self.now, self.more = (group, -1), self.pq.iter_batches(self.rows[group], row_groups=[group],
@@ -132,7 +133,6 @@ class _Parquet:
             while len(self.held) > 1: self.held.popitem(last=False)
             self.held[group, self.now[1] + 1] = next(self.more).column(0)
             self.now = group, self.now[1] + 1
-        self._let_go_of_others()
         return self.held[group, k]
 
     def _let_go_of_others(self): # of a pool in a thousand files, in whatever order they are read

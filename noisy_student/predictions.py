@@ -231,8 +231,11 @@ def _filled(table, fill): # with a class for images that could not be read
     columns = list(table.columns[3:])
     name = fill if fill in columns else f'{fill} (class)'
     if name not in columns: raise ValueError(f"fill must be a class ({listed(columns)}), got {in_short(fill)}")
-    table, lost = table.astype(object), table.label.isna()
+    lost = table.label.isna()
+    numbers = ['confidence', *columns]
+    try: table = table.astype({'label': object, **dict.fromkeys(numbers, float)})
+    except ValueError as e: raise ValueError(f"confidence and the columns of classes must hold numbers: {e}") from None
     table.loc[lost, 'label'] = fill
-    table.loc[lost, ['confidence', *columns]] = 0.
+    table.loc[lost, numbers] = 0.
     table.loc[lost, ['confidence', name]] = 1.
     return table

@@ -18,12 +18,17 @@ _IN_A_STEP = frozenset(('before_batch', 'after_pred', 'after_loss', 'before_back
 
 def _answers(cb, name):
     "Whether a callback has anything to do then."
-    return hasattr(type(cb), name) or name in vars(cb) or type(cb).__call__ is not Callback.__call__
+    return callable(getattr(cb, name, None)) or type(cb).__call__ is not Callback.__call__
 
 class QuickLearner(Learner):
-    "A fastai `Learner` in every respect; the events of a step reach only those callbacks that have a method for them."
+    """A fastai `Learner`; the events of a step reach only those callbacks that have a method for them. A callback whose
+    order or methods change within an epoch is known by the old ones until its training or validation is over."""
     _found: dict[str, list[Callback]] = {} # Since the last event outside of a step
     _of: tuple = () # Callbacks that were looked at
+
+    def remove_cb(self, cb): # it is not held on to, as after a training that was interrupted
+        self._found, self._of = {}, ()
+        return super().remove_cb(cb)
 
     def _call_one(self, event_name):
         if event_name not in _IN_A_STEP:

@@ -9,7 +9,7 @@ __all__ = ['open_regular', 'check_regular', 'misfit', 'parse_json', 'read_json',
            'open_array', 'local_only', 'may_fetch']
 
 # %% ../nbs/00da_reading.ipynb #da000003
-import errno, json, os, re, stat
+import csv, errno, io, json, os, re, stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -132,6 +132,11 @@ def check_cells(
         f.seek(0)
         ends = [(o.count(b'\n'), o.count(b'\r')) for o in iter(lambda: f.read(1 << 20), b'')]
         rows, size = max(map(sum, zip(*ends)), default=0), f.tell()
+        if rows * columns > max(_CELLS, 2 * size): # the exact number, as cells in quotes may have lines
+            f.seek(0)
+            text = io.TextIOWrapper(f, 'latin-1', newline='')
+            try: rows = sum(1 for _ in csv.reader(text, delimiter=sep, skipinitialspace=True))
+            except csv.Error: pass # a cell of more than 131,072 characters
     if rows * columns > max(_CELLS, 2 * size):
         raise ValueError(f"{file} has {rows:,} rows and {columns:,} columns, more than fit into it: refused")
 

@@ -190,8 +190,8 @@ class Learners(RoundSettings):
         "The network of a round with its weights. Raises ValueError, naming the file, for other ones."
         with seeded(0): learn = self.new(k, None, Noise.none()) # the caller's random numbers go on as they were
         load_weights(learn.model, self.dir.weights(k))
-        floats = {n: v for n, v in learn.model.state_dict().items() if v.is_floating_point()}
-        if odd := [n for n, v in floats.items() if not torch.isfinite(v).all()]:
+        running = ((n, v) for n, v in learn.model.named_buffers() if n.rpartition('.')[2].startswith('running_'))
+        if odd := [n for n, v in (*learn.model.named_parameters(), *running) if not torch.isfinite(v).all()]:
             raise ValueError(f"{self.dir.weights(k)} must hold numbers, but {odd[0]} is not finite: remove "
                              f"{self.dir.round(k)}, and fit(), or noisy-student run, makes it again")
         return learn

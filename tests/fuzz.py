@@ -701,8 +701,9 @@ def check_trained(data):
 @cache
 def planned():
     "A run with a time limit, before its first round."
+    from noisy_student.speed import Rates
     run = noisy_student(samples()["pictures"], samples()["folder"].with_name("planned"), rounds=1, time_limit=600)
-    run.task.timing.speed = {0: .01, 1: .01}, {0: 1e3, 1: 1e3}
+    run.task.timing._rates = Rates({0: .01, 1: .01}, {0: 1e3, 1: 1e3})
     run.open_dir()
     run.opened.all_given()
     return run

@@ -253,3 +253,13 @@ def test_a_table_that_was_read_back_is_filled_too(tmp_path):
                               y=["0.25", None]))
     out = pd.read_csv(write_submission(table, tmp_path/"o.csv", ["id", "x", "y"], fill="y"))
     assert out.to_numpy().tolist() == [["a", .75, .25], ["b", 0., 1.]]
+    with pytest.raises(ValueError, match="must hold numbers: .*much"):
+        write_submission(table.assign(x=["much", None]), tmp_path/"o.csv", ["id", "x", "y"], fill="y")
+
+
+def test_figures_are_written_alike_with_and_without_a_filled_row(tmp_path):
+    table = pd.DataFrame(dict(image=["a"], label=["x"], confidence=[2 / 3], x=[2 / 3], y=[1 / 3]))
+    lost = pd.concat([table, pd.DataFrame(dict(image=["b"], label=[None]))])
+    one, two = (write_submission(t, tmp_path/"o.csv", ["id", "x", "y"], **more).read_text().splitlines()
+                for t, more in ((table, {}), (lost, dict(fill="y"))))
+    assert one == two[:2] and two[2] == "b,0,1"

@@ -343,3 +343,16 @@ def test_open_data_is_helpful(home):
                             (home/"imgs.csv", {}, "no file"),
                             (frame(), dict(images=home/"images", unlabelled="x"), "unlabelled")):
         with pytest.raises((ValueError, FileNotFoundError, TypeError), match=text): open_data(o, **kwargs)
+
+
+def test_lines_within_a_cell_are_no_rows(tmp_path, monkeypatch):
+    "A table with long texts in it is read; one whose header promises far more cells than there are bytes is not."
+    from noisy_student import reading
+    from noisy_student.tables import read_table
+    monkeypatch.setattr(reading, "_CELLS", 1000)
+    wide = ",".join(["image", "label", *(f"f{i}" for i in range(30))])
+    report = '"' + "\n".join(["a line"] * 40) + '"'
+    (file := tmp_path/"t.csv").write_text("\n".join([wide, *(f"{i}.png,a,{report}" for i in range(20))]) + "\n")
+    assert len(read_table(file)) == 20
+    file.write_text(wide + "\n" + "x\n" * 2000)
+    with pytest.raises(ValueError, match="t.csv has 2,001 rows and 32 columns"): read_table(file)

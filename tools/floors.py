@@ -74,5 +74,7 @@ def passes(package: str, version: str, needed: list[str]) -> bool:
 
 if __name__ == "__main__":
     asked = dict((one + "==").split("==")[:2] for one in sys.argv[1:])
+    if unknown := asked.keys() - {name for name, *_ in floors()}:
+        sys.exit(f"settings.ini states no lowest version of {', '.join(unknown)}")
     sys.exit(not all([passes(name, asked.get(name) or floor, needed) for name, floor, needed in floors()
                       if name in (asked or [name])]))
