@@ -102,7 +102,7 @@ def check_files(
     elif Path(name).stem in content[os.path.dirname(missing[0])]: remedy = "leave suffix out: the names have one"
     elif Path(name).stem in known: remedy = f"the suffix there is {known[Path(name).stem]}"
     elif len(missing) == len(files) and (below := _folder_below(files, folder)):
-        remedy = f"{_some(below[1], len(files))} in {below[0]}: give that folder"
+        remedy = f"{_some(below[1], len(files))} in {below[0]}: give that folder (images={below[0]!r})"
     elif len(missing) < len(files) / 2: remedy = "the others are: put it there, or drop its row"
     else: remedy = f"{folder} holds {describe_folder(Path(folder))}: give the folder that the names are relative to"
     raise FileNotFoundError(f"{len(missing):,} of {len(files):,} image files are not there, the first is {missing[0]}: "

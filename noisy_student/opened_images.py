@@ -42,7 +42,8 @@ class _Unreadable(ValueError):
         self.bad = [o for found in bad.values() for o in found]
         named = '; '.join(f"{o.item}: {o.reason}" for o in self.bad[:10])
         more = f" (and {len(self.bad) - 10} more)" if len(self.bad) > 10 else ''
-        parts = ' and '.join(f"{len(found)} of the {name} images" for name, found in bad.items())
+        names = {o: 'validation' if o == 'valid' else o for o in bad}
+        parts = ' and '.join(f"{len(found)} of the {names[o]} images" for o, found in bad.items())
         super().__init__(f"{parts} cannot be used: {named}{more}; mend or remove them")
 
 # %% ../nbs/08a_opened_images.ipynb #ab000009

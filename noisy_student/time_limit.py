@@ -100,7 +100,8 @@ class Timing(Clock):
         tell_plan(table := self.plan(), self.limit, self.gone)
         if self.limit and len(table) and (k := int(table['round'].max()) + 1) <= self.recipe.rounds:
             enough = in_minutes(self.enough(k, table.seconds.sum()))
-            print(f"no time for round {k}: there would be with time_limit='{enough}'", file=sys.stderr, flush=True)
+            print(f"no time for round {k}: there would be with time_limit='{enough}' (--time-limit {enough})",
+                  file=sys.stderr, flush=True)
         if self.recipe.rounds: _tell_folds(self.learners.data)
 
     def complain(self) -> None:

@@ -162,7 +162,7 @@ def test_all_unreadable_files_are_named_at_once(home):
     for i in range(4): draw(home/"torn"/"valid"/"ab"[i % 2]/f"{i}.png", i)
     bad = [home/"torn"/o for o in ("train/a/0.png", "train/b/3.png", "valid/b/1.png")]
     for f in bad: f.write_bytes(b"torn")
-    with pytest.raises(ValueError, match="2 of the labeled images and 1 of the valid images cannot be used") as e:
+    with pytest.raises(ValueError, match="2 of the labeled images and 1 of the validation images cannot be used") as e:
         NoisyStudent(home/"torn", "resnet9_4", home/"r", size=8, rounds=0, pretrained=False).fit()
     assert all(str(f) in str(e.value) for f in bad)
 
