@@ -1,11 +1,13 @@
 """The one command of a visit to a GPU: its parts share the time, and nothing they start outlives them."""
-import argparse, os, sys, time
+import argparse, importlib.util, os, time
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent/"benchmarks"))
-import gpu  # noqa: E402
+# by its file: other scripts there have the names of modules here
+spec = importlib.util.spec_from_file_location("visit_to_a_gpu", Path(__file__).parent.parent/"benchmarks"/"gpu.py")
+gpu = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(gpu)
 
 
 def test_a_part_has_its_share_and_what_those_before_it_left(tmp_path, monkeypatch, capsys):
