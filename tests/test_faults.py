@@ -202,11 +202,13 @@ def test_damaged_checkpoint_in_the_middle(pictures, tmp_path):
 
 def test_two_processes_on_one_directory(context, pictures, tmp_path):
     from noisy_student.files import InUseError
+    second = noisy_student(pictures, tmp_path/"run")  # made before: what it imports takes longer than the other's work
     p = context.Process(target=__import__("faults").fit, args=(pictures, tmp_path/"run"))
     p.start()
-    while not (tmp_path/"run"/"run.json").exists(): time.sleep(0.01)
-    with pytest.raises(InUseError, match=f"is being written by process {p.pid} on .* since"):
-        noisy_student(pictures, tmp_path/"run").fit()
+    while not (tmp_path/"run"/"run.json").exists():
+        assert p.exitcode is None
+        time.sleep(0.01)
+    with pytest.raises(InUseError, match=f"is being written by process {p.pid} on .* since"): second.fit()
     p.kill(); p.join()
     noisy_student(pictures, tmp_path/"run").fit()  # the dead block nobody
 
