@@ -27,8 +27,7 @@ from .weights import load_tensors
 def _is_share(o): return type(o) in (int, float) and 0 <= o <= 1
 def _is_finite(o): return type(o) in (int, float) and abs(o) < 1e300
 def _is_speed(o): return _is_finite(o) and o >= 1 # pixels per second
-# What a run chooses by itself: nothing that is fetched, and no file
-def _is_arch(o): return isinstance(o, str) and re.fullmatch(r'[\w.]{1,100}', o) is not None
+def _is_arch(o): return isinstance(o, str) and re.fullmatch(r'[\w.]{1,100}', o) is not None # nothing to be fetched
 def _is_package(o): return isinstance(o, str) and re.fullmatch(r'package:[\w.-]{1,100}', o) is not None
 
 _SCORES = ('score', 'score_error', 'valid_balanced_accuracy', 'valid_f1', 'valid_log_loss', 'seconds',
