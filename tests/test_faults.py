@@ -111,7 +111,7 @@ def test_a_signal_within_a_query():
     timer = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
     with pytest.raises(Stopped), stoppable():
         timer.start()
-        con.execute("SELECT sum(range % 7) FROM range(20000000000)").fetchall()
+        con.execute("SELECT sum(range % 7) FROM range(3_000_000_000)").fetchall()
 
 
 @no_page
