@@ -234,7 +234,8 @@ def _filled(table, fill): # with a class for images that could not be read
     lost = table.label.isna()
     numbers = ['confidence', *columns]
     try: table = table.astype({'label': object, **dict.fromkeys(numbers, float)})
-    except ValueError as e: raise ValueError(f"confidence and the columns of classes must hold numbers: {in_short(e)}") from None
+    except ValueError as e:
+        raise ValueError(f"confidence and the columns of classes must hold numbers: {str(e)[:200]}") from None
     table.loc[lost, 'label'] = fill
     table.loc[lost, numbers] = 0.
     table.loc[lost, ['confidence', name]] = 1.
