@@ -24,7 +24,7 @@ from .command_output import print_run, records, show_progress, to_stderr
 from .recipes import get_recipe
 from .command_inputs import DATA, DEFAULT_ARCHS, FOLDER, load_data, selected_items, source_of
 from .command_networks import open_network
-from .command_predictions import check_file, named_items, predictions_of, require_files, write_predictions
+from .command_predictions import check_file, check_fill, named_items, predictions_of, require_files, write_predictions
 
 # %% ../nbs/12f_commands_train.ipynb #12f00006
 def run_settings(
@@ -119,8 +119,7 @@ def run(
     how = given(auto_batch=auto_batch or None, time_limit=time_limit, folds=folds, force=force or None)
     if sys.stderr.isatty(): to_stderr(f"loading PyTorch, reading {data}")
     splits = load_data(**source)
-    if fill and fill not in splits.classes: # known after hours else
-        raise ValueError(f"--fill must be a class ({', '.join(splits.classes)}), got {fill!r}")
+    check_fill(fill, splits.classes)
     if wanted and not isinstance(files, list): # a table whose files may be elsewhere, which training shall not wait for
         from noisy_student.predictions import named_images
         named_images(files)

@@ -18,7 +18,7 @@ from .command_options import (ColumnsOpt, CsvOpt, DeviceOpt, FillOpt, ImageColum
                                            ModelArg, SuffixOpt, given)
 from .command_output import to_stderr
 from .command_networks import open_network, require_model
-from .command_predictions import check_file, named_items, predictions_of, require_files, write_predictions
+from .command_predictions import check_file, check_fill, named_items, predictions_of, require_files, write_predictions
 
 # %% ../nbs/12i_commands_use.ipynb #12i00008
 def predict(
@@ -43,8 +43,7 @@ def predict(
     require_model(model)
     if isinstance(files := named['items'], list): require_files(files)
     t = open_network(model, device)
-    if fill and fill not in t.classes:
-        raise ValueError(f"--fill must be a class ({', '.join(t.classes)}), got {fill!r}")
+    check_fill(fill, t.classes)
     table = predictions_of(t, named)
     if csv: return write_predictions(table, model, csv, columns, like, fill)
     from noisy_student.predictions import class_columns
