@@ -11,6 +11,7 @@ __all__ = ['LEAST_STEPS', 'ENOUGH_STEPS', 'ENOUGH_PASSES', 'LEAST_IN_TIME', 'LEA
 
 # %% ../nbs/06e_auto.ipynb #0039be2d
 import math, re
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from .recipes import Recipe, get_recipe
 
 # %% ../nbs/06e_auto.ipynb #960485c5
 # settings that are right or wrong only beside others
-_TOGETHER = ('pad', 'min_scale', 'on_the_fly', 'ratio', 'warmup', 'decay_every', 'accumulate', 'body_lr')
+_TOGETHER = ('pad', 'min_scale', 'on_the_fly', 'ratio', 'warmup', 'decay_every', 'accumulate', 'body_lr', 'teacher', 'mix')
 
 def check_settings(
     settings: dict, # Fields of `Recipe` that are to be changed in a recipe that is not known yet
@@ -224,14 +225,18 @@ def steps_for(
     left: float, # Seconds that are left for this round and all later ones, evaluation and labeling taken off
     k: int, # Round
     recipe: Recipe, # Its rounds
-    step: float, # Seconds of one step
+    step: float | Mapping[int, float], # Seconds of one step, or of one step of each round
     judging: float = 0., # Seconds of the validation after an epoch, in epochs of `with_steps`
 ) -> int: # 0 if too few fit for a student; the teacher has to have some
-    "How many steps round k gets."
+    "How many steps round k gets. Last rounds for which there is no time leave theirs to those before them."
     w = round_weights(recipe)
-    part = left * w[k] / sum(w[k:]) if w[k] else 0.
-    fits = int(max((part - 10 * judging) / step, part / (step + judging / 10))) # of ten epochs, or of epochs of ten
-    return fits if fits >= least_steps(recipe) else LEAST_IN_TIME if w[k] and not k else 0
+    def fits(j, last): # steps of round j, of ten epochs or of epochs of ten
+        part, each = left * w[j] / sum(w[k:last + 1]), step[j] if isinstance(step, Mapping) else step
+        return int(max((part - 10 * judging) / each, part / (each + judging / 10)))
+    for last in range(recipe.rounds, k - 1, -1):
+        trained = [j for j in range(k, last + 1) if w[j]]
+        if trained and all(fits(j, last) >= least_steps(recipe) for j in trained): return fits(k, last) if w[k] else 0
+    return LEAST_IN_TIME if w[k] and not k else 0
 
 LEAST_IN_TIME = 30 # Steps without which a student is left out: it would be worse than its teacher
 LEAST_TUNED = 60 # The same where it is to be better than a classifier on the features that it changes

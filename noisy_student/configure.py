@@ -190,13 +190,17 @@ def _on_paper(name, data): # without memory for its weights
 
 def _consequences(made, given, names):
     "What settings that were named change in others."
-    rounds = given.get('rounds', made.rounds)
+    is_average = given.get('teacher') == 'average' # a round per step, from the teacher on
+    fly, rounds = given.get('on_the_fly') or is_average, given.get('rounds', 1 if is_average else made.rounds)
     new: dict[str, Any] = dict(head_rounds=min(made.head_rounds, 2 if rounds > 1 else rounds))
+    if is_average: new |= dict(rounds=1, init='teacher', student_lr=1.)
     if len(set(names)) > 1 or given.get('init') == 'scratch': new |= dict(init='scratch', student_lr=1.)
     if 'epochs' in given: new |= dict(steps=None, teacher_epochs=None)
-    if {'threshold', 'strict', 'on_the_fly', 'binned'} & set(given) or not rounds: new['share'] = None
-    if given.get('on_the_fly') or given.get('ratio', 1) is None:
+    if {'threshold', 'strict', 'binned'} & set(given) or fly or not rounds: new['share'] = None
+    if fly: new |= dict(on_the_fly=True, threshold=0., per_class=None)
+    if fly or given.get('ratio', 1) is None:
         new |= dict(head_rounds=0, label_smoothing=0. if 'ratio' in given else made.label_smoothing)
+    if given.get('mix'): new['label_smoothing'] = 0.
     if given.get('schedule', 'one-cycle') != 'one-cycle': new['body_lr'] = 1.
     if given.get('pad'): new['min_scale'] = 1.
     if 'min_scale' in given: new['pad'] = 0

@@ -29,8 +29,9 @@ from .precision import Half, fast, half_of
 from .locks_and_signals import stoppable
 from .randaugment import BatchRandAugment
 from .recipes import Recipe
-from .training import EMA, FrozenStatistics, Plateau, TeacherTargets, staircase
-from .student_views import PadCropFlip, ResizedCropFlip
+from .on_the_fly import AverageTeacher, teacher_targets
+from .training import EMA, FrozenStatistics, Plateau, staircase
+from .student_views import MIXES, PadCropFlip, ResizedCropFlip
 
 # %% ../nbs/06g_fitting.ipynb #d1000006
 def _weights(model):
@@ -101,11 +102,14 @@ def fit_resumably(
 
 def _networks(learn):
     "Those that compute in bfloat16: a teacher on the fly too, but not in float16, which it might not fit."
-    return [learn.model, *(o.teacher for o in learn.dls.train.after_batch.fs if isinstance(o, TeacherTargets))]
+    targets = teacher_targets(learn.dls.train.after_batch.fs)
+    return [learn.model, *([targets.teacher] if targets else [])]
 
 def _callbacks(learn, recipe):
     "What the recipe and the device ask for."
     cbs: list[Callback] = [] if recipe.ema is None else [EMA(recipe.ema)]
+    if recipe.teacher == 'average' and teacher_targets(learn.dls.train.after_batch.fs): cbs.append(AverageTeacher())
+    if recipe.mix: cbs.append(MIXES[recipe.mix]())
     if recipe.freeze_norm: cbs.append(FrozenStatistics())
     if world() > 1: cbs.append(MeanGradients(learn.dls.train.seed))
     if recipe.bf16 and half_of(learn.dls.device) == torch.float16: cbs.append(Half())

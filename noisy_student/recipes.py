@@ -45,7 +45,8 @@ class Recipe:
     noise: Noise = Noise() # Of the students
     teacher_noise: Noise | None = None # Of the first teacher; None: as the students
     init: str = 'scratch' # Students start from 'scratch', or as their 'teacher' (then all architectures are equal)
-    on_the_fly: bool = False # The teacher predicts every batch during training: no table, no filter, no balancing
+    on_the_fly: bool = False # The teacher predicts every batch during training: no table, no balancing
+    teacher: str = 'round' # On the fly: the network of the 'round' before, or the 'average' that `ema` keeps
     soft: bool = True # Soft pseudo labels; False: one-hot of the most probable class
     temperature: float = 1. # T > 0 of the teacher's softmax; below 1 sharpens
     threshold: float = 0.3 # Least confidence of a pseudo label, inclusive, in [0, 1]; unused with `share`
@@ -64,6 +65,7 @@ class Recipe:
     zoom: float = 1. # Student's view: zoom by up to this factor, in or out
     flip: bool = True # Student's view: mirror left and right
     cutout: int = 0 # Student's view: side of a gray square at a random place, in pixels; 0: none
+    mix: str | None = None # Two images of a batch in one, and their labels: 'mixup' or 'cutmix'; None: one
     pretrained: bool | str = False # Weights to start from: 'hub' or True, a file, 'package:NAME'; 'none' or False: none
     head_rounds: int = 0 # First rounds that train the classifier alone, on frozen features; others start from one
     student_lr: float = 1. # Learning rate of the students, as a share of `lr`, in (0, 1]
@@ -208,19 +210,20 @@ def _training_words(r):
 def _view_words(r):
     view = [(f'shift {r.pad} px', r.pad), (f'crop {r.min_scale:g} to 1', r.min_scale < 1),
             (f'rotate {r.rotate:g} degrees', r.rotate), (f'zoom {r.zoom:g}', r.zoom > 1), ('mirror', r.flip),
-            (f'cutout {r.cutout}x{r.cutout}', r.cutout)]
+            (f'cutout {r.cutout}x{r.cutout}', r.cutout), (r.mix or '', r.mix)]
     return ', '.join(o for o, on in view if on) or 'plain'
 
 def _label_words(r):
     shares = ', '.join(f'{100 * o:g}' for o in shares_of(r.share) if o)
-    kept = (f"confidence {'>' if r.strict else '>='} {r.threshold:g}" if r.share is None else
-            f"the most confident {shares} %{' of each class' if r.share_of == 'class' else ''}")
+    of = ' of a batch' if r.on_the_fly else ' of each class' if r.share_of == 'class' else ''
+    kept = (f"the most confident {shares} %{of}" if r.share is not None else
+            f"confidence {'>' if r.strict else '>='} {r.threshold:g}" if r.threshold or not r.on_the_fly else 'none')
     named = {'mean': 'the mean of the classes', 'largest': 'the largest class', None: 'no balancing'}
     balance = f'{r.per_class:,} per class' if isinstance(r.per_class, int) else named[r.per_class]
     targets = ['soft' if r.soft else 'hard', *([f'T={r.temperature:g}'] if r.temperature != 1 else []),
-               *(['on the fly'] if r.on_the_fly else []), *(['by a noised teacher'] if r.noised_teacher else [])]
-    return {'filter': 'none' if r.on_the_fly else kept,
-            'balance': 'none' if r.on_the_fly else f"{balance}{' by bins' if r.binned else ''}",
+               *(['on the fly'] if r.on_the_fly else []), *(['by its own average'] if r.teacher == 'average' else []),
+               *(['by a noised teacher'] if r.noised_teacher else [])]
+    return {'filter': kept, 'balance': 'none' if r.on_the_fly else f"{balance}{' by bins' if r.binned else ''}",
             'targets': ', '.join(targets)}
 
 def describe(r: Recipe # Any

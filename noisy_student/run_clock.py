@@ -127,7 +127,8 @@ class Clock(Elapsed):
         step: float, # Seconds of one step
     ) -> int: # 0 where there is no time for it
         "How many steps fit."
-        fits = steps_for(left, k, self.recipe, step, self.judging(k))
+        steps = self.measured().step_seconds | {k: step}
+        fits = steps_for(left, k, self.recipe, steps, self.judging(k))
         return fits if self.fills else min(fits, self.full_length(k))
 
     def judging(

@@ -28,11 +28,12 @@ from .learner import Noise, noisy_student_learner
 from .losses import SoftLabelCrossEntropy, class_weights
 from .models import create_model, load_weights
 from .network import Network, images_at_once
+from .on_the_fly import KeptShare, TeacherTargets, teacher_targets
 from .opened_images import Opened
 from .pseudo_labels import PseudoLabels
 from .recipes import Recipe
 from .rundir import of_round
-from .training import TeacherTargets, optimizer
+from .training import optimizer
 
 # %% ../nbs/08b_run_learners.ipynb #ac000006
 class RoundSettings:
@@ -150,7 +151,8 @@ class Learners(RoundSettings):
         if teacher is not None:
             pool = self.opened.pool()
             pseudo = pool, torch.zeros(1, len(self.data.classes)).expand(len(pool), -1)
-            augment = [TeacherTargets(teacher.model, teacher.dls.clean_view, bs, r.temperature), *augment]
+            augment = [TeacherTargets(teacher.model, teacher.dls.clean_view, bs, r.temperature, r.threshold, r.share_in(k),
+                                      None if r.soft else r.label_smoothing), *augment]
         elif selection is not None:
             pseudo, copies = (self.opened.selected(selection), self.targets(selection)), selection.copies
         dls = mixed_dataloaders(
@@ -162,7 +164,10 @@ class Learners(RoundSettings):
             loss = SoftLabelCrossEntropy(r.label_smoothing, bs, r.unlabeled_weight, weight=self.class_weights())
         # what does not fit in training does not fit here
         if parts > self.recipe.accumulate: dls.valid.bs = max(1, dls.valid.bs * self.recipe.accumulate // parts)
-        return self.on(k, dls, noise, pretrained, loss, self.class_weights())
+        learn = self.on(k, dls, noise, pretrained, loss, self.class_weights())
+        targets = teacher_targets(learn.dls.train.after_batch.fs)
+        if targets and (r.threshold or r.share): learn.metrics = [*learn.metrics, KeptShare(targets)]
+        return learn
 
     def on(self, k: int, # Round
            dls: DataLoaders, # Any of the same images

@@ -37,7 +37,7 @@ def _ranges() -> list[_Range]:
     one_of: dict[str, tuple] = dict(
         optimizer=OPTIMIZER_NAMES, schedule=SCHEDULES, wd_on=('weights', 'shortcuts'), init=('scratch', 'teacher'),
         relabel=('all', 'selected'), share_of=('pool', 'class'), class_weights=('balanced', 'sqrt'),
-        choose_by=tuple(CHOOSE_BY))
+        choose_by=tuple(CHOOSE_BY), teacher=('round', 'average'), mix=('mixup', 'cutmix'))
     def are_shares(x): return bool(s := shares_of(x)) and all(_is(o, float) and 0 < o <= 1 for o in s)
     return [*((k, f'at least {v}', lambda x, v=v: x >= v) for k, v in at_least.items()),
             *((k, f'greater than {v}', lambda x, v=v: x > v) for k, v in above.items()),
@@ -62,10 +62,15 @@ def _check_together(r):
     if r.ratio is None and (r.label_smoothing or r.unlabeled_weight is not None):
         raise ValueError("ratio=None shuffles labeled and pseudo-labeled images together: label_smoothing and "
                          "unlabeled_weight, which tell them apart, must be 0 and None")
-    if r.on_the_fly and (r.threshold or r.per_class is not None or r.binned or not r.soft or r.ratio is None
-                         or r.relabel != 'all'):
-        raise ValueError("on_the_fly=True makes no table to filter: set threshold=0, per_class=None, binned=False, "
-                         "soft=True, relabel='all', and a ratio")
+    if r.on_the_fly and (r.per_class is not None or r.binned or r.ratio is None or r.relabel != 'all'):
+        raise ValueError("on_the_fly=True makes no table to balance: set per_class=None, binned=False, relabel='all', "
+                         "and a ratio")
+    if r.teacher == 'average' and (r.ema is None or not r.on_the_fly):
+        raise ValueError("teacher='average' labels every batch by the averaged weights: set on_the_fly=True and ema, "
+                         "such as ema=.99")
+    if r.mix and (r.label_smoothing or r.unlabeled_weight is not None or r.class_weights):
+        raise ValueError(f"mix={r.mix!r} mixes labeled and pseudo-labeled images, which label_smoothing, "
+                         "unlabeled_weight and class_weights tell apart: set label_smoothing=0 and leave out the others")
     if r.schedule != 'staircase' and (r.warmup is not None or r.decay_every is not None):
         raise ValueError(f"warmup and decay_every belong to schedule='staircase', not to {r.schedule!r}")
     if r.pad and r.min_scale < 1:
@@ -79,9 +84,11 @@ def _check_together(r):
     if r.head_rounds and (r.on_the_fly or r.ratio is None):
         raise ValueError("head_rounds trains a classifier on a table of pseudo labels beside the labels: set "
                          "on_the_fly=False and a ratio")
-    if r.share is not None and (r.on_the_fly or r.strict):
-        raise ValueError("share keeps the most confident labels of a table, whatever their confidence: set "
-                         "on_the_fly=False and strict=False, or share=None")
+    if r.strict and (r.share is not None or r.on_the_fly):
+        raise ValueError("strict=True is a way of comparing with the threshold of a table: set share=None and "
+                         "on_the_fly=False, or strict=False")
+    if r.on_the_fly and r.share is not None and r.share_of == 'class':
+        raise ValueError("share_of='class' needs a table of all labels: set on_the_fly=False, or share_of='pool'")
     if r.binned and r.per_class is None: raise ValueError("binned=True is a way of balancing: set per_class")
 
 def check_ranges(r: Any # A dataclass with the fields of a recipe

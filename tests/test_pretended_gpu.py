@@ -28,10 +28,12 @@ from noisy_student.pseudo_labels import PseudoLabelError, predict_pseudo_labels,
 from noisy_student.randaugment import BatchRandAugment
 from noisy_student.recipes import get_recipe
 from noisy_student.resolution import accuracy_by_size, fix_resolution
+from noisy_student.on_the_fly import AverageTeacher, TeacherTargets
 from noisy_student.rounds import NoisyStudent, load_model
 from noisy_student.tabular import TabularNoisyStudent, TabularRecipe
+from noisy_student.student_views import MIXES
 from noisy_student.teacher import Teacher
-from noisy_student.training import EMA, TeacherTargets, optimizer
+from noisy_student.training import EMA, optimizer
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 # bytes that a copy may have that is not from pinned memory: the driver takes so many at once
@@ -104,7 +106,8 @@ def learner(place="cuda", noise=Noise(2, 10, .2, .6), augment=PadCropFlip(2), ar
                             steps=steps, stats=([.5] * 3, [.25] * 3), augment=[augment], device=device)
     if free is not None:
         for o in dls.train.dataset.parts: o.to(device, free)
-    if fly: dls.train.after_batch.add(TeacherTargets(create_model(arch, 3).to(device), dls.clean_view, 8))
+    if fly is not False:
+        dls.train.after_batch.add(TeacherTargets(create_model(arch, 3).to(device), dls.clean_view, 8, **fly))
     learn = noisy_student_learner(dls, arch, noise, opt_func=optimizer(opt, device), label_smoothing=.1, **kwargs)
     learn.model.to(device, memory_format=torch.channels_last)
     return learn
@@ -115,7 +118,11 @@ STUDENTS = {
     "no skipping, all operations": dict(noise=Noise(2, 10, .2, .6, "reference"), augment=ResizedCropFlip(.5)),
     "a draw per batch, folded weights": dict(noise=Noise(2, 10, .2, .6, "keras"), arch="resnet10t"),
     "images on the host": dict(free=0),
-    "teacher on the fly": dict(fly=True),
+    "teacher on the fly": dict(fly={}),
+    "average as teacher, by confidence": dict(fly=dict(threshold=.4, smoothing=0.),
+                                              cbs=lambda: [EMA(.9), AverageTeacher()]),
+    "average as teacher, by share": dict(fly=dict(share=.5), cbs=lambda: [EMA(.9), AverageTeacher()]),
+    **{o: dict(cbs=lambda o=o: [MIXES[o]()]) for o in MIXES},
     "rmsprop": dict(opt="rmsprop"),
     "Nesterov momentum": dict(opt="sgd"),
 }

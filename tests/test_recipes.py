@@ -105,6 +105,8 @@ VARIANTS = dict(
                   epochs=4),
     stopped_early=dict(rounds=0, steps=1, schedule="plateau", teacher_epochs=70, lr=1e-9, ema=0.9),
     on_the_fly=dict(on_the_fly=True, threshold=0.0, ema=0.9),
+    average_teacher=dict(on_the_fly=True, teacher="average", threshold=0.15, soft=False, ema=0.9, mix="mixup"),
+    boxes=dict(on_the_fly=True, teacher="average", share=0.5, ema=0.9, init="teacher", mix="cutmix"),
     few_pseudo_labels=dict(ratio=.25, optimizer="sgd", lr=.02),
     from_teacher=dict(init="teacher", rounds=2, relabel="selected", per_class="largest", binned=True),
 )

@@ -160,7 +160,7 @@ def build(
     out: Path,  # Folder to write, empty or an earlier site
 ) -> list[str]:  # What smalldocs warned of, broken links among it
     "Process the notebooks as nbdev does and build the site from the result."
-    site = Site(load(proc_nbs(force=True)), quiet=True)
+    site = Site(load(proc_nbs(force=True, n_workers=0)), quiet=True)  # two workers took five times as long
     site.out = out
     site.build()
     for page in out.rglob("*.llms.md"):  # where nbdev's line in the docstring of a module leads

