@@ -24,6 +24,7 @@ from torch import nn
 from .background_work import Behind
 from .checkpoints import RunState
 from .distributed import MeanGradients, rank, world
+from .mixup import MIXES
 from .models import split_head
 from .precision import Half, fast, half_of
 from .locks_and_signals import stoppable
@@ -31,7 +32,7 @@ from .randaugment import BatchRandAugment
 from .recipes import Recipe
 from .on_the_fly import AverageTeacher, teacher_targets
 from .training import EMA, FrozenStatistics, Plateau, staircase
-from .student_views import MIXES, PadCropFlip, ResizedCropFlip
+from .student_views import PadCropFlip, ResizedCropFlip
 
 # %% ../nbs/06g_fitting.ipynb #d1000006
 def _weights(model):

@@ -22,6 +22,7 @@ from noisy_student.evaluation import evaluate_run
 from noisy_student.fitting import fit_resumably, splitter
 from noisy_student.label_table import read_metadata
 from noisy_student.learner import Noise, noisy_student_learner
+from noisy_student.mixup import MIXES
 from noisy_student.models import create_model
 from noisy_student.precision import Half, in_bf16
 from noisy_student.pseudo_labels import PseudoLabelError, predict_pseudo_labels, read_selection, select_pseudo_labels
@@ -31,7 +32,6 @@ from noisy_student.resolution import accuracy_by_size, fix_resolution
 from noisy_student.on_the_fly import AverageTeacher, TeacherTargets
 from noisy_student.rounds import NoisyStudent, load_model
 from noisy_student.tabular import TabularNoisyStudent, TabularRecipe
-from noisy_student.student_views import MIXES
 from noisy_student.teacher import Teacher
 from noisy_student.training import EMA, optimizer
 
