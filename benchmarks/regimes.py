@@ -70,6 +70,7 @@ VARIANTS: dict[str, dict] = {  # changes
     "hard": dict(rounds=2, soft=False),
     "mixup": dict(rounds=2, mix="mixup"),
     "cutmix": dict(rounds=2, mix="cutmix"),
+    "mirrored": dict(rounds=2, mirror=True),
     "no_average": dict(rounds=2, ema=None),
     "average": FLY,  # a continuous teacher; soft targets, no mask
     "average_hard": FLY | dict(soft=False, threshold=.95, label_smoothing=0.),  # FixMatch's targets

@@ -126,7 +126,8 @@ def plot_ablation(runs: pd.DataFrame, # As `ablation_table` takes them
 
 # %% ../nbs/09a_ablation.ipynb #18cbc041
 _STUDENTS = ('rounds', 'epochs', 'ratio', 'noise', 'init', 'on_the_fly', 'soft', 'temperature', 'threshold', 'strict',
-             'per_class', 'binned', 'relabel', 'unlabeled_weight', 'noised_teacher') # A teacher does not see them
+             'per_class', 'binned', 'relabel', 'unlabeled_weight', 'noised_teacher', 'mirror', 'teacher', 'share',
+             'share_of') # A teacher does not see them
 
 def _teacher_config(run):
     "All that decides the first teacher."

@@ -26,7 +26,7 @@ from .distributed import barrier, rank, world
 from .head_rounds import Heads
 from .run_learners import Learners
 from .models import load_weights
-from .network import images_at_once
+from .network import Mirrored, images_at_once
 from .progress import StageProgress
 from .pseudo_labels import PseudoLabelError, PseudoLabels, predict_pseudo_labels, read_selection
 from .pseudo_labels import relabel_pseudo_labels, select_pseudo_labels
@@ -74,6 +74,7 @@ class Labeling:
         if not a.recipe.noised_teacher:
             learn = a.trained(k)
             learn.model = self.heads.knows(k, learn, 'unlabeled')
+            if a.recipe.mirror and k >= a.recipe.head_rounds: learn.model = Mirrored(learn.model)
             return learn
         with seeded(0): learn = a.new(k, None, a.recipe.noise)
         load_weights(learn.model, a.dir.weights(k))

@@ -55,6 +55,7 @@ class Recipe:
     strict: bool = False # The threshold itself does not pass
     per_class: int | str | None = 'mean' # Pseudo labels per class: a number, 'mean', 'largest', None (no balancing)
     binned: bool = False # Balance as the reference does: by 0.01-wide bins of confidence, exact only on average
+    mirror: bool = False # The teacher labels by the mean of an image and its mirror image
     noised_teacher: bool = False # The teacher labels under the students' noise; the paper says it must not: an ablation
     relabel: str = 'all' # From round 2 on, the new teacher labels 'all' of the pool, or only what was 'selected' before
     unlabeled: str | None = None # Pool, as the data set takes it, if the caller names none
@@ -222,7 +223,7 @@ def _label_words(r):
     balance = f'{r.per_class:,} per class' if isinstance(r.per_class, int) else named[r.per_class]
     targets = ['soft' if r.soft else 'hard', *([f'T={r.temperature:g}'] if r.temperature != 1 else []),
                *(['on the fly'] if r.on_the_fly else []), *(['by its own average'] if r.teacher == 'average' else []),
-               *(['by a noised teacher'] if r.noised_teacher else [])]
+               *(['by a noised teacher'] if r.noised_teacher else []), *(['mirrored'] if r.mirror else [])]
     return {'filter': kept, 'balance': 'none' if r.on_the_fly else f"{balance}{' by bins' if r.binned else ''}",
             'targets': ', '.join(targets)}
 

@@ -150,7 +150,8 @@ class Clock(Elapsed):
         "Seconds in which its pool is labeled by the network before it."
         if self.recipe.on_the_fly: return 0.
         known = min(self.pool, MAX_FEATURES) if k <= self.recipe.head_rounds else 0
-        return (self.pool - known) / self.measured().images_per_second[k - 1] + known / KNOWN_RATE
+        views = 2 if self.recipe.mirror and k > self.recipe.head_rounds else 1
+        return views * (self.pool - known) / self.measured().images_per_second[k - 1] + known / KNOWN_RATE
 
     def evaluation(
         self,

@@ -68,6 +68,9 @@ def _check_together(r):
     if r.teacher == 'average' and (r.ema is None or not r.on_the_fly):
         raise ValueError("teacher='average' labels every batch by the averaged weights: set on_the_fly=True and ema, "
                          "such as ema=.99")
+    if r.mirror and (r.teacher == 'average' or r.noised_teacher):
+        raise ValueError("mirror=True is for a teacher of the round before, without noise: set teacher='round' and "
+                         "noised_teacher=False")
     if r.mix and (r.label_smoothing or r.unlabeled_weight is not None or r.class_weights):
         raise ValueError(f"mix={r.mix!r} mixes labeled and pseudo-labeled images, which label_smoothing, "
                          "unlabeled_weight and class_weights tell apart: set label_smoothing=0 and leave out the others")

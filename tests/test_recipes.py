@@ -14,7 +14,7 @@ from noisy_student.pseudo_labels import read_selection
 from noisy_student.recipes import RECIPES, Recipe, get_recipe
 from noisy_student.checkpoints import RunState, unpack
 from noisy_student.fitting import fit_resumably, splitter, student_view
-from noisy_student.rounds import NoisyStudent
+from noisy_student.rounds import NoisyStudent, load_model
 
 TINY = dict(recipe="digits", epochs=2, teacher_epochs=2, steps=6, bs=16, ratio=2, size=8, threshold=0.0, rounds=1,
             noise=Noise(1, 3, 0.1, 0.95), force=True)
@@ -175,6 +175,18 @@ def test_on_the_fly_targets_are_the_teachers(parts, data, tmp_path):
         y = torch.Tensor(y)
         assert y[:n].argmax(1).tolist() == data.labeled.labels[idxs[:n]].tolist() and (y[:n].max(1).values == 1).all()
         torch.testing.assert_close(y[n:], truth[idxs[n:] - len(data.labeled)], atol=1e-5, rtol=0)
+
+
+def test_a_mirrored_teacher_says_the_mean_of_both_views(data, tmp_path):
+    ns = NoisyStudent(data, "resnet9_4", tmp_path / "a", mirror=True, temperature=0.5, **TINY)
+    ns.fit()
+    table = pd.read_parquet(tmp_path / "a" / "round_1" / "pseudo_labels").sort_values("item")
+    net, images = load_model(tmp_path / "a" / "round_0"), data.unlabeled.images
+    z = torch.tensor(net.scores(images) + net.scores(images[:, :, ::-1])) / 2
+    expected = (z / 0.5).softmax(1)
+    assert (table.label == expected.argmax(1).numpy()).mean() > 0.99
+    np.testing.assert_allclose(table.confidence, expected.max(1).values, atol=2e-3)
+    assert abs(table.confidence - torch.tensor(net.scores(images) / 0.5).softmax(1).max(1).values.numpy()).max() > 0.01
 
 
 def test_student_from_its_teacher(data, tmp_path):
