@@ -76,6 +76,8 @@ VARIANTS: dict[str, dict] = {  # changes
     "average_hard": FLY | dict(soft=False, threshold=.95, label_smoothing=0.),  # FixMatch's targets
     "average_share": FLY | dict(soft=False, share=.8, label_smoothing=0.),
     "average_mixup": FLY | dict(mix="mixup"),
+    "average_hard_1": FLY | dict(soft=False, threshold=.95, label_smoothing=0., ratio=1),  # half the cost of a step
+    "teacher_mixup": dict(rounds=0, mix="mixup"),
 }
 
 
