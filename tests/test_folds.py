@@ -72,7 +72,8 @@ def test_groups_stay_together_and_all_labels_judge(photos, tmp_path):
     assert abs((oof.label == oof.predicted).mean() - ns.summary.valid_accuracy[ns.best]) < 1e-9
     assert (oof[["blue", "red"]].sum(axis=1) - 1).abs().max() < 1e-4
     assert len(ns.predict([str(photos/"30.png")])) == 1 and load_model(ns.path).classes == ["blue", "red"]
-    assert not len(ns.plan()) and len(ns.learner(fold=2).get_preds()[0]) == (ns.of == 2).sum()
+    assert repr(ns.plan()) == "nothing is left to do: all 2 rounds are done"
+    assert len(ns.learner(fold=2).get_preds()[0]) == (ns.of == 2).sum()
     with pytest.raises(ValueError, match=r"fold must be in 0\.\.2"): ns.learner(fold=3)
 
 
