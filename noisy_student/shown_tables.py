@@ -26,7 +26,9 @@ class ShownTable(pd.DataFrame):
         self.says = words
         return self
 
-    def _text(self): return super().__repr__() # of its rows, for a terminal
+    def _text(self): # of its rows, for a terminal: columns that have no room are below the others
+        with pd.option_context('display.max_columns', None): return super().__repr__()
+
     def _html(self): return super()._repr_html_() # the same for a notebook
 
     def _is_shown(self): return len(self) or not self.says

@@ -48,7 +48,8 @@ class Timing(Clock):
         k: int, # Round for which there is no time
         before: float = 0., # Seconds that are planned for the rounds before it
     ) -> float:
-        "Smallest time limit in seconds that fits this round, plus 10 %."
+        "Smallest time limit in seconds that fits this round, plus 10 %; where it is left out, as was said then."
+        if self.steps(k) == 0 and (noted := self.learners.dir.plan(k).get('enough')): return noted
         r, weights = self.recipe, round_weights(self.recipe)
         least = least_steps(r) * (self.measured().step_seconds[k] + self.judging(k) / 10)
         trained = least * sum(weights[k:]) / weights[k]
@@ -76,12 +77,11 @@ class Timing(Clock):
         self,
         k: int, # Round that trains now
     ) -> list[Callback]:
-        "What shortens its epochs if the machine becomes slower."
+        "What shortens its epochs if the machine becomes slower; without a limit what was shortened stays so."
         weights, plan, r = round_weights(self.recipe), self.learners.dir.plan(k), self.learners.recipe_of(k)
         epochs = {int(e): n for e, n in plan.get('epochs', {}).items()}
         if world() > 1 or not weights[k]: return []
-        if self.limit is None: # what was shortened stays so
-            return [KeepTime(float('inf'), epochs, lambda kept: None, r.accumulate)] if epochs else []
+        if self.limit is None: return [KeepTime(float('inf'), epochs, lambda kept: None, r.accumulate)] if epochs else []
         steps = plan.get('steps') or self.full_length(k)
         step = plan.get('step_seconds') or self.measured().step_seconds[k] # it began without a limit
         planned = steps * step + r.epochs_of(self.learners.role_of(k)) * self.judging(k) - self.trained_seconds(k)

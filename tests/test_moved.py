@@ -84,7 +84,7 @@ def test_tables_of_one_name_do_not_share_a_run(images, tmp_path, monkeypatch):
         table = pd.DataFrame(dict(image=files, label=[f.parent.name for f in files]))
         table.to_csv(tmp_path/o/'train.csv', index=False)
     def start(o, **more): return NoisyStudent(tmp_path/o/'train.csv', 'resnet9_4', recipe='default', rounds=0, epochs=1,
-                                              size=8, bs=4, valid_pct=.3, progress=lambda *_: None, **more)
+                                              size=8, bs=4, progress=lambda *_: None, **more)
     start('a').fit()
     with pytest.raises(ValueError) as e: start('b').fit()
     said = str(e.value)

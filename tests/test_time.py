@@ -131,6 +131,8 @@ def test_one_figure_is_said_of_a_round_that_has_no_time(tmp_path, monkeypatch):
         with pytest.warns(UserWarning, match="round 1 is left out") as seen: ns.fit()
         (at_the_end,) = re.findall(r"time_limit \('(\w+)' or more\)", str([str(o.message) for o in seen]))
         assert (said == at_the_end) is same
+        timing.measured = lambda rates=rates: rates._replace(step_seconds={0: .01, 1: 60.})  # other programs run, too
+        assert f"time_limit='{at_the_end}'" in str(ns.plan())
 
 
 def test_where_one_fold_has_no_time_none_trains_in_vain(tmp_path, monkeypatch):
