@@ -144,7 +144,7 @@ def _students(f): # of networks from scratch
         enough = in_minutes(f.folds * f.seconds * ENOUGH_PASSES / _passes(f))
         return 0, (f"no student: {f.seconds:.0f} s{' a fold' * (f.folds > 1)} are {_passes(f):.0f} passes over "
                    f"{f.labeled:,} labels, and from scratch more passes over the labels help more than pseudo labels; "
-                   f"there will be one with time_limit='{enough}' or more")
+                   f"a new run with time_limit='{enough}' or more will have one")
     if _short(f): return 1, f"one student{_because(f)}"
     return 2, "a student on half of the pool, one on most of it"
 

@@ -81,7 +81,7 @@ class Timing(Clock):
         weights, plan, r = round_weights(self.recipe), self.learners.dir.plan(k), self.learners.recipe_of(k)
         epochs = {int(e): n for e, n in plan.get('epochs', {}).items()}
         if world() > 1 or not weights[k]: return []
-        if self.limit is None: return [KeepTime(float('inf'), epochs, lambda kept: None, r.accumulate)] if epochs else []
+        if self.limit is None: return [KeepTime(float('inf'), epochs, lambda _: None, r.accumulate)] if epochs else []
         steps = plan.get('steps') or self.full_length(k)
         step = plan.get('step_seconds') or self.measured().step_seconds[k] # it began without a limit
         planned = steps * step + r.epochs_of(self.learners.role_of(k)) * self.judging(k) - self.trained_seconds(k)
