@@ -214,7 +214,7 @@ def _view_words(r):
 def _label_words(r):
     shares = ', '.join(f'{100 * o:g}' for o in shares_of(r.share) if o)
     kept = (f"confidence {'>' if r.strict else '>='} {r.threshold:g}" if r.share is None else
-            f"the most confident {shares} %{' of each class' if r.share_of == 'class' else ''}")
+            f"the most confident {shares} % of {'each class' if r.share_of == 'class' else 'the pool'}")
     named = {'mean': 'the mean of the classes', 'largest': 'the largest class', None: 'no balancing'}
     balance = f'{r.per_class:,} per class' if isinstance(r.per_class, int) else named[r.per_class]
     targets = ['soft' if r.soft else 'hard', *([f'T={r.temperature:g}'] if r.temperature != 1 else []),

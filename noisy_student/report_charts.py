@@ -158,7 +158,7 @@ def _coverage(ax, run):
         ax.plot(100 * known[some] / known[-1], 100 * right[some] / known[some], color=color, lw=2 if last else 1,
                 label=f'round {k}' if last or not n else None)
         if not o.known_passed: continue
-        label = 'at the threshold' if o.share is None else 'at the share'
+        label = 'at the threshold' if o.share is None else f'at the share of the {o.share_of}'
         ax.plot(100 * o.known_passed / known[-1], 100 * o.right_passed / o.known_passed, 'o', color=color,
                 ms=6 if last else 4, label=label if last else None)
     ax.set(xlabel='kept, most confident first (%)', ylabel='right among the kept (%)', xlim=(0, 102))

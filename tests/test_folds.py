@@ -128,6 +128,8 @@ def test_suspects_are_found_out_of_fold_and_without_a_pool(photos, tmp_path, cap
     assert main(["suspects", str(tmp_path/"run"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {o["kind"] for o in found} == {"labeled"} and found[0]["item"].endswith("00.png"), found
+    assert main(["suspects", str(tmp_path/"run")]) == 0
+    assert "\nquality, from 0 to 1: below .5 " in (said := capsys.readouterr().out) and "pseudo label" not in said
 
 
 def test_folds_say_what_was_chosen(photos, tmp_path, monkeypatch, capsys):
