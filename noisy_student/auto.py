@@ -141,7 +141,7 @@ def _labels_alone(f):
 
 def _students(f): # of networks from scratch
     if _labels_alone(f):
-        enough = in_minutes(f.folds * f.seconds * ENOUGH_PASSES / _passes(f))
+        enough = in_minutes(1.1 * f.folds * f.seconds * ENOUGH_PASSES / _passes(f)) # speed is measured anew there
         return 0, (f"no student: {f.seconds:.0f} s{' a fold' * (f.folds > 1)} are {_passes(f):.0f} passes over "
                    f"{f.labeled:,} labels, and from scratch more passes over the labels help more than pseudo labels; "
                    f"a new run with time_limit='{enough}' or more will have one")
