@@ -123,8 +123,8 @@ def _from_weights(f): # fine-tuning
     return dict(
         rounds=(2 if _short(f) else 3, "a classifier on frozen features learns from its own labels first; then "
                 + ("one student trains" if _short(f) else "two students train") + " all of the network" + _because(f)),
-        head_rounds=(2, "pretrained weights: teacher and first student train the classifier alone, in seconds"),
-        share=((.3, .6, .9), "the most confident labels first, more in each round"),
+        head_rounds=(2, "pretrained weights: teacher and first student train the classifier alone, on frozen features"),
+        share=((.3, .6, .9), "of the pool, the most confident labels first, more in each round"),
         lr=(1e-3, "of the classifier"),
         body_lr=(.3, "pretrained weights change less than the classifier"),
         freeze_norm=(True, "the statistics of pretraining stay: those of small batches are worse"),
@@ -142,17 +142,17 @@ def _labels_alone(f):
 
 def _students(f): # of networks from scratch
     if _labels_alone(f):
-        enough = in_minutes(f.folds * f.seconds * ENOUGH_PASSES / _passes(f))
+        enough = in_minutes(1.1 * f.folds * f.seconds * ENOUGH_PASSES / _passes(f)) # speed is measured anew there
         return 0, (f"no student: {f.seconds:.0f} s{' a fold' * (f.folds > 1)} are {_passes(f):.0f} passes over "
                    f"{f.labeled:,} labels, and from scratch more passes over the labels help more than pseudo labels; "
-                   f"there will be one with time_limit='{enough}' or more")
+                   f"a new run with time_limit='{enough}' or more will have one")
     if _short(f): return 1, f"one student{_because(f)}"
     return 2, "a student on half of the pool, one on most of it"
 
 def _from_scratch(f):
     return dict(
         rounds=_students(f),
-        share=((.5, .9), "the most confident labels first, more in each round"),
+        share=((.5, .9), "of the pool, the most confident labels first, more in each round"),
         init=('teacher' if _short(f) else 'scratch', "in so short a time students go on from their teacher" if _short(f)
               else "as in the paper: a student does not inherit its teacher's errors"),
         lr=(4e-3 if f.size <= 64 else 2e-3, "AdamW, one cycle"),

@@ -145,8 +145,8 @@ def against_before(
     things: str = 'validation images', # What was answered
 ) -> Verdict: # Not `ok` if it is worse beyond chance; never `stop`
     "Is a network better, no different, or worse than the one before? Raises ValueError for answers of other images."
-    return _paired(y, pred, before, who, other, things, "Less noise, more steps or time, a smaller share or a "
-                   "larger network may help.")
+    return _paired(y, pred, before, who, other, things, "Less noise, more steps or time, a smaller share of "
+                   "the pool or a larger network may help.")
 
 def against_linear(
     y: np.ndarray, # True labels, int (n,)

@@ -100,8 +100,8 @@ SuffixOpt = Annotated[Optional[str], option('tables.from_df.suffix', 'TEXT')]
 CsvOpt = Annotated[Optional[str], typer.Option('--csv', metavar='FILE', show_default=False, help=(
     "Write the predictions to this file, a row per image, as competitions want it."))]
 ColumnsOpt = Annotated[Optional[str], _text(
-    "Headers of that file: of image and label, such as id,label, or of image and classes. Default: image,label.",
-    'NAME,NAME')]
+    "Headers of that file: of image and label, such as id,label, or of image and classes; or all: label, confidence "
+    "and the probability of every class. Default: image,label.", 'NAME,NAME')]
 LikeOpt = Annotated[Optional[str], option('predictions.write_submission.like', 'FILE')]
 FillOpt = Annotated[Optional[str], option('predictions.write_submission.fill', 'CLASS')]
 

@@ -173,11 +173,12 @@ def report(
       noisy-student report runs/digits
     """
     require_run(path)
-    from noisy_student.run_warnings import run_warnings
+    from noisy_student.run_warnings import left_out, run_warnings
     from noisy_student.run_record import read_run
     from noisy_student.report import write_report
     run = read_run(path)
     if not run.metrics: raise ValueError(f"no round of {path} is finished: there is nothing to report yet")
     splits = data_of_run(run, data)
+    if said := left_out(run): to_stderr(said)
     for o in run_warnings(run): to_stderr(f"warning: {o}")
     print(write_report(path, splits))

@@ -166,12 +166,13 @@ def suspects(
     with show_progress() as progress:
         ns = NoisyStudent(splits, run.config['archs'], path, seed=run.config['seed'], recipe=_recipe_of(run.config),
                           device=device, progress=progress, folds=run.config.get('folds'))
-        rows = records(ns.suspects(pictures=0))
+        rows = records(table := ns.suspects(pictures=0))
     if as_json: return print_table(rows, True)
-    if not rows: return print("no given label is contradicted")
+    if not rows: return print(table.says)
     def cell(v): return None if v is None else f'{v:.3f}' if isinstance(v, float) else str(v)
     print_table([{k: cell(v) for k, v in r.items()} for r in rows[:top]])
     if len(rows) > top: print(f"{len(rows) - top:,} more in {path}/suspects")
+    print(table.says)
 
 def _recipe_of(config): # of run.json
     noises = {k: Noise(**v) for k, v in config['recipe'].items() if k in ('noise', 'teacher_noise') and v}

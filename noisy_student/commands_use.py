@@ -37,6 +37,7 @@ def predict(
     Examples:
       noisy-student predict runs/mine photo.jpg --top 3
       noisy-student predict runs/mine test_images --csv submission.csv --like sample_submission.csv
+      noisy-student predict runs/mine new_images --csv predictions.csv --columns all
     """
     check_file(csv, columns, like, fill)
     named = named_items(items, given(folder=images, image=image_column, suffix=suffix))

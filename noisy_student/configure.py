@@ -27,6 +27,7 @@ from .learner import Noise
 from .published_weights import NO_WEIGHTS
 from .models import arch_name, create_model, default_arch, find_weights, n_parameters
 from .recipes import Recipe, get_recipe
+from .shown_tables import ShownTable
 from .splits import Splits
 
 # %% ../nbs/06f_configure.ipynb #6bbbddb1
@@ -209,12 +210,12 @@ def _consequences(made, given, names):
     return new
 
 # %% ../nbs/06f_configure.ipynb #b2a96b04
-class Reasons(pd.DataFrame):
+class Reasons(ShownTable):
     "A table of sentences that is shown whole, where pandas cuts a text after 50 characters."
-    def __repr__(self) -> str: return self.to_string()
+    def _text(self): return self.to_string()
 
-    def _repr_html_(self) -> str | None: # type: ignore[override]
-        with pd.option_context('display.max_colwidth', None): return super()._repr_html_() # type: ignore[operator]
+    def _html(self):
+        with pd.option_context('display.max_colwidth', None): return super()._html()
 
 def reasons_table(
     recipe: Recipe, # As it is used

@@ -28,8 +28,9 @@ from .models import load_tensors, save_tensors
 from .run_record import read_history
 from .rundir import read_metrics
 from .run_setup import Setup
+from .shown_tables import ShownTable
 from .splits import Split, Splits
-from .time_limit import Timing, tell_plan
+from .time_limit import Timing, no_time, tell_plan
 
 # %% ../nbs/08l_folds.ipynb #77ded6d4
 def _check_number(folds):
@@ -109,12 +110,15 @@ def _join_answers(answers, of):
 def _share_right(probs, labels): return int((probs.argmax(1).numpy() == labels).sum()) / len(labels)
 
 # The plans of all folds, each stage once
-def _added_up(rows):
+def _added_up(tasks):
+    plans, late = [o.plan() for o in tasks], [(k, s) for o in tasks for k, s in o.timing.said.items()]
+    said = no_time({k: len(tasks) * s for k, s in sorted(late)}) # of a round the longest
+    if not len(rows := pd.concat(plans)): return ShownTable(rows).saying(said or plans[0].says)
     stages = rows.groupby(['round', 'stage'], sort=False)
     table = stages.agg(amount=('amount', 'first'), times=('amount', 'size'), seconds=('seconds', 'sum'))
     table = table.reset_index().sort_values('round', kind='stable', ignore_index=True)
     table['amount'] += [f', {n} times' if n > 1 else '' for n in table.pop('times')]
-    return table
+    return ShownTable(table).saying(said)
 
 def _are_probabilities(p): # NaN is none
     return p.dtype == torch.float32 and bool(((p >= 0) & ((p.sum(1, keepdim=True) - 1).abs() < 1e-3)).all())
@@ -189,9 +193,8 @@ class Folds(ImageTask):
         self._join(k)
         return True
 
-    def plan(self) -> pd.DataFrame: # round, stage, amount, seconds
-        rows = pd.concat([part.task.plan() for part in self.parts])
-        return _added_up(rows) if len(rows) else rows
+    def plan(self) -> ShownTable: # round, stage, amount, seconds
+        return _added_up([part.task for part in self.parts])
 
     def valid_probs(self, k):
         return _read_answers(self.dir.round(k)/'answers.safetensors', (len(self.of), len(self.data.classes)))

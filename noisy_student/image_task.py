@@ -12,7 +12,6 @@ import gc, sys, warnings
 from collections.abc import Callable
 
 import numpy as np
-import pandas as pd
 import torch
 from fastai.learner import Learner
 
@@ -29,6 +28,7 @@ from .opened_images import Opened
 from .progress import StageProgress
 from .rundir import RunDir
 from .run_setup import Setup
+from .shown_tables import ShownTable
 from .round_task import Task
 from .time_limit import Timing
 
@@ -68,7 +68,8 @@ class ImageRounds(Task):
 
     def train(self, k, learn, role):
         r, stage = self.learners.recipe_of(k), f'round {k}: training the {role}'
-        if k < r.head_rounds: return self.heads.history(k, learn, f'{stage}, its classifier alone'), 0.
+        if k < r.head_rounds:
+            return self.heads.history(k, learn, f'{stage} (the classifier alone, on frozen features)'), 0.
         progress = StageProgress(self.tell, f'{stage} {self.arch(k)} (batches)')
         cbs = [*self.timing.keep(k), *self.setup.cbs(k, self.dir.round(k))]
         return fit_resumably(learn, r.epochs_of(role), r, self.dir.round(k), progress, cbs)
@@ -175,6 +176,6 @@ class ImageTask(ImageRounds):
 
     def end(self): self.timing.complain()
 
-    def plan(self) -> pd.DataFrame: # round, stage, amount, seconds
+    def plan(self) -> ShownTable: # round, stage, amount, seconds
         "What the run will do."
         return self.timing.plan()

@@ -158,7 +158,8 @@ def leaks_of(opened: OpenedImages, # Of a run
     total, out = len(held) * len(images.images), []
     for n, other in enumerate(held):
         others = opened.images(other)
-        def tell(done, of): name == 'unlabeled' and opened.tell('looking for leaks (images)', n * of + done, total)
+        stage = 'looking for validation and test images in the pool (images)'
+        def tell(done, of): name == 'unlabeled' and opened.tell(stage, n * of + done, total)
         for o in find_leaks(images.images, others.images, tell, device).itertuples():
             i, j = int(images.good[o.position]), int(others.good[o.other])
             out.append(dict(pile=name, position=i, item=opened.item(name, i), also_in=other,
@@ -217,7 +218,9 @@ class Opened(OpenedPool):
         splits = ['labeled', *(['unlabeled'] if self.pool_is_needed else [])]
         try: old = unsealed(self.dir.path/'leaks.json', LEAKS)
         except FileNotFoundError: old = dict(searched=[])
-        except ValueError as e: old = dict(searched=[]); warnings.warn(f"{e}: leaks are searched again")
+        except ValueError as e:
+            old = dict(searched=[])
+            warnings.warn(f"{e}: images that are in two splits are searched again")
         if not set(splits) <= set(old['searched']):
             old = dict(searched=splits, found=[o for name in splits for o in leaks_of(self, name, self.device)])
             self.dir.write('leaks.json', sealed(old))

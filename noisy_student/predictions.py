@@ -161,14 +161,15 @@ def predict_table(
 # %% ../nbs/05l_predictions.ipynb #dcff6c6d
 def _meaning(headers, table): # header -> column of `table`: first the image, then the label or probabilities
     classes = list(table.columns[3:])
-    names = {o.removesuffix(' (class)'): o for o in classes} | {o: o for o in classes}
+    names = {'label': 'label', 'confidence': 'confidence'}
+    names |= {o.removesuffix(' (class)'): o for o in classes} | {o: o for o in classes}
     first, *others = headers
     if len(others) == 1 and (others[0] == 'label' or others[0] not in names):
         return {first: 'image', others[0]: 'label'}
     if not others or any(o not in names for o in others):
-        raise ValueError("columns must be the headers of image and label, or the header of the image and classes, got "
-                         f"{listed(headers)}; the classes are {listed(classes)}; for any others give "
-                         "{header: column of the table}")
+        raise ValueError("columns must be the headers of image and label, or the header of the image and then columns "
+                         f"of the table, or 'all', got {listed(headers)}; the table has {listed(table)}; for any other "
+                         "headers give {header: column of the table}")
     return {first: 'image', **{o: names[o] for o in others}}
 
 def _short(names, stem): # file names without folders, and without suffix for `stem`; what is no text as it is
@@ -196,13 +197,14 @@ def _in_order(table, ids): # the rows of `table` for `ids`, which hold file name
 def write_submission(
     table: pd.DataFrame, # Of `predict_table`
     file: str | Path, # Target, .csv
-    columns: Sequence[str] | Mapping[str, str] | None = None, # Headers: image, then label or classes; {header: column}
+    columns: str | Sequence[str] | Mapping[str, str] | None = None, # Headers, image first; {header: column}; or 'all'
     stem: bool = False, # Image names without suffix
     like: str | Path | pd.DataFrame | None = None, # A sample submission: its headers, its ids, its order of rows
     fill: str | None = None, # Class of images that could not be read; None leaves their cells empty, with a warning
 ) -> Path: # The file, whole or as it was before
-    """Write predictions as a competition wants them: file names without folders, then labels or probabilities. Raises
-    ValueError for columns or ids that do not fit, OSError, naming the file, if it cannot be written."""
+    """Write predictions as a competition wants them: file names without folders, then labels or probabilities; with
+    columns='all' everything as it is. Raises ValueError for columns or ids that do not fit, OSError, naming the file,
+    if it cannot be written."""
     if not isinstance(table, pd.DataFrame):
         raise ValueError(f"table must be what predict has returned, got {in_short(table)}: "
                          "write_submission(table, 'mine.csv')")
@@ -210,7 +212,8 @@ def write_submission(
         raise ValueError(f"table must be one of predict_table, got the columns {listed(table.columns, 5)}")
     sample = None if like is None else read_table(like) if is_table(like) else as_frame(like, 'like')
     default = ['image', 'label'] if sample is None else [str(o) for o in sample.columns]
-    headers = default if columns is None else columns
+    whole = isinstance(columns, str) and columns == 'all' # with folders: it is no submission
+    headers = default if columns is None else dict(zip(table, table)) if whole else columns
     meaning = dict(headers) if isinstance(headers, Mapping) else _meaning(list(headers), table)
     if odd := [o for o in meaning.values() if o not in table]:
         raise ValueError(f"the table has no column {in_short(odd[0])}: it has {listed(table)}")
@@ -219,8 +222,8 @@ def write_submission(
         warnings.warn(f"{n} images could not be read: their cells are empty, which few competitions take; fill "
                       "(--fill) names a class")
     out = (_in_order(table, sample.iloc[:, 0]) if sample is not None else
-           table.assign(image=_short(table.image, stem)))[list(meaning.values())]
-    if sample is None and (twice := out.image[out.image.duplicated()]).size:
+           table if whole else table.assign(image=_short(table.image, stem)))[list(meaning.values())]
+    if sample is None and not whole and (twice := out.image[out.image.duplicated()]).size:
         raise ValueError(f"{len(twice)} images have the name of another one, the first is {in_short(twice.iloc[0])}: "
                          "names must differ without their folders"
                          f"{' and suffixes: stem=False keeps those' if stem else ''}")

@@ -46,7 +46,8 @@ class _Epochs:
     def write(self, line): _print(line)
 
 class Log(_Epochs):
-    "A line on stderr per finished stage, per epoch, and every 30 s of what takes longer, for where nobody waits."
+    """A line on stderr per finished stage, per epoch, and every 30 s of what takes longer, for where nobody waits. A
+    stage that counts rounds, each of which may take a minute, has one before it begins, too."""
     every = 30. # Seconds between two lines of a stage that takes long
     def __init__(self): self.begun: dict[str, float] = {}; self.told: dict[str, float] = {}
 
@@ -57,11 +58,12 @@ class Log(_Epochs):
         total: int, # All of it
     ) -> None:
         now = time.perf_counter()
+        is_long = stage not in self.begun and stage.endswith('(rounds)') # whose first step is
         spent = now - self.begun.setdefault(stage, now)
         if done == total:
             del self.begun[stage]
             self.write(f"{stage}: {total:,} in {spent:.0f} s")
-        elif now - max(self.told.get(stage, 0.), self.begun[stage]) >= self.every:
+        elif is_long or now - max(self.told.get(stage, 0.), self.begun[stage]) >= self.every:
             self.told[stage] = now
             self.write(f"{stage}: {done:,} of {total:,}")
 

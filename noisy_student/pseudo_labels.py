@@ -113,7 +113,7 @@ def select_pseudo_labels(
     strict: bool = False, # Keep only confidence > threshold
     binned: bool = False, # Balance as the reference does: N rows per class on average, of all images above a bin edge
     seed: int = 0, # Of the draws of `binned`
-    share: float | None = None, # Instead of `threshold`: keep the most confident share, in (0, 1]
+    share: float | None = None, # Instead of `threshold`: keep the most confident share of the pool, in (0, 1]
     share_of: str = 'pool', # Of what: 'pool', or 'class' for the same share of every predicted class
 ) -> Selection:
     """Filter by confidence, then balance the classes to exactly N rows each (with `binned` to N on average); one row

@@ -216,8 +216,8 @@ def _view_words(r):
 
 def _label_words(r):
     shares = ', '.join(f'{100 * o:g}' for o in shares_of(r.share) if o)
-    of = ' of a batch' if r.on_the_fly else ' of each class' if r.share_of == 'class' else ''
-    kept = (f"the most confident {shares} %{of}" if r.share is not None else
+    of = 'a batch' if r.on_the_fly else 'each class' if r.share_of == 'class' else 'the pool'
+    kept = (f"the most confident {shares} % of {of}" if r.share is not None else
             f"confidence {'>' if r.strict else '>='} {r.threshold:g}" if r.threshold or not r.on_the_fly else 'none')
     named = {'mean': 'the mean of the classes', 'largest': 'the largest class', None: 'no balancing'}
     balance = f'{r.per_class:,} per class' if isinstance(r.per_class, int) else named[r.per_class]

@@ -12,12 +12,12 @@ from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from .report_charts import COLORS, as_svg
 from .datasets import Splits
 from .distributed import write_once
-from .run_warnings import run_warnings, skewed_classes
+from .run_warnings import left_out, run_warnings, skewed_classes
 from .report_pictures import class_examples, extremes, is_smooth, label_flips, leak_pictures, suspect_pictures
 from .run_record import RunRecord, read_run, short
 from .report_tables import (MAX_CLASSES, class_table, labels_table, leaks_table, robustness_table, rounds_table,
@@ -27,12 +27,15 @@ from .report_tables import (MAX_CLASSES, class_table, labels_table, leaks_table,
 _all_ = ['RunRecord', 'read_run', 'run_warnings', 'skewed_classes', 'extremes']
 
 # %% ../nbs/07i_report.ipynb #c6000002
+def _breakable(text): # such as the name of a network: a line may end after an underscore
+    return Markup(escape(text).replace('_', Markup('_<wbr>')))
+
 @cache
 def _template() -> Template:
     "The template of the page, which lies in the package."
     env = Environment(loader=PackageLoader('noisy_student'), autoescape=True, undefined=StrictUndefined,
                       trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    env.filters['short'] = short
+    env.filters |= dict(short=short, breakable=_breakable)
     env.globals |= dict(colors=COLORS, max_classes=MAX_CLASSES, is_smooth=is_smooth)
     return env.get_template('report.html.jinja')
 
@@ -46,6 +49,16 @@ def _subtitle(run):
              f'{len(run.classes)} classes.']
     return '; '.join(filter(None, parts))
 
+def _of_training(run):
+    "What is true of the training loss of all rounds."
+    r, ends = run.recipe, [h.iloc[-1] for h in run.history.values() if len(h)]
+    def is_noised(k):
+        noise = (None if k else r.get('teacher_noise')) or r.get('noise') or {}
+        acts = any(noise.get(o) for o in ('randaugment_n', 'dropout', 'swap')) or noise.get('survival', 1) != 1
+        return k >= r.get('head_rounds', 0) and acts
+    if not all(map(is_noised, run.history)): return ''
+    return ', which is noised' + ' and higher' * all(o.train_loss > o.valid_loss for o in ends)
+
 def report_html(run: RunRecord # From `read_run`
                ) -> str: # A whole page that needs nothing else
     "The page of a run. Raises ValueError before the first round is done, or for a damaged table."
@@ -54,8 +67,8 @@ def report_html(run: RunRecord # From `read_run`
     given = run.data.labeled if run.data else None
     return _template().render(
         run=run, name=run.path.resolve().name, subtitle=_subtitle(run), notes=run_warnings(run),
-        folds=run.config.get('folds'), tiles=tiles(run), rounds=rounds_table(run),
-        chart=lambda name: Markup(as_svg(name, run)),
+        left_out=left_out(run), folds=run.config.get('folds'), tiles=tiles(run), rounds=rounds_table(run),
+        training=_of_training(run), chart=lambda name: Markup(as_svg(name, run)),
         labels=labels_table(run) if latest else None, classes=class_table(run, latest) if latest else None,
         examples=class_examples(run), flips=label_flips(run),
         suspects=suspect_pictures(t, given) if (t := run.suspects) is not None else None,

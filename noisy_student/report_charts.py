@@ -49,8 +49,10 @@ def _latest(run): return run.labels[max(run.labels)]
 # %% ../nbs/07f_report_charts.ipynb #b3000009
 def _accuracy(ax, run):
     s = run.summary
-    for name, color, marker, dx in (('valid', _C.c1, 'o', -.04), ('test', _C.c2, 's', .04)):
-        if f'{name}_accuracy' not in s or s[f'{name}_accuracy'].isna().all(): continue
+    there = [o for o in ('valid', 'test') if f'{o}_accuracy' in s and s[f'{o}_accuracy'].notna().any()]
+    for name in there:
+        dx = 0 if len(there) == 1 else dict(valid=-.04, test=.04)[name] # side by side
+        color, marker = dict(valid=(_C.c1, 'o'), test=(_C.c2, 's'))[name]
         p, n = s[f'{name}_accuracy'].astype(float).values, run.size(name)
         if n: low, high = wilson(np.round(p * n), n)
         error = 100 * np.stack([p - low, high - p]) if n else None
@@ -156,7 +158,7 @@ def _coverage(ax, run):
         ax.plot(100 * known[some] / known[-1], 100 * right[some] / known[some], color=color, lw=2 if last else 1,
                 label=f'round {k}' if last or not n else None)
         if not o.known_passed: continue
-        label = 'at the threshold' if o.share is None else 'at the share'
+        label = 'at the threshold' if o.share is None else f'at the share of the {o.share_of}'
         ax.plot(100 * o.known_passed / known[-1], 100 * o.right_passed / o.known_passed, 'o', color=color,
                 ms=6 if last else 4, label=label if last else None)
     ax.set(xlabel='kept, most confident first (%)', ylabel='right among the kept (%)', xlim=(0, 102))

@@ -34,6 +34,7 @@ class Elapsed(StepTimes):
     ):
         super().__init__(learners, limit, auto_batch)
         self.begun, self.before, self.fills = 0., 0., fills
+        self.said: dict[int, float] = {} # round that the latest plan has no time for -> the limit that it says would do
 
     def start(
         self,

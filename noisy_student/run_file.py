@@ -88,10 +88,12 @@ def check_config(directory: RunDir, # Of a run
     def describe(k):
         if k == 'data':
             moved = '' if 'content' in a else '; that they have moved is known of newer runs only'
-            return f"data: other images or labels, by changed files, labels, seed or pool{moved}"
+            name = (directory.about.get('source') or {}).get('name')
+            begun = f" than those of {name}, which it was begun with" if name else ''
+            return f"data: other images or labels{begun}, by changed files, labels, seed or pool{moved}"
         return f"{k.removeprefix('recipe.')[:80]}: {str(a.get(k))[:80]} there, {str(b.get(k))[:80]} here"
     if bad := [k for k in diff if k not in free]:
         some = '; '.join([*map(describe, bad[:_NAMED]), *(['...'] if len(bad) > _NAMED else [])])
-        raise ValueError(f"{directory.path} holds a run with other settings ({some}): choose another folder, remove "
-                         "this one to start over, or give the same settings to go on with it")
+        raise ValueError(f"{directory.path} holds a run with other settings ({some}): choose another folder (path=, "
+                         "--out), remove this one to start over, or give the same settings to go on with it")
     return bool(diff) or is_new

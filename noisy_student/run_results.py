@@ -64,11 +64,8 @@ class Results:
         done = f"{len(self.summary)} of {self.recipe.rounds + 1} rounds done"
         return f"{type(self).__name__}({self.data}, {self.archs}, {str(self.path)!r}, {done})"
 
-    def __str__(self) -> str: # with the figures, short enough for a terminal
-        s = self.summary[['round', 'role', 'arch', 'pseudo_labeled', 'valid_accuracy', 'test_accuracy', 'seconds']]
-        if not len(s): return repr(self)
-        table = s.dropna(axis=1, how='all').to_string(index=False, float_format='{:.3f}'.format)
-        return f'{self!r}\n{table}'
+    def __str__(self) -> str: # with the figures
+        return f'{self!r}\n{s}' if len(s := self.summary) else repr(self)
 
     def write_report(self) -> None:
         "Make the page. One that cannot be made is warned of: it must not fail the run."

@@ -26,6 +26,7 @@ from .image_task import ImageTask
 from .metrics import softmax
 from .progress import StageProgress
 from .pseudo_labels import read_selection
+from .shown_tables import ShownTable
 from .suspects import flipped_labels, rank_suspects, show_suspects
 
 # %% ../nbs/08j_run_suspects.ipynb #a9000006
@@ -73,7 +74,7 @@ def _by_classifiers(task, k):
 def find_suspects(task: ImageTask, # Of a run, at least one round done
                   is_folded: bool = False, # Whether validation images are all that have a label, by folds
                   pictures: int = 16 # Suspects to draw, flagged ones in red; 0: none
-                 ) -> pd.DataFrame: # kind, item, label, predicted, confidence, quality, issue
+                 ) -> ShownTable: # kind, item, label, predicted, confidence, quality, issue
     """Labeled items that a network contradicts which never saw them, the most suspicious first, then pseudo-labeled
     ones whose label changed since the pool was labeled last.
 
@@ -98,7 +99,13 @@ def find_suspects(task: ImageTask, # Of a run, at least one round done
     write_with_sum(folder/'suspects.csv', table.to_csv(index=False))
     if pictures and len(ranked):
         show_suspects(ranked, task.opened.images('labeled').images, task.data.classes, pictures)
-    return table
+    return ShownTable(table).saying(_in_words(table))
+
+def _in_words(table): # what its columns mean
+    if not len(table): return "no given label is contradicted"
+    changed = "; a pseudo label is listed because it has changed, and has neither" if table.issue.isna().any() else ''
+    return ("quality, from 0 to 1: below .5 the network is surer of another label than of the given one; issue: "
+            f"whether cleanlab takes that for an error{changed}")
 
 def _contradicted(task, ranked, probs): # labeled items
     names = np.array(task.data.classes)

@@ -15,12 +15,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
-import pandas as pd
-
 from .distributed import first_rank_first, rank, write_once
 from .files import altered, locked, unsealed, write_sums
 from .reading import misfit, open_parquet, read_csv, read_json
 from .round_scores import accuracy_error
+from .shown_tables import Summary
 from .weights import load_tensors
 
 # %% ../nbs/07b_rundir.ipynb #e1000006
@@ -42,14 +41,14 @@ _SOURCE = {'name': str, 'labels?': (int, None), 'unlabeled?': (str, [str], None)
 _RUN = {
     'config': {
         'classes': [str], 'archs?': [str], 'seed?': int, 'size?': int, 'folds?': (int, None), 'y_name?': str,
-        'recipe': {'rounds?': int, 'choose_by?': str, 'pretrained?': (bool, str, None), 'threshold?': (float, None)}},
+        'recipe': {'rounds?': int, 'choose_by?': str, 'pretrained?': (bool, str, None), 'threshold?': (float, None),
+                   'head_rounds?': int, 'noise?': ({}, None), 'teacher_noise?': ({}, None)}},
     'sizes?': ({'labeled?': int, 'unlabeled?': int, 'valid?': int, 'test?': int}, None), 'threads?': int,
     'device?': str, 'source?': (_SOURCE, None), 'speed?': (_is_speed, None), 'settled_for?': (_is_finite, None),
     'chosen?': {'archs?': [_is_arch], 'pretrained?': (bool, _is_package)}, 'versions?': {str: str},
     'python?': str} # Of run.json
 _PLAN = {**{f'{o}?': (_is_finite, None) for o in ('step_seconds', 'limit', 'left', 'enough')}, 'steps?': (int, None),
-         'begun?': _is_finite,
-         'epochs?': lambda o: not misfit(o, {str: int}) and all(map(str.isdecimal, o))} # Of plan.json
+         'begun?': _is_finite, 'epochs?': lambda o: not misfit(o, {str: int}) and all(map(str.isdecimal, o))}
 
 def read_about(path: str | Path # Run directory
               ) -> dict: # config, versions, sizes, and more
@@ -183,16 +182,16 @@ class RunDir(Rounds):
         return [scored(r['valid_accuracy']) | r for r in rows] # runs of older versions are judged as those of today
 
     @property
-    def summary(self) -> pd.DataFrame:
+    def summary(self) -> Summary:
         "A row per finished round. Raises ValueError, naming the file, if the figures are not what was written."
-        return pd.DataFrame(self.metrics, columns=COLUMNS)
+        return Summary(self.metrics, columns=COLUMNS)
 
     @property
     def best(self) -> int:
         "The round to use. Raises ValueError before the first one is done."
         return best_round(self.finished().to_dict('records'))
 
-    def finished(self) -> pd.DataFrame:
+    def finished(self) -> Summary:
         "`summary`. Raises ValueError before the first round is done."
         s = self.summary
         if not len(s): raise ValueError(f"no round of {self.path} is finished: call fit() first")
@@ -236,7 +235,7 @@ class RunDir(Rounds):
 
 # %% ../nbs/07b_rundir.ipynb #e1000014
 def read_summary(path: str | Path # A run directory
-                ) -> pd.DataFrame: # A row per finished round, none if it is no run
+                ) -> Summary: # A row per finished round, none if it is no run
     "The figures of a run. Raises ValueError, naming the file, if they are not what was written."
     return RunDir(path).summary
 

@@ -505,6 +505,10 @@ def test_a_competition_in_one_command(call, mistake, tmp_path):
     assert list(written) == ['id', 'color'] and list(written.id) == order and set(written.color) <= {'red', 'blue'}
     call(*line, '--predict', tests, '--csv', tmp_path/'all.csv', '--columns', 'id,color')
     assert set(pd.read_csv(tmp_path/'all.csv').id) == {f'te{i}' for i in range(5)}  # as the table names its images
+    call('predict', tmp_path/'run', tests, '--csv', tmp_path/'all.csv', '--columns', 'all')
+    whole = pd.read_csv(tmp_path/'all.csv')
+    assert list(whole) == ['image', 'label', 'confidence', 'blue', 'red'] and whole.image[0] == str(tests/'te0.png')
+    assert (whole[['blue', 'red']].max(axis=1) == whole.confidence).all()
     (tests/'te4.png').write_bytes(b'no picture')
     for fill, found in ([], True), (['--fill', 'blue'], 'blue'):
         ask = ['predict', tmp_path/'run', tests, '--csv', out, '--like', tmp_path/'sample.csv', *fill]

@@ -72,7 +72,8 @@ def test_groups_stay_together_and_all_labels_judge(photos, tmp_path):
     assert abs((oof.label == oof.predicted).mean() - ns.summary.valid_accuracy[ns.best]) < 1e-9
     assert (oof[["blue", "red"]].sum(axis=1) - 1).abs().max() < 1e-4
     assert len(ns.predict([str(photos/"30.png")])) == 1 and load_model(ns.path).classes == ["blue", "red"]
-    assert not len(ns.plan()) and len(ns.learner(fold=2).get_preds()[0]) == (ns.of == 2).sum()
+    assert repr(ns.plan()) == "nothing is left to do: all 2 rounds are done"
+    assert len(ns.learner(fold=2).get_preds()[0]) == (ns.of == 2).sum()
     with pytest.raises(ValueError, match=r"fold must be in 0\.\.2"): ns.learner(fold=3)
 
 
@@ -127,6 +128,8 @@ def test_suspects_are_found_out_of_fold_and_without_a_pool(photos, tmp_path, cap
     assert main(["suspects", str(tmp_path/"run"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {o["kind"] for o in found} == {"labeled"} and found[0]["item"].endswith("00.png"), found
+    assert main(["suspects", str(tmp_path/"run")]) == 0
+    assert "\nquality, from 0 to 1: below .5 " in (said := capsys.readouterr().out) and "pseudo label" not in said
 
 
 def test_folds_say_what_was_chosen(photos, tmp_path, monkeypatch, capsys):

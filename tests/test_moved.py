@@ -74,6 +74,24 @@ def test_other_images_under_the_same_names_elsewhere_are_others(images, tmp_path
     assert (images/'train'/'cat'/'0.png').stat().st_size == size
     with pytest.raises(ValueError, match='data: other images'): run(images, tmp_path/'run').fit()
 
+def test_tables_of_one_name_do_not_share_a_run(images, tmp_path, monkeypatch):
+    "Both would be runs/train: the second is told whose it is, and what to do."
+    from noisy_student.rounds import NoisyStudent
+    monkeypatch.chdir(tmp_path)
+    for o in 'ab':
+        (tmp_path/o).mkdir()
+        files = sorted((images/'train').rglob('*.png'))[o == 'b':]
+        table = pd.DataFrame(dict(image=files, label=[f.parent.name for f in files]))
+        table.to_csv(tmp_path/o/'train.csv', index=False)
+    def start(o, **more): return NoisyStudent(tmp_path/o/'train.csv', 'resnet9_4', recipe='default', rounds=0, epochs=1,
+                                              size=8, bs=4, progress=lambda *_: None, **more)
+    start('a').fit()
+    with pytest.raises(ValueError) as e: start('b').fit()
+    said = str(e.value)
+    assert 'runs/train holds a run with other settings' in said and 'choose another folder (path=, --out)' in said
+    assert f'data: other images or labels than those of {tmp_path}/a/train.csv, which' in said
+    assert len(start('b', path='runs/b').fit()) == 1
+
 def test_a_run_from_before_contents_were_kept_goes_on_and_keeps_them(images, tmp_path):
     run(images, tmp_path/'run', rounds=0).fit()
     file = tmp_path/'run'/'run.json'

@@ -178,6 +178,12 @@ def test_submission(folder):
     # a class as header: its probability
     np.testing.assert_allclose(written(table, out, ("id", "emu")).emu.astype(float), table.emu, rtol=1e-5)
     np.testing.assert_allclose(written(table, out, {"id": "image", "p": "dog"}).p.astype(float), table.dog, rtol=1e-5)
+    whole = pd.read_csv(write_submission(table, out, "all"))  # nothing is cut off, of names and of columns
+    assert list(whole) == list(table) and whole.image.tolist() == table.image.tolist()
+    np.testing.assert_allclose(whole.iloc[:, 2:], table.iloc[:, 2:], rtol=1e-5)
+    some = written(table, out, ("id", "label", "confidence", "dog"))
+    assert list(some) == ["id", "label", "confidence", "dog"] and some.label.tolist() == table.label.tolist()
+    np.testing.assert_allclose(some.confidence.astype(float), table.confidence, rtol=1e-5)
     assert not [o for o in os.listdir(out.parent) if o != "s.csv"]
     for kwargs, text in ((dict(columns=("id",)), "columns must be"), (dict(columns=("id", "cat", "fox")), "'fox'"),
                          (dict(columns={"id": "name"}), "no column 'name'"),

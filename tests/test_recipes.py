@@ -261,6 +261,9 @@ def test_suspects_find_flipped_labels(tmp_path):
     pd.testing.assert_frame_equal(ns.suspects(pictures=0), table)  # not trained again: the checkpoint is whole
     assert (ns.path / "suspects" / "round_1" / "suspects.csv").exists()
     assert (table[table.kind != "labeled"].confidence.diff().dropna() <= 0).all()
+    last = str(table).splitlines()[-1]  # what the columns mean, of those that there are
+    assert last.startswith("quality, from 0 to 1: below .5 ") and "; issue: whether cleanlab " in last
+    assert ("pseudo label" in last) == (table.kind != "labeled").any() and (mine.quality < .5).all()
 
 
 @pytest.mark.parametrize("way", [dict(on_the_fly=True), dict(relabel="selected", rounds=2),

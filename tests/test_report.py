@@ -17,6 +17,7 @@ from noisy_student.cli import main
 from noisy_student.pseudo_labels import select_pseudo_labels
 from noisy_student.report import RunRecord, extremes, read_run, report_html, run_warnings, skewed_classes, write_report
 from noisy_student.rounds import NoisyStudent
+from noisy_student.run_warnings import left_out
 from test_rounds import SETTINGS, miniature
 
 CHROME = next((o for o in map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome")) if o), None)
@@ -178,8 +179,40 @@ def test_a_run_that_was_cut_short_does_not_look_fine(tmp_path):
     assert "Nothing looks wrong" not in page and "2 of 3 rounds are done" in page
     (tmp_path/"round_2").mkdir()
     (tmp_path/"round_2"/"plan.json").write_text(sealed(dict(steps=0, limit=60.)))
-    assert run_warnings(cut)[0].startswith("2 of 3 rounds are done: round 2 is left out, as the time limit")
+    assert run_warnings(cut) == [] and left_out(cut).startswith("2 of 3 rounds are done: the time limit leaves")
+    page = report_html(cut)
+    assert "Nothing looks wrong" in page and left_out(cut) in page
+    assert not left_out(record(tmp_path, [.9] * 3, [.9] * 3, dict(valid=1000), rounds=2))
     assert "Nothing looks wrong" in report_html(record(tmp_path, [.9, .9], [.9, .9], dict(valid=1000)))
+
+
+@pytest.mark.parametrize("train, noise, heads, said", [
+    (2., dict(randaugment_n=2), 0, "dotted: training, which is noised and higher."),
+    (.5, dict(randaugment_n=2), 0, "dotted: training, which is noised."),
+    (2., dict(randaugment_n=0, dropout=0., survival=1.), 0, "dotted: training."),
+    (2., dict(randaugment_n=2), 1, "dotted: training."),
+    (2., dict(swap=.1), 0, "dotted: training, which is noised and higher.")])
+def test_of_the_training_loss_is_said_what_is_true(tmp_path, train, noise, heads, said):
+    run = record(tmp_path, [.9, .9], [.9, .9], dict(valid=1000))
+    run.recipe.update(noise=noise, head_rounds=heads)
+    run.history[1]["train_loss"] = train
+    run.history[0]["train_loss"] = 1.5
+    assert said in report_html(run)
+
+
+def test_the_points_of_one_series_stand_on_their_ticks(tmp_path):
+    from matplotlib.figure import Figure
+    from noisy_student.report_charts import draw_chart
+    for test, at in ((None, [0, 1]), (.7, [-.04, .96])):
+        ax = Figure().subplots()
+        draw_chart(ax, "accuracy", record(tmp_path, [.7, .9], [test] * 2, dict(valid=100)))
+        assert ax.lines[0].get_xdata().tolist() == pytest.approx(at)
+
+
+def test_a_long_name_breaks_after_an_underscore(tmp_path):
+    run = record(tmp_path, [.7, .9], [.7, .9], dict(valid=100))
+    for o in run.metrics: o["arch"] = "tf_<efficientnet>_lite0"
+    assert "<span>tf_<wbr>&lt;efficientnet&gt;_<wbr>lite0</span>" in report_html(run)
 
 
 def test_a_gain_within_chance_is_no_praise(tmp_path):

@@ -483,6 +483,10 @@ def test_the_figures_are_seen_where_a_run_is_printed(tmp_path):
     lines = str(ns).splitlines()
     assert "2 of 2 rounds done" in lines[0] and f"{s.valid_accuracy[1]:.3f}" in lines[3]
     assert max(map(len, lines[1:])) <= 80
+    assert lines[1:] == str(s).splitlines() == repr(ns.summary).splitlines() and "score" in s  # all columns are there
+    assert repr(ns.plan()) == "nothing is left to do: all 2 rounds are done"
+    fresh = NoisyStudent(miniature(), "resnet9_4", tmp_path/"b", **{**SETTINGS, **FEW})
+    assert repr(fresh.summary) == "no round is finished yet"
 
 
 def test_a_time_limit_leaves_out_what_does_not_fit(tmp_path, monkeypatch):
@@ -495,6 +499,7 @@ def test_a_time_limit_leaves_out_what_does_not_fit(tmp_path, monkeypatch):
     monkeypatch.setattr(Timing, "step_seconds", lambda self, k, *a: 5. if k else real(self, k, *a))  # a slow student
     ns = run(20)
     assert set(ns.plan()["round"]) == {0}
+    assert "\nno time for round 1: there would be with time_limit='" in str(ns.plan())
     with pytest.warns(UserWarning, match="no time for it in 20 s; with a longer time_limit"): s = ns.fit()
     assert list(s["round"]) == [0] and not (tmp_path/"a"/"round_1"/"pseudo_labels").exists()
     assert (tmp_path/"a"/"report.html").exists()

@@ -1,5 +1,5 @@
 "A time limit: what was decided stays, what has gone counts, and nobody trains in vain."
-import json, shutil, time
+import json, re, shutil, time
 
 import numpy as np
 import pandas as pd
@@ -120,17 +120,33 @@ def test_what_is_left_out_names_the_limit_that_would_do(tmp_path):
     assert not again.task.timing.is_left_out(1)
 
 
+def test_one_figure_is_said_of_a_round_that_has_no_time(tmp_path, monkeypatch):
+    "Before the run and after it, unless what was said before would not do."
+    for slower, same in ((1.05, True), (3., False)):
+        ns = run(tmp_path/str(slower), time_limit=20)
+        timing, rates = ns.task.timing, Rates({0: .01, 1: 6.}, {0: 1e3, 1: 1e3})
+        timing.measured = lambda rates=rates: rates
+        (said,) = re.findall(r"time_limit='(\w+)'", str(ns.plan()))
+        timing.measured = lambda rates=rates, by=slower: rates._replace(step_seconds={0: .01, 1: by * 6.})
+        with pytest.warns(UserWarning, match="round 1 is left out") as seen: ns.fit()
+        (at_the_end,) = re.findall(r"time_limit \('(\w+)' or more\)", str([str(o.message) for o in seen]))
+        assert (said == at_the_end) is same
+        timing.measured = lambda rates=rates: rates._replace(step_seconds={0: .01, 1: 60.})  # other programs run, too
+        assert f"time_limit='{at_the_end}'" in str(ns.plan())
+
+
 def test_where_one_fold_has_no_time_none_trains_in_vain(tmp_path, monkeypatch):
     from noisy_student.run_clock import Clock
     from noisy_student.run_record import read_run
-    from noisy_student.run_warnings import run_warnings
+    from noisy_student.run_warnings import left_out
     real = Clock.left
     late = lambda self, k: -1. if k and "fold_2" in str(self.learners.dir.path) else real(self, k)  # noqa: E731
     monkeypatch.setattr(Clock, "left", late)
     ns = run(tmp_path/"a", folds=3, time_limit=100, teacher_epochs=2)
     with pytest.warns(UserWarning, match="round 1 is left out"): s = ns.fit()
     assert list(s["round"]) == [0] and not any(o.dir.is_done(1) for o in ns.parts)
-    assert "With a longer one" in run_warnings(read_run(tmp_path/"a"))[0]
+    assert "With a longer one" in left_out(read_run(tmp_path/"a"))
+    assert "no time for round 1: there would be with time_limit='" in str(ns.plan())
 
 
 def test_memory_that_does_not_suffice_is_noticed_while_measuring(tmp_path):
