@@ -19,7 +19,7 @@ from typing import Annotated, Any, Optional, get_args
 
 import typer
 
-from .auto import seconds
+from .training_time import seconds
 from .docstrings import comments
 from .files import did_you_mean
 from .noise import Noise

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from fastai.learner import Learner
 
-from .auto import duration, in_minutes
+from .training_time import duration, in_minutes
 from .checks import against_before, valid_figures
 from .distributed import barrier, first_rank_first, rank
 from .fitting import fit_resumably

@@ -80,15 +80,13 @@ class Recipe:
     def __post_init__(self): check_ranges(_as_kept(self))
 
     @property
-    def rate(self) -> float:
-        "The learning rate at this batch size."
+    def rate(self) -> float: # At this batch size
         return self.lr * self.bs / (self.lr_per or self.bs)
 
     def share_in(self, k: int # Round, from 1 on
                 ) -> float | None: # In (0, 1]; None: the threshold decides
         "The share of the pool that the student of round k learns from."
-        shares = shares_of(self.share)
-        return shares[min(k, len(shares)) - 1]
+        return (shares := shares_of(self.share))[min(k, len(shares)) - 1]
 
     def epochs_of(self, role: str # 'teacher', the first one, or 'student'
                  ) -> int:
@@ -103,8 +101,8 @@ class Recipe:
     def stairs(self, epochs: int # Of this round
               ) -> dict: # `every` and `warmup` of `staircase`
         "Length of the stairs and of the warm-up in a training of so many epochs."
-        return dict(every=self.decay_every or 2.4 * epochs / 350,
-                    warmup=min(5., epochs / 2) if self.warmup is None else self.warmup)
+        warmup = min(5., epochs / 2) if self.warmup is None else self.warmup
+        return dict(every=self.decay_every or 2.4 * epochs / 350, warmup=warmup)
 
     def to_json(self) -> dict:
         "As plain JSON types."
@@ -134,8 +132,7 @@ def _paper(name, ratio, m=27, **changes):
 def _keras(teacher_noise, result):
     return Recipe(
         archs=('keras_resnet50',), rounds=1, epochs=300, bs=64, ratio=None, optimizer='adam', schedule='plateau',
-        lr=1e-3, wd=1e-4,
-        wd_on='shortcuts', label_smoothing=0., noise=Noise(2, 10, .5, .8, 'keras'), teacher_noise=teacher_noise,
+        lr=1e-3, wd=1e-4, wd_on='shortcuts', label_smoothing=0., noise=Noise(2, 10, .5, .8, 'keras'), teacher_noise=teacher_noise,
         soft=False, threshold=.75,
         strict=True, per_class='largest', unlabeled='imagenet32', flip=False,
         source=f'Keras study of CIFAR-10; there {result}')
@@ -153,8 +150,7 @@ RECIPES = dict(
     **{f'paper-b{i}': _paper(f'b{i}', 1 if i == 0 else 3, m) for i, m in enumerate((0, 0, 6, 12, 15, 18, 24, 27))},
     svhn=Recipe(
         archs=('tf_efficientnet_b0_small_image',), rounds=1, epochs=202, bs=128, ratio=5, optimizer='rmsprop',
-        schedule='staircase', lr=.016,
-        lr_per=256, wd=1e-4, ema=.9999, label_smoothing=.1, unlabeled_weight=5., noise=Noise(2, 5, .2, .8, 'reference'),
+        schedule='staircase', lr=.016, lr_per=256, wd=1e-4, ema=.9999, label_smoothing=.1, unlabeled_weight=5., noise=Noise(2, 5, .2, .8, 'reference'),
         threshold=.3, per_class=53_113, binned=True, unlabeled='extra', pad=4, flip=False, cutout=16,
         source='google-research/noisystudent, 109,474 steps; there 97.9 -> 98.6 +- 0.1 %'),
     **{'keras-cifar10': _keras(Noise.none(), '88.39 -> 93.94 %'),
@@ -185,8 +181,7 @@ def get_recipe(recipe: str | Recipe, # A name in `RECIPES`, or a recipe
     if not isinstance(recipe, Recipe): raise ValueError(f"a recipe is a name or a Recipe, not {type(recipe).__name__}")
     known = [f.name for f in fields(Recipe)]
     for k in changes:
-        if k not in known:
-            raise ValueError(f"unknown setting {k!r}{setting_hint(k, known)}")
+        if k not in known: raise ValueError(f"unknown setting {k!r}{setting_hint(k, known)}")
     return replace(recipe, **changes)
 
 # %% ../nbs/06d_recipes.ipynb #33bdbd9d
@@ -220,12 +215,12 @@ def _label_words(r):
     kept = (f"the most confident {shares} % of {of}" if r.share is not None else
             f"confidence {'>' if r.strict else '>='} {r.threshold:g}" if r.threshold or not r.on_the_fly else 'none')
     named = {'mean': 'the mean of the classes', 'largest': 'the largest class', None: 'no balancing'}
-    balance = f'{r.per_class:,} per class' if isinstance(r.per_class, int) else named[r.per_class]
+    balance = ('none' if r.on_the_fly else
+               f'{r.per_class:,} per class' if isinstance(r.per_class, int) else named[r.per_class])
     targets = ['soft' if r.soft else 'hard', *([f'T={r.temperature:g}'] if r.temperature != 1 else []),
                *(['on the fly'] if r.on_the_fly else []), *(['by its own average'] if r.teacher == 'average' else []),
                *(['by a noised teacher'] if r.noised_teacher else []), *(['mirrored'] if r.mirror else [])]
-    return {'filter': kept, 'balance': 'none' if r.on_the_fly else f"{balance}{' by bins' if r.binned else ''}",
-            'targets': ', '.join(targets)}
+    return {'filter': kept, 'balance': balance + ' by bins' * r.binned, 'targets': ', '.join(targets)}
 
 def describe(r: Recipe # Any
             ) -> dict: # What -> how

@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .auto import duration
+from .training_time import duration
 from .metrics import difference_interval, wilson
 from .run_file import flat
 from .run_record import RoundLabels, RunRecord, item_name, short

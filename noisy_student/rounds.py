@@ -21,7 +21,7 @@ from PIL import Image
 from fastai.learner import Learner
 from torch import nn
 
-from .auto import seconds
+from .training_time import seconds
 from .checks import against_chance, majority
 from .configure import reasons_table
 from .datasets import Splits

@@ -10,7 +10,7 @@ __all__ = ['KNOWN_RATE', 'Elapsed', 'Clock']
 # %% ../nbs/08ea_run_clock.ipynb #ac100003
 import time
 
-from .auto import steps_for
+from .training_time import steps_for
 from .checkpoints import seconds_of
 from .files import sealed
 from .head_rounds import MAX_FEATURES

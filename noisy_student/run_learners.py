@@ -19,7 +19,7 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 
-from .auto import with_steps
+from .training_time import with_steps
 from .checkpoints import seeded
 from .dataloaders import mixed_dataloaders
 from .distributed import rank, world

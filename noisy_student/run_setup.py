@@ -20,7 +20,7 @@ from fastai.learner import Metric
 from fastcore.foundation import L
 from torch import nn
 
-from .auto import duration
+from .training_time import duration
 from .configure import channels, configure, default_size
 from .datasets import Splits
 from .distributed import join, own_device, world

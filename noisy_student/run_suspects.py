@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .auto import duration
+from .training_time import duration
 from .checkpoints import seeded
 from .dataloaders import mixed_dataloaders
 from .features import fit_head

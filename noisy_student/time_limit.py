@@ -14,7 +14,7 @@ import pandas as pd
 from fastai.callback.core import Callback
 from fastcore.imports import IN_NOTEBOOK
 
-from .auto import LEAST_IN_TIME, Stage, duration, epochs_in, in_minutes, least_steps, round_weights
+from .training_time import LEAST_IN_TIME, Stage, duration, epochs_in, in_minutes, least_steps, round_weights
 from .distributed import barrier, rank, world
 from .fitting import KeepTime
 from .learner import Noise
