@@ -90,8 +90,9 @@ def one(case: str, seed: int, variant: str, seconds: float, threads: int) -> dic
     data = make(seed)
     n_labeled, n_unlabeled = len(data.labeled), len(data.unlabeled)
     if variant == "all_labels":
-        both = [np.concatenate([getattr(o, k) for o in (data.labeled, data.unlabeled)]) for k in ("images", "labels")]
-        data = replace(data, labeled=type(data.labeled)(*both), unlabeled=data.unlabeled[:0])
+        labels = np.concatenate([data.labeled.labels, data.unlabeled.hidden])
+        both = type(data.labeled)([*data.labeled.images, *data.unlabeled.images], labels)
+        data = replace(data, labeled=both, unlabeled=data.unlabeled[:0])
     with tempfile.TemporaryDirectory() as tmp:
         begun = time.perf_counter()
         ns = NoisyStudent(data, path=Path(tmp) / "run", seed=seed, time_limit=seconds, **said, **VARIANTS[variant])

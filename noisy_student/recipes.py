@@ -132,7 +132,8 @@ def _paper(name, ratio, m=27, **changes):
 def _keras(teacher_noise, result):
     return Recipe(
         archs=('keras_resnet50',), rounds=1, epochs=300, bs=64, ratio=None, optimizer='adam', schedule='plateau',
-        lr=1e-3, wd=1e-4, wd_on='shortcuts', label_smoothing=0., noise=Noise(2, 10, .5, .8, 'keras'), teacher_noise=teacher_noise,
+        lr=1e-3, wd=1e-4, wd_on='shortcuts', label_smoothing=0.,
+        noise=Noise(2, 10, .5, .8, 'keras'), teacher_noise=teacher_noise,
         soft=False, threshold=.75,
         strict=True, per_class='largest', unlabeled='imagenet32', flip=False,
         source=f'Keras study of CIFAR-10; there {result}')
@@ -150,7 +151,8 @@ RECIPES = dict(
     **{f'paper-b{i}': _paper(f'b{i}', 1 if i == 0 else 3, m) for i, m in enumerate((0, 0, 6, 12, 15, 18, 24, 27))},
     svhn=Recipe(
         archs=('tf_efficientnet_b0_small_image',), rounds=1, epochs=202, bs=128, ratio=5, optimizer='rmsprop',
-        schedule='staircase', lr=.016, lr_per=256, wd=1e-4, ema=.9999, label_smoothing=.1, unlabeled_weight=5., noise=Noise(2, 5, .2, .8, 'reference'),
+        schedule='staircase', lr=.016, lr_per=256, wd=1e-4, ema=.9999, label_smoothing=.1,
+        unlabeled_weight=5., noise=Noise(2, 5, .2, .8, 'reference'),
         threshold=.3, per_class=53_113, binned=True, unlabeled='extra', pad=4, flip=False, cutout=16,
         source='google-research/noisystudent, 109,474 steps; there 97.9 -> 98.6 +- 0.1 %'),
     **{'keras-cifar10': _keras(Noise.none(), '88.39 -> 93.94 %'),

@@ -151,8 +151,9 @@ class Learners(RoundSettings):
         if teacher is not None:
             pool = self.opened.pool()
             pseudo = pool, torch.zeros(1, len(self.data.classes)).expand(len(pool), -1)
-            augment = [TeacherTargets(teacher.model, teacher.dls.clean_view, bs, r.temperature, r.threshold, r.share_in(k),
-                                      None if r.soft else r.label_smoothing), *augment]
+            made = TeacherTargets(teacher.model, teacher.dls.clean_view, bs, r.temperature, r.threshold,
+                                  r.share_in(k), None if r.soft else r.label_smoothing)
+            augment = [made, *augment]
         elif selection is not None:
             pseudo, copies = (self.opened.selected(selection), self.targets(selection)), selection.copies
         dls = mixed_dataloaders(

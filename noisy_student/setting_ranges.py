@@ -73,7 +73,7 @@ def _check_together(r):
                          "noised_teacher=False")
     if r.mix and (r.label_smoothing or r.unlabeled_weight is not None or r.class_weights):
         raise ValueError(f"mix={r.mix!r} mixes labeled and pseudo-labeled images, which label_smoothing, "
-                         "unlabeled_weight and class_weights tell apart: set label_smoothing=0 and leave out the others")
+                         "unlabeled_weight and class_weights tell apart: set label_smoothing=0, leave out the others")
     if r.schedule != 'staircase' and (r.warmup is not None or r.decay_every is not None):
         raise ValueError(f"warmup and decay_every belong to schedule='staircase', not to {r.schedule!r}")
     if r.pad and r.min_scale < 1:
