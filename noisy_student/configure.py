@@ -194,7 +194,7 @@ def _consequences(made, given, names):
     is_average = given.get('teacher') == 'average' # a round per step, from the teacher on
     fly, rounds = given.get('on_the_fly') or is_average, given.get('rounds', 1 if is_average else made.rounds)
     new: dict[str, Any] = dict(head_rounds=min(made.head_rounds, 2 if rounds > 1 else rounds))
-    if is_average: new |= dict(rounds=1, init='teacher', student_lr=1.)
+    if is_average: new |= dict(rounds=1, init='teacher', student_lr=.3)
     if len(set(names)) > 1 or given.get('init') == 'scratch': new |= dict(init='scratch', student_lr=1.)
     if 'epochs' in given: new |= dict(steps=None, teacher_epochs=None)
     if {'threshold', 'strict', 'binned'} & set(given) or fly or not rounds: new['share'] = None
