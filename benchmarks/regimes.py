@@ -12,6 +12,7 @@ of its own with the same `time_limit`. `teacher` has no students; `all_labels` i
 pool, too: what the pool could give at most. The share of the gap that a variant closes is (variant - teacher) / (all
 labels - teacher).
 
+A clock that is shared with other work gives every run less, and not equally: compare `cpu_seconds` and `steps`, too.
 Settings are to be chosen by the validation column. Rows are added to results/regimes.csv as they come; rows that are
 there are not measured again, except those with an error: an interrupted search can be called again.
 """
@@ -94,16 +95,17 @@ def one(case: str, seed: int, variant: str, seconds: float, threads: int) -> dic
         both = type(data.labeled)([*data.labeled.images, *data.unlabeled.images], labels)
         data = replace(data, labeled=both, unlabeled=data.unlabeled[:0])
     with tempfile.TemporaryDirectory() as tmp:
-        begun = time.perf_counter()
+        begun, cpu = time.perf_counter(), time.process_time()
         ns = NoisyStudent(data, path=Path(tmp) / "run", seed=seed, time_limit=seconds, **said, **VARIANTS[variant])
         t = ns.fit()
-        spent = time.perf_counter() - begun
+        spent, used = time.perf_counter() - begun, time.process_time() - cpu
+        steps = [str(ns.dir.plan(k).get("steps")) for k in range(len(t))]
         def words(name): return " ".join(f"{o:.4f}" for o in t[name].astype(float))
         best = t.iloc[ns.best]
         return dict(n_labeled=n_labeled, n_unlabeled=n_unlabeled, n_valid=len(data.valid), n_test=len(data.test),
                     accuracy=best.test_accuracy, valid_accuracy=best.valid_accuracy, valid_log_loss=best.valid_log_loss,
                     rounds=words("test_accuracy"), valid_rounds=words("valid_accuracy"), archs=" ".join(ns.archs),
-                    parameters=int(t.parameters.max()), seconds=spent)
+                    parameters=int(t.parameters.max()), steps=" ".join(steps), seconds=spent, cpu_seconds=used)
 
 
 def in_process(case: str, seed: int, variant: str, a: argparse.Namespace) -> dict:
