@@ -1,7 +1,7 @@
 """Everything that wants a GPU, in one command: right, fast, good. For a machine that is lent for a quarter of an hour.
 
     python benchmarks/gpu.py speed          # kernels, tests marked gpu, benchmarks of speed: 340 s
-    python benchmarks/gpu.py cifar10        # two whole runs on CIFAR-10, and torch.compile: 560 s
+    python benchmarks/gpu.py cifar10        # two whole runs on CIFAR-10, CUDA graphs, torch.compile: 560 s
     python benchmarks/gpu.py step label     # some parts
     python benchmarks/gpu.py speed --kit .gpu    # on a machine without network, which lacks packages and data
     python benchmarks/gpu.py speed cifar10 --device cpu --quick    # a rehearsal without a GPU: a moment each
@@ -47,8 +47,9 @@ PARTS = {  # name: (its share of the visit in seconds, script or options of Pyth
         "loader": (25, ["loader.py", "--seconds", "10"], ["--seconds", ".5"])},
     "cifar10": {
         "full": (110, ["cifar_gpu.py", "full", "--cache", "{cache}/decoded"], ["--quick"]),
-        "few": (385, ["cifar_gpu.py", "few", "--cache", "{cache}/decoded"], ["--quick"]),
-        "compile": (65, ["compile.py", "--seconds", "4"], ["--seconds", ".1"])}}
+        "few": (360, ["cifar_gpu.py", "few", "--cache", "{cache}/decoded"], ["--quick"]),
+        "graphs": (45, ["graphs.py", "--seconds", "2"], ["--seconds", ".1"]),
+        "compile": (45, ["compile.py", "--seconds", "4"], ["--seconds", ".1"])}}
 TOTAL = {group: sum(share for share, *_ in members.values()) for group, members in PARTS.items()}
 
 

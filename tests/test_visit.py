@@ -1,5 +1,5 @@
 """The one command of a visit to a GPU: its parts share the time, and nothing they start outlives them."""
-import argparse, importlib.util, os, time
+import argparse, importlib.util, json, os, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -38,3 +38,25 @@ def _wait_for_the_end_of(pid):
 def test_the_shares_are_what_a_visit_has():
     assert gpu.TOTAL == dict(speed=340, cifar10=560)
     assert sum(gpu.TOTAL.values()) == 900
+
+
+COMPARED = """
+import json, graphs
+
+def trace(model, x): # of having been tried, in its statistics
+    model.train()(x)
+    return model
+
+print(json.dumps([graphs.case("cpu", o, "resnet9_4", 16, 8, 2, 0.) for o in (graphs.graphed, graphs.compiled, trace)]))
+"""
+
+
+def test_a_network_in_a_graph_trains_to_the_same_weights_and_another_one_is_noticed():
+    "Without a GPU nothing is captured; what goes around it is done"
+    path = os.pathsep.join([str(Path(gpu.__file__).parent), *sys.path])
+    done = subprocess.run([sys.executable, "-c", COMPARED], env={**os.environ, "PYTHONPATH": path}, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    *equal, traced = json.loads(done.stdout.splitlines()[-1])
+    assert all(o["different"] == 0 for rows in (*equal, traced[:1]) for o in rows)
+    assert traced[1]["different"] and traced[1]["most"] > 0
