@@ -9,15 +9,17 @@
 Parts run in order of importance, each as a process of its own. Each has its share of the visit and what the parts
 before it left of theirs; what a part leaves running is ended with it, and one that fails does not stop the others. Each
 part writes its CSV after every case, so that what was measured stays when time runs out. The files go to --out
-(default: $OUT, else benchmarks/results, or with --quick a temporary folder), with what each part printed in PART.txt.
-`loader` wants Imagenette, `full` and `few` CIFAR-10 and Tiny ImageNet where fastai keeps its data, or a network to
-fetch them; decoded images and compiled kernels are kept in --cache. The exit code is 1 if a part failed.
+(default: benchmarks/results, with --quick a temporary folder), with what each part printed in PART.txt. Where $OUT
+names a folder, it gets them as one file, results.tar.gz, and table.txt, how the parts ended, both anew after each part.
+`full` and `few` want CIFAR-10 and Tiny ImageNet where fastai keeps its data, or a network to fetch them, `loader`
+Imagenette, or it makes images; decoded images and compiled kernels are kept in --cache. The exit code is 1 if a part
+failed.
 
 A --kit is a folder made elsewhere: base/site.tar.xz, the packages that are missing, as they lie in site-packages;
 base/unpack.py, whose `unpack(folder, data)` makes a data set out of a packed folder; and packed folders, with a *.head
 each. What is there is unpacked into --cache, once, and later calls find it there, with or without the folder.
 """
-import argparse, os, runpy, signal, subprocess, sys, tarfile, tempfile, time
+import argparse, os, runpy, shutil, signal, subprocess, sys, tarfile, tempfile, time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -44,7 +46,7 @@ PARTS = {  # name: (its share of the visit in seconds, script or options of Pyth
         "label": (25, ["label.py", "--seconds", "6"], SMALL),
         "stochastic_depth": (30, ["stochastic_depth.py", "--seconds", "2"], SMALL),
         "bench": (20, ["-c", COMMAND_LINE, "bench", "--json"], ["--arch", "resnet9_4", "--size", "16", "--bs", "8"]),
-        "loader": (25, ["loader.py", "--seconds", "10"], ["--seconds", ".5"])},
+        "loader": (25, ["loader.py", "--seconds", "5"], ["--seconds", ".5"])},
     "cifar10": {
         "full": (110, ["cifar_gpu.py", "full", "--cache", "{cache}/decoded"], ["--quick"]),
         "few": (360, ["cifar_gpu.py", "few", "--cache", "{cache}/decoded"], ["--quick"]),
@@ -110,6 +112,16 @@ def last_lines(file: Path, n: int) -> str:
     return "\n".join(o[:230] for o in file.read_text(errors="replace").strip().splitlines()[-n:])
 
 
+def hand_over(rows: list[str], a: argparse.Namespace) -> None:
+    "What there is so far, whatever becomes of the rest."
+    (a.out / "table.txt").write_text("\n".join(rows) + "\n")
+    if not a.pack: return
+    a.pack.mkdir(parents=True, exist_ok=True)
+    shutil.copy(a.out / "table.txt", a.pack)
+    with tarfile.open(a.pack / "results.tar.gz.part", "w:gz") as t: t.add(a.out, "results")
+    os.replace(a.pack / "results.tar.gz.part", a.pack / "results.tar.gz")
+
+
 def main(a: argparse.Namespace) -> int:
     "Run the parts within the time. Returns the exit code."
     begun, rows = time.monotonic(), []
@@ -127,9 +139,9 @@ def main(a: argparse.Namespace) -> int:
         result = run(name, end - start - 1, a)
         rows.append(f"{name:18} {result:28} {time.monotonic() - start:5.0f} s")
         print(f"\n== {rows[-1]}\n" + last_lines(a.out / f"{name}.txt", 12 if result == "ok" else 25), flush=True)
-        (a.out / "table.txt").write_text("\n".join(rows) + "\n")
+        hand_over(rows, a)
     rows.append(f"all: {time.monotonic() - begun:.0f} s")
-    (a.out / "table.txt").write_text("\n".join(rows) + "\n")
+    hand_over(rows, a)
     print("\n" + "\n".join(rows))
     return int(any(" ok " not in o for o in rows[:-1]))
 
@@ -145,7 +157,8 @@ if __name__ == "__main__":
     p.add_argument("--kit", type=Path, help="packages and data for a machine without network")
     a = p.parse_args()
     a.cache = a.cache.resolve()
-    a.out = (a.out or Path(tempfile.mkdtemp() if a.quick else os.environ.get("OUT", HERE / "results"))).resolve()
+    a.pack = Path(os.environ["OUT"]).resolve() if os.environ.get("OUT") else None
+    a.out = (a.out or (Path(tempfile.mkdtemp()) if a.quick or a.pack else HERE / "results")).resolve()
     if a.quick: PARTS = {g: {k: (QUICK_LIMIT, *v[1:]) for k, v in m.items()} for g, m in PARTS.items()}
     groups = [g for g, m in PARTS.items() if {g, *m} & set(a.what)]
     a.total = a.total or (QUICK_LIMIT * len(parts(a.what)) if a.quick else sum(TOTAL[g] for g in groups))

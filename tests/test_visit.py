@@ -1,5 +1,5 @@
 """The one command of a visit to a GPU: its parts share the time, and nothing they start outlives them."""
-import argparse, importlib.util, json, os, subprocess, sys, time
+import argparse, importlib.util, json, os, subprocess, sys, tarfile, time
 from pathlib import Path
 
 import pytest
@@ -19,9 +19,13 @@ time.sleep(60)"""
     monkeypatch.setattr(gpu, "PARTS", dict(visit=parts))
     begun = time.monotonic()
     code = gpu.main(argparse.Namespace(what=["visit"], total=12., out=tmp_path/"out", cache=tmp_path/"cache", kit=None,
-                                       device="cpu", quick=False))
+                                       device="cpu", quick=False, pack=tmp_path/"pack"))
     assert code == 1 and 6 <= time.monotonic() - begun < 12 # its own four seconds and those that were left, less one
     rows = (tmp_path/"out"/"table.txt").read_text().splitlines()
+    with tarfile.open(tmp_path/"pack"/"results.tar.gz") as t: names = t.getnames()
+    assert sorted(o.name for o in (tmp_path/"pack").iterdir()) == ["results.tar.gz", "table.txt"]
+    assert {f"results/{o}.txt" for o in (*parts, "table")} <= {*names}
+    assert (tmp_path/"pack"/"table.txt").read_text() == (tmp_path/"out"/"table.txt").read_text()
     assert [o.split()[:2] for o in rows[:3]] == [["quick", "ok"], ["slow", "failed:"], ["last", "ok"]]
     with pytest.raises(ProcessLookupError): _wait_for_the_end_of(int(child.read_text()))
 
