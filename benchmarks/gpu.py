@@ -136,7 +136,10 @@ def main(a: argparse.Namespace) -> int:
         if end - start < 2:
             rows.append(f"{name:18} not begun: no time left")
             continue
-        result = run(name, end - start - 1, a)
+        try: result = run(name, end - start - 1, a)
+        except SystemExit: # the visit is called off: what this part has written counts, too
+            hand_over([*rows, f"{name:18} called off"], a)
+            raise
         rows.append(f"{name:18} {result:28} {time.monotonic() - start:5.0f} s")
         print(f"\n== {rows[-1]}\n" + last_lines(a.out / f"{name}.txt", 12 if result == "ok" else 25), flush=True)
         hand_over(rows, a)

@@ -39,6 +39,32 @@ def _wait_for_the_end_of(pid):
         time.sleep(.1)
 
 
+CALLED_OFF = """
+import argparse, os, runpy, sys
+from pathlib import Path
+
+out, part = Path(sys.argv[2]), "import os, time; open('started', 'w').write(str(os.getpid())); time.sleep(60)"
+gpu = runpy.run_path(sys.argv[1])
+gpu["PARTS"].clear()
+go = f"import os; os.chdir({str(out)!r}); {part}"
+gpu["PARTS"]["visit"] = dict(first=(9, ["-c", "print(1)"], []), long=(9, ["-c", go], []))
+gpu["main"](argparse.Namespace(what=["visit"], total=60., out=out/"all", cache=out, kit=None, device="cpu", quick=False,
+                               pack=out/"pack"))
+"""
+
+
+def test_a_visit_that_is_called_off_ends_its_part_and_hands_over_what_there_is(tmp_path):
+    p = subprocess.Popen([sys.executable, "-c", CALLED_OFF, gpu.__file__, tmp_path], stdout=subprocess.DEVNULL)
+    for _ in range(600):
+        if (tmp_path/"started").exists() and (tmp_path/"started").read_text(): break
+        time.sleep(.1)
+    p.terminate()
+    assert p.wait(20) == 143
+    with pytest.raises(ProcessLookupError): _wait_for_the_end_of(int((tmp_path/"started").read_text()))
+    assert [o.split()[1] for o in (tmp_path/"pack"/"table.txt").read_text().splitlines()] == ["ok", "called"]
+    with tarfile.open(tmp_path/"pack"/"results.tar.gz") as t: assert "results/long.txt" in t.getnames()
+
+
 def test_the_shares_are_what_a_visit_has():
     assert gpu.TOTAL == dict(speed=340, cifar10=560)
     assert sum(gpu.TOTAL.values()) == 900
