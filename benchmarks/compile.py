@@ -39,6 +39,9 @@ def case(device, arch, size, batch, steps, budget):
 
 
 if __name__ == "__main__":
-    a = arguments(__doc__, seconds=20).parse_args()
+    p = arguments(__doc__, seconds=20)
+    p.add_argument("--models", nargs="+", help="some of the models only")
+    a = p.parse_args()
     torch.set_num_threads(a.threads)
-    save("compile", (case(a.device, *o, a.seconds) for o in CASES[a.device]), a)
+    wanted = [o for o in CASES[a.device] if not a.models or o[0] in a.models]
+    save("compile", (case(a.device, *o, a.seconds) for o in wanted), a)

@@ -1,7 +1,7 @@
 """Everything that wants a GPU, in one command: right, fast, good. For a machine that is lent for a quarter of an hour.
 
     python benchmarks/gpu.py speed          # kernels, tests marked gpu, benchmarks of speed: 340 s
-    python benchmarks/gpu.py cifar10        # two whole runs on CIFAR-10, and torch.compile: 560 s
+    python benchmarks/gpu.py cifar10        # two whole runs on CIFAR-10, CUDA graphs, torch.compile: 560 s
     python benchmarks/gpu.py step label     # some parts
     python benchmarks/gpu.py speed --kit .gpu    # on a machine without network, which lacks packages and data
     python benchmarks/gpu.py speed cifar10 --device cpu --quick    # a rehearsal without a GPU: a moment each
@@ -9,15 +9,17 @@
 Parts run in order of importance, each as a process of its own. Each has its share of the visit and what the parts
 before it left of theirs; what a part leaves running is ended with it, and one that fails does not stop the others. Each
 part writes its CSV after every case, so that what was measured stays when time runs out. The files go to --out
-(default: $OUT, else benchmarks/results, or with --quick a temporary folder), with what each part printed in PART.txt.
-`loader` wants Imagenette, `full` and `few` CIFAR-10 and Tiny ImageNet where fastai keeps its data, or a network to
-fetch them; decoded images and compiled kernels are kept in --cache. The exit code is 1 if a part failed.
+(default: benchmarks/results, with --quick a temporary folder), with what each part printed in PART.txt. Where $OUT
+names a folder, it gets them as one file, results.tar.gz, and table.txt, how the parts ended, both anew after each part.
+`full` and `few` want CIFAR-10 and Tiny ImageNet where fastai keeps its data, or a network to fetch them, `loader`
+Imagenette, or it makes images; decoded images and compiled kernels are kept in --cache. The exit code is 1 if a part
+failed.
 
 A --kit is a folder made elsewhere: base/site.tar.xz, the packages that are missing, as they lie in site-packages;
 base/unpack.py, whose `unpack(folder, data)` makes a data set out of a packed folder; and packed folders, with a *.head
 each. What is there is unpacked into --cache, once, and later calls find it there, with or without the folder.
 """
-import argparse, os, runpy, signal, subprocess, sys, tarfile, tempfile, time
+import argparse, os, runpy, shutil, signal, subprocess, sys, tarfile, tempfile, time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -44,11 +46,12 @@ PARTS = {  # name: (its share of the visit in seconds, script or options of Pyth
         "label": (25, ["label.py", "--seconds", "6"], SMALL),
         "stochastic_depth": (30, ["stochastic_depth.py", "--seconds", "2"], SMALL),
         "bench": (20, ["-c", COMMAND_LINE, "bench", "--json"], ["--arch", "resnet9_4", "--size", "16", "--bs", "8"]),
-        "loader": (25, ["loader.py", "--seconds", "10"], ["--seconds", ".5"])},
+        "loader": (25, ["loader.py", "--seconds", "5"], ["--seconds", ".5"])},
     "cifar10": {
         "full": (110, ["cifar_gpu.py", "full", "--cache", "{cache}/decoded"], ["--quick"]),
-        "few": (385, ["cifar_gpu.py", "few", "--cache", "{cache}/decoded"], ["--quick"]),
-        "compile": (65, ["compile.py", "--seconds", "4"], ["--seconds", ".1"])}}
+        "few": (360, ["cifar_gpu.py", "few", "--cache", "{cache}/decoded"], ["--quick"]),
+        "graphs": (45, ["graphs.py", "--seconds", "2"], ["--seconds", ".1"]),
+        "compile": (45, ["compile.py", "--seconds", "4"], ["--seconds", ".1", "--models", "linear", "resnet9_64"])}}
 TOTAL = {group: sum(share for share, *_ in members.values()) for group, members in PARTS.items()}
 
 
@@ -109,6 +112,16 @@ def last_lines(file: Path, n: int) -> str:
     return "\n".join(o[:230] for o in file.read_text(errors="replace").strip().splitlines()[-n:])
 
 
+def hand_over(rows: list[str], a: argparse.Namespace) -> None:
+    "What there is so far, whatever becomes of the rest."
+    (a.out / "table.txt").write_text("\n".join(rows) + "\n")
+    if not a.pack: return
+    a.pack.mkdir(parents=True, exist_ok=True)
+    shutil.copy(a.out / "table.txt", a.pack)
+    with tarfile.open(a.pack / "results.tar.gz.part", "w:gz") as t: t.add(a.out, "results")
+    os.replace(a.pack / "results.tar.gz.part", a.pack / "results.tar.gz")
+
+
 def main(a: argparse.Namespace) -> int:
     "Run the parts within the time. Returns the exit code."
     begun, rows = time.monotonic(), []
@@ -123,12 +136,15 @@ def main(a: argparse.Namespace) -> int:
         if end - start < 2:
             rows.append(f"{name:18} not begun: no time left")
             continue
-        result = run(name, end - start - 1, a)
+        try: result = run(name, end - start - 1, a)
+        except SystemExit: # the visit is called off: what this part has written counts, too
+            hand_over([*rows, f"{name:18} called off"], a)
+            raise
         rows.append(f"{name:18} {result:28} {time.monotonic() - start:5.0f} s")
         print(f"\n== {rows[-1]}\n" + last_lines(a.out / f"{name}.txt", 12 if result == "ok" else 25), flush=True)
-        (a.out / "table.txt").write_text("\n".join(rows) + "\n")
+        hand_over(rows, a)
     rows.append(f"all: {time.monotonic() - begun:.0f} s")
-    (a.out / "table.txt").write_text("\n".join(rows) + "\n")
+    hand_over(rows, a)
     print("\n" + "\n".join(rows))
     return int(any(" ok " not in o for o in rows[:-1]))
 
@@ -144,7 +160,8 @@ if __name__ == "__main__":
     p.add_argument("--kit", type=Path, help="packages and data for a machine without network")
     a = p.parse_args()
     a.cache = a.cache.resolve()
-    a.out = (a.out or Path(tempfile.mkdtemp() if a.quick else os.environ.get("OUT", HERE / "results"))).resolve()
+    a.pack = Path(os.environ["OUT"]).resolve() if os.environ.get("OUT") else None
+    a.out = (a.out or (Path(tempfile.mkdtemp()) if a.quick or a.pack else HERE / "results")).resolve()
     if a.quick: PARTS = {g: {k: (QUICK_LIMIT, *v[1:]) for k, v in m.items()} for g, m in PARTS.items()}
     groups = [g for g, m in PARTS.items() if {g, *m} & set(a.what)]
     a.total = a.total or (QUICK_LIMIT * len(parts(a.what)) if a.quick else sum(TOTAL[g] for g in groups))
