@@ -30,22 +30,21 @@ def variants(full: Recipe # With its architectures
             ) -> tuple[dict[str, dict], dict[str, str]]: # Runs: name -> changes; those left out: name -> why
     """What can be changed around a recipe, one thing at a time, and the supervised baselines: the last network, labeled
     images only. The first dictionary has the variants to run, the second those that would be the recipe itself."""
-    n, archs, fly, has = full.noise, full.archs, full.on_the_fly, "the recipe has "
-    plain, always = replace(n, randaugment_n=0, dropout=0., survival=1.), "labels on the fly are "
+    n, archs, has = full.noise, full.archs, "the recipe has "
+    plain = replace(n, randaugment_n=0, dropout=0., survival=1.)
     grid: dict[str, tuple] = { # name: changes, and what makes them no change
         'no-randaugment': (dict(noise=replace(n, randaugment_n=0)), not n.randaugment_n and has + 'no RandAugment'),
         'no-stochastic-depth': (dict(noise=replace(n, survival=1.)), n.survival == 1 and has + 'no stochastic depth'),
         'no-dropout': (dict(noise=replace(n, dropout=0.)), not n.dropout and has + 'no dropout'),
         'no-noise': (dict(noise=plain), n == plain and has + 'no noise'),
-        'hard-labels': (dict(soft=False),
-                        fly and always + 'always soft' or not full.soft and has + 'hard labels already'),
-        'no-filter': (dict(threshold=0., strict=False),
-                      fly and always + 'never filtered' or not full.threshold and has + 'no filter'),
+        'hard-labels': (dict(soft=False), not full.soft and has + 'hard labels already'),
+        'no-filter': (dict(threshold=0., strict=False, share=None),
+                      not full.threshold and full.share is None and has + 'no filter'),
         'no-balance': (dict(per_class=None, binned=False), full.per_class is None and has + 'no balancing'),
         'equal-student': (dict(archs=archs[:1]), len(set(archs)) == 1 and has + 'equal networks already'),
         'one-round': (dict(rounds=1, archs=(archs[0], archs[-1])), full.rounds == 1 and has + 'one round already'),
-        'noised-teacher': (dict(noised_teacher=True), full.noised_teacher and has + 'a noised teacher already'
-                           or n == plain and has + 'no noise'),
+        'noised-teacher': (dict(noised_teacher=True, mirror=False), full.noised_teacher and has + 'a noised teacher already'
+                           or n == plain and has + 'no noise' or full.teacher == 'average' and has + 'none beside it'),
         'ratio-1': (dict(ratio=1), full.ratio is None and has + 'no ratio: it shuffles both together'
                     or full.ratio == 1 and has + 'ratio 1 already'),
         'supervised': (dict(rounds=0, archs=archs[-1:], teacher_noise=n),
@@ -127,7 +126,7 @@ def plot_ablation(runs: pd.DataFrame, # As `ablation_table` takes them
 # %% ../nbs/09a_ablation.ipynb #18cbc041
 _STUDENTS = ('rounds', 'epochs', 'ratio', 'noise', 'init', 'on_the_fly', 'soft', 'temperature', 'threshold', 'strict',
              'per_class', 'binned', 'relabel', 'unlabeled_weight', 'noised_teacher', 'mirror', 'teacher', 'share',
-             'share_of') # A teacher does not see them
+             'share_of', 'student_lr') # A teacher does not see them
 
 def _teacher_config(run):
     "All that decides the first teacher."

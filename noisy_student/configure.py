@@ -200,7 +200,7 @@ def _consequences(made, given, names):
     if {'threshold', 'strict', 'binned'} & set(given) or fly or not rounds: new['share'] = None
     if fly: new |= dict(on_the_fly=True, threshold=0., per_class=None)
     if fly or given.get('ratio', 1) is None:
-        new |= dict(head_rounds=0, label_smoothing=0. if 'ratio' in given else made.label_smoothing)
+        new |= dict(head_rounds=0, label_smoothing=0. if given.get('ratio', 1) is None else made.label_smoothing)
     if given.get('mix'): new['label_smoothing'] = 0.
     if given.get('schedule', 'one-cycle') != 'one-cycle': new['body_lr'] = 1.
     if given.get('pad'): new['min_scale'] = 1.

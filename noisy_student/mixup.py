@@ -8,12 +8,20 @@ Docs: https://noisy-student.github.io/noisy_student/mixup.html.md"""
 __all__ = ['MIXES', 'QuickMixUp', 'QuickCutMix']
 
 # %% ../nbs/04ca_mixup.ipynb #5cd00003
+from contextlib import ExitStack
+
 import torch
 from fastai.callback.mixup import CutMix, MixHandler, MixUp
 
+from .training_noise import TrainingNoise
+
 # %% ../nbs/04ca_mixup.ipynb #5cd00005
-class _OnHost(MixHandler):
-    "Draws on the host, and sends what it has drawn to the images without waiting for them."
+class _OnHost(TrainingNoise, MixHandler):
+    "Draws on the host, sends what it has drawn to the images without waiting, and leaves the learner as it was."
+    def attach(self, undo: ExitStack):
+        undo.callback(setattr, self.learn, 'loss_func', self.learn.loss_func)
+        MixHandler.before_train(self)
+
     def _pairs(self): # another image of the batch for each
         x = self.x
         other = torch.randperm(len(x)).to(x.device, non_blocking=x.is_cuda)

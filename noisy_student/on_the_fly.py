@@ -10,16 +10,18 @@ __all__ = ['TeacherTargets', 'teacher_targets', 'KeptShare', 'AverageTeacher']
 # %% ../nbs/04eb_on_the_fly.ipynb #9b1c0003
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
-from fastai.learner import Metric
 from fasttransform import ItemTransform
 from torch import nn
 
 from .losses import temperature_softmax
 from .training import EMA
+from .training_noise import TrainingNoise
 
 # %% ../nbs/04eb_on_the_fly.ipynb #9b1c0006
 class TeacherTargets(ItemTransform):
@@ -35,32 +37,26 @@ class TeacherTargets(ItemTransform):
         n_labeled: int, # Leading rows with true labels
         temperature: float = 1., # T of softmax(logits / T), > 0
         threshold: float = 0., # Least confidence, inclusive, in [0, 1]
-        share: float | None = None, # Most confident share of the rows of a batch, kept instead, in (0, 1]
+        share: float | None = None, # Most confident share of the rows, rounded up, kept instead, in (0, 1]
         smoothing: float | None = None, # Of hard targets, in [0, 1); None: soft ones
     ):
         super().__init__()
         self.teacher, self.clean_view = teacher.eval(), clean_view
         self.n_labeled, self.temperature, self.smoothing = n_labeled, temperature, smoothing
         self.threshold, self.share = threshold, share
-        self.forget()
-
-    def forget(self) -> None:
-        "Count anew what is kept."
-        self.kept, self.seen = torch.zeros(()), 0
 
     @torch.no_grad()
     def encodes(self, b):
         x, y = b
         probs = temperature_softmax(self.teacher(self.clean_view(x[self.n_labeled:])).float(), self.temperature)
         kept = self._is_kept(probs.max(1).values)
-        self.kept, self.seen = self.kept.to(kept.device) + kept.sum(), self.seen + len(kept)
         y = y.clone()
         y[self.n_labeled:] = (self._hard_or_soft(probs) * kept[:, None]).to(y.dtype)
         return x, y
 
     def _is_kept(self, confidence): # float (B,), 1 or 0
         if self.share is None: return (confidence >= self.threshold).float()
-        most = confidence.topk(math.ceil(self.share * len(confidence))).indices
+        most = confidence.topk(math.ceil(Fraction(str(self.share)) * len(confidence))).indices
         return torch.zeros_like(confidence).index_fill_(0, most, 1.)
 
     def _hard_or_soft(self, probs):
@@ -74,32 +70,41 @@ def teacher_targets(
     "The one of them that makes targets."
     return next((o for o in transforms if isinstance(o, TeacherTargets)), None)
 
-class KeptShare(Metric):
-    "The share of the pseudo-labeled rows of an epoch whose targets were confident enough."
+class KeptShare(Callback):
+    "Counts the pseudo-labeled rows of an epoch, and those whose targets were confident enough, on their device."
+    run_valid = False
     def __init__(self,
-        targets: TeacherTargets, # Which counts them
-    ): self.targets = targets
-    def reset(self): pass # that would be before validation
-    def accumulate(self, learn): pass
-    @property
-    def value(self):
-        share = float(self.targets.kept) / self.targets.seen if self.targets.seen else None
-        self.targets.forget()
-        return share
-    @property
-    def name(self): return 'kept_share'
+        n_labeled: int, # Leading rows with true labels
+    ):
+        self.n_labeled = n_labeled
+        self.load_state_dict(dict(kept=0., seen=0))
+
+    def before_batch(self):
+        kept = self.yb[0][self.n_labeled:].detach().sum(1) > 0
+        self.kept, self.seen = kept.sum() + self.kept, self.seen + len(kept)
+
+    def share(self) -> float | None: # Of the rows since it was asked last; None: there were none
+        "What a `ValueMetric` shows at the end of an epoch; counts anew."
+        out = float(self.kept) / self.seen if self.seen else None
+        self.load_state_dict(dict(kept=0., seen=0))
+        return out
+
+    def state_dict(self) -> dict: return dict(kept=float(self.kept), seen=self.seen)
+    def load_state_dict(self,
+        state: dict, # From `state_dict`
+    ): self.kept, self.seen = state['kept'], state['seen']
 
 # %% ../nbs/04eb_on_the_fly.ipynb #9b1c0012
-class AverageTeacher(Callback):
-    """The running average of the student makes the targets of its pseudo-labeled images. Raises ValueError where there
-    is no `EMA` that keeps one, or no `TeacherTargets` that asks it."""
-    order = EMA.order + 1 # which makes the average
-    def before_fit(self):
+class AverageTeacher(TrainingNoise):
+    """While it trains, the running average of the student makes the targets of its pseudo-labeled images. Raises
+    ValueError where there is no `EMA` that keeps one, or no `TeacherTargets` that asks it."""
+    def attach(self, undo: ExitStack):
         ema = next((o for o in self.learn.cbs if isinstance(o, EMA)), None)
         targets = teacher_targets(self.dls.train.after_batch.fs)
         if ema is None or targets is None:
             missing = 'EMA' if ema is None else 'TeacherTargets'
             raise ValueError(f"AverageTeacher must have {missing} beside it, got none: add cbs=[EMA(.99)] and a batch "
                              "transform TeacherTargets")
-        self.run = ema.run
-        if self.run: targets.teacher = ema.average.module.eval()
+        if not ema.run: return
+        undo.callback(setattr, targets, 'teacher', targets.teacher)
+        targets.teacher = ema.average.module.eval() # a copy of the network with its hooks, and so with its precision

@@ -55,7 +55,7 @@ class Recipe:
     strict: bool = False # The threshold itself does not pass
     per_class: int | str | None = 'mean' # Pseudo labels per class: a number, 'mean', 'largest', None (no balancing)
     binned: bool = False # Balance as the reference does: by 0.01-wide bins of confidence, exact only on average
-    mirror: bool = False # The teacher labels by the mean of an image and its mirror image
+    mirror: bool = False # A teacher of which all was trained labels by the mean of an image and its mirror image
     noised_teacher: bool = False # The teacher labels under the students' noise; the paper says it must not: an ablation
     relabel: str = 'all' # From round 2 on, the new teacher labels 'all' of the pool, or only what was 'selected' before
     unlabeled: str | None = None # Pool, as the data set takes it, if the caller names none

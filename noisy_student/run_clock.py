@@ -128,8 +128,7 @@ class Clock(Elapsed):
         step: float, # Seconds of one step
     ) -> int: # 0 where there is no time for it
         "How many steps fit."
-        steps = self.measured().step_seconds | {k: step}
-        fits = steps_for(left, k, self.recipe, steps, self.judging(k))
+        fits = steps_for(left, k, self.recipe, step, self.judging(k))
         return fits if self.fills else min(fits, self.full_length(k))
 
     def judging(

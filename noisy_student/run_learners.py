@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from fastai.data.core import DataLoaders
-from fastai.learner import Learner
+from fastai.learner import Learner, ValueMetric
 from fastai.metrics import accuracy
 
 from .training_time import with_steps
@@ -167,7 +167,9 @@ class Learners(RoundSettings):
         if parts > self.recipe.accumulate: dls.valid.bs = max(1, dls.valid.bs * self.recipe.accumulate // parts)
         learn = self.on(k, dls, noise, pretrained, loss, self.class_weights())
         targets = teacher_targets(learn.dls.train.after_batch.fs)
-        if targets and (r.threshold or r.share): learn.metrics = [*learn.metrics, KeptShare(targets)]
+        if targets and (r.threshold or r.share):
+            learn.add_cb(kept := KeptShare(bs))
+            learn.metrics = [*learn.metrics, ValueMetric(kept.share, 'kept_share')]
         return learn
 
     def on(self, k: int, # Round

@@ -65,12 +65,14 @@ def _check_together(r):
     if r.on_the_fly and (r.per_class is not None or r.binned or r.ratio is None or r.relabel != 'all'):
         raise ValueError("on_the_fly=True makes no table to balance: set per_class=None, binned=False, relabel='all', "
                          "and a ratio")
-    if r.teacher == 'average' and (r.ema is None or not r.on_the_fly):
-        raise ValueError("teacher='average' labels every batch by the averaged weights: set on_the_fly=True and ema, "
-                         "such as ema=.99")
-    if r.mirror and (r.teacher == 'average' or r.noised_teacher):
-        raise ValueError("mirror=True is for a teacher of the round before, without noise: set teacher='round' and "
-                         "noised_teacher=False")
+    if r.teacher == 'average' and (r.ema is None or not r.on_the_fly or r.init != 'teacher' or r.noised_teacher
+                                   or not r.rounds):
+        raise ValueError("teacher='average' labels every batch by averaged weights that begin as the teacher's: set "
+                         "on_the_fly=True, ema, such as ema=.99, init='teacher', noised_teacher=False, and rounds=1")
+    if r.mirror and (r.on_the_fly or r.noised_teacher or r.head_rounds >= r.rounds):
+        raise ValueError("mirror=True is for the table of a teacher whose whole network was trained, without noise: "
+                         "set on_the_fly=False, noised_teacher=False, and more rounds than head_rounds, got "
+                         f"{r.rounds} and {r.head_rounds}")
     if r.mix and (r.label_smoothing or r.unlabeled_weight is not None or r.class_weights):
         raise ValueError(f"mix={r.mix!r} mixes labeled and pseudo-labeled images, which label_smoothing, "
                          "unlabeled_weight and class_weights tell apart: set label_smoothing=0, leave out the others")

@@ -58,7 +58,7 @@ class TabularRecipe:
     per_class: int | str | None = None # Pseudo labels per class: a number, 'mean', 'largest', None (no balancing)
     # as in `Recipe`; rows are small: nothing to gain
     bf16, ema, accumulate, schedule, wd_on = False, None, 1, 'one-cycle', 'weights'
-    pretrained, freeze_norm, body_lr = False, False, 1.
+    pretrained, freeze_norm, body_lr, teacher, mix = False, False, 1., 'round', None
 
     @property
     def rate(self) -> float: return self.lr

@@ -10,7 +10,6 @@ __all__ = ['LEAST_IN_TIME', 'LEAST_TUNED', 'seconds', 'duration', 'in_minutes', 
 
 # %% ../nbs/06da_training_time.ipynb #06da0003
 import math, re
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -65,18 +64,14 @@ def steps_for(
     left: float, # Seconds that are left for this round and all later ones, evaluation and labeling taken off
     k: int, # Round
     recipe: Recipe, # Its rounds
-    step: float | Mapping[int, float], # Seconds of one step, or of one step of each round
+    step: float, # Seconds of one step
     judging: float = 0., # Seconds of the validation after an epoch, in epochs of `with_steps`
 ) -> int: # 0 if too few fit for a student; the teacher has to have some
-    "How many steps round k gets. Last rounds for which there is no time leave theirs to those before them."
+    "How many steps round k gets."
     w = round_weights(recipe)
-    def fits(j, last): # steps of round j, of ten epochs or of epochs of ten
-        part, each = left * w[j] / sum(w[k:last + 1]), step[j] if isinstance(step, Mapping) else step
-        return int(max((part - 10 * judging) / each, part / (each + judging / 10)))
-    for last in range(recipe.rounds, k - 1, -1):
-        trained = [j for j in range(k, last + 1) if w[j]]
-        if trained and all(fits(j, last) >= least_steps(recipe) for j in trained): return fits(k, last) if w[k] else 0
-    return LEAST_IN_TIME if w[k] and not k else 0
+    part = left * w[k] / sum(w[k:]) if w[k] else 0.
+    fits = int(max((part - 10 * judging) / step, part / (step + judging / 10))) # of ten epochs, or of epochs of ten
+    return fits if fits >= least_steps(recipe) else LEAST_IN_TIME if w[k] and not k else 0
 
 LEAST_IN_TIME = 30 # Steps without which a student is left out: it would be worse than its teacher
 LEAST_TUNED = 60 # The same where it is to be better than a classifier on the features that it changes

@@ -105,7 +105,8 @@ VARIANTS = dict(
                   epochs=4),
     stopped_early=dict(rounds=0, steps=1, schedule="plateau", teacher_epochs=70, lr=1e-9, ema=0.9),
     on_the_fly=dict(on_the_fly=True, threshold=0.0, ema=0.9),
-    average_teacher=dict(on_the_fly=True, teacher="average", threshold=0.15, soft=False, ema=0.9, mix="mixup"),
+    average_teacher=dict(on_the_fly=True, teacher="average", threshold=0.6, temperature=0.1, soft=False, ema=0.9,
+                         init="teacher", mix="mixup"),
     boxes=dict(on_the_fly=True, teacher="average", share=0.5, ema=0.9, init="teacher", mix="cutmix"),
     few_pseudo_labels=dict(ratio=.25, optimizer="sgd", lr=.02),
     from_teacher=dict(init="teacher", rounds=2, relabel="selected", per_class="largest", binned=True),
@@ -140,6 +141,10 @@ def test_interrupted_ends_the_same(name, data, tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(got.drop(columns="seconds"), expected)
     for k in expected["round"]:
         for a, b in zip(weights(whole, k).values(), weights(again, k).values()): assert a.equal(b)
+        history, other = (pd.read_csv(o.path / f"round_{k}" / "history.csv") for o in (whole, again))
+        pd.testing.assert_frame_equal(history, other)
+        if k and "teacher" in settings:
+            assert 0 < history.kept_share[0] < 1  # else the average would have said nothing, or anything
 
 
 def test_killed_after_the_last_epoch_still_takes_the_average(data, tmp_path):
