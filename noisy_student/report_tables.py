@@ -92,8 +92,10 @@ def tiles(run: RunRecord # From `read_run`
     elif last:
         gain, word = _against(run, best['round'], 0, split)
         mark = _MARKS.get(word, 'even') if word else 'good' if gain > 0 else 'bad'
-        where = f"points over the teacher, {'test' if split == 'test' else 'validation'}"
-        out.append((Cell(f'{100 * gain:+.1f}', mark), f"{where}{', within chance' if word == 'within chance' else ''}"))
+        side = 'below' if round(100 * gain, 1) < 0 else 'above'
+        where = f"points {side} the teacher, {'test' if split == 'test' else 'validation'}"
+        value = f"{100 * abs(gain):.1f}"
+        out.append((Cell(value, mark), f"{where}{', within chance' if word == 'within chance' else ''}"))
     if (known := run.metrics[-1].get('pseudo_label_accuracy')) is not None:
         out.append((Cell(percent(known)), 'of the last pseudo labels are right'))
     return [*out, (Cell(duration(sum(o['seconds'] for o in run.metrics))), 'in all')]

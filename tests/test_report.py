@@ -221,10 +221,10 @@ def test_a_gain_within_chance_is_no_praise(tmp_path):
         html = report_html(record(tmp_path, [.7, .9], [.7, .7 + gain], dict(valid=1000, test=n)))
         return re.search(r'<div class="tile"><b><span class="(\w*)">([^<]*)</span></b><span>(points over[^<]*)',
                          html).groups()
-    assert tile(.02, 100) == ("even", "+2.0", "points over the teacher, test, within chance")
-    assert tile(.02, 100_000) == ("good", "+2.0", "points over the teacher, test")
-    assert tile(-.02, 100_000) == ("bad", "-2.0", "points over the teacher, test")
-    assert tile(.02, 0) == ("good", "+2.0", "points over the teacher, test")  # a run that does not say how many
+    assert tile(.02, 100) == ("even", "2.0", "points above the teacher, test, within chance")
+    assert tile(.02, 100_000) == ("good", "2.0", "points above the teacher, test")
+    assert tile(-.02, 100_000) == ("bad", "2.0", "points below the teacher, test")
+    assert tile(.02, 0) == ("good", "2.0", "points above the teacher, test")  # a run that does not say how many
 
 
 @pytest.mark.parametrize("p, counts, said", [
