@@ -28,7 +28,7 @@ from .learner import Noise, noisy_student_learner
 from .losses import SoftLabelCrossEntropy, class_weights
 from .models import create_model, load_weights
 from .network import Network, images_at_once
-from .on_the_fly import KeptShare, TeacherTargets, teacher_targets
+from .on_the_fly import KeptShare, TeacherTargets
 from .opened_images import Opened
 from .pseudo_labels import PseudoLabels
 from .recipes import Recipe
@@ -151,9 +151,8 @@ class Learners(RoundSettings):
         if teacher is not None:
             pool = self.opened.pool()
             pseudo = pool, torch.zeros(1, len(self.data.classes)).expand(len(pool), -1)
-            made = TeacherTargets(teacher.model, teacher.dls.clean_view, bs, r.temperature, r.threshold,
-                                  r.share_in(k), None if r.soft else r.label_smoothing)
-            augment = [made, *augment]
+            how = bs, r.temperature, r.threshold, r.share_in(k), None if r.soft else r.label_smoothing
+            augment = [TeacherTargets(teacher.model, teacher.dls.clean_view, *how), *augment]
         elif selection is not None:
             pseudo, copies = (self.opened.selected(selection), self.targets(selection)), selection.copies
         dls = mixed_dataloaders(
@@ -166,8 +165,7 @@ class Learners(RoundSettings):
         # what does not fit in training does not fit here
         if parts > self.recipe.accumulate: dls.valid.bs = max(1, dls.valid.bs * self.recipe.accumulate // parts)
         learn = self.on(k, dls, noise, pretrained, loss, self.class_weights())
-        targets = teacher_targets(learn.dls.train.after_batch.fs)
-        if targets and (r.threshold or r.share):
+        if teacher is not None and (r.threshold or r.share):
             learn.add_cb(kept := KeptShare(bs))
             learn.metrics = [*learn.metrics, ValueMetric(kept.share, 'kept_share')]
         return learn
