@@ -43,8 +43,9 @@ def variants(full: Recipe # With its architectures
         'no-balance': (dict(per_class=None, binned=False), full.per_class is None and has + 'no balancing'),
         'equal-student': (dict(archs=archs[:1]), len(set(archs)) == 1 and has + 'equal networks already'),
         'one-round': (dict(rounds=1, archs=(archs[0], archs[-1])), full.rounds == 1 and has + 'one round already'),
-        'noised-teacher': (dict(noised_teacher=True, mirror=False), full.noised_teacher and has + 'a noised teacher already'
-                           or n == plain and has + 'no noise' or full.teacher == 'average' and has + 'none beside it'),
+        'noised-teacher': (dict(noised_teacher=True, mirror=False),
+                           full.noised_teacher and has + 'a noised teacher already' or n == plain and has + 'no noise'
+                           or full.teacher == 'average' and has + 'its own average as teacher'),
         'ratio-1': (dict(ratio=1), full.ratio is None and has + 'no ratio: it shuffles both together'
                     or full.ratio == 1 and has + 'ratio 1 already'),
         'supervised': (dict(rounds=0, archs=archs[-1:], teacher_noise=n),
