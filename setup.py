@@ -40,7 +40,7 @@ setup(
         "Typing :: Typed",
     ],
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
-    package_data={cfg["lib_path"]: ["py.typed", "templates/*"]},
+    package_data={cfg["lib_path"]: ["py.typed", "templates/*", "*.tar.gz"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "eval", "export", "ray")},

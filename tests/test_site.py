@@ -56,6 +56,16 @@ def test_tutorial_runs_elsewhere(path, ran_on_a_gpu):
     assert not any(o['output_type'] == 'error' for c in cells for o in c.get('outputs', []))
 
 
+@pytest.mark.parametrize('name, labels', [('02_cifar10', '4,000'), ('03_imagenet_subset', '847')])
+def test_photographs_are_those_of_the_real_data(name, labels):
+    "What these tutorials show was not made by the quick form."
+    cells = json.loads((ROOT/'nbs'/'tutorials'/f'{name}.ipynb').read_text(encoding='utf-8'))['cells']
+    outputs = [o for c in cells for o in c.get('outputs', [])]
+    said = ''.join(''.join(o.get('text', '')) for o in outputs)
+    assert 'QUICK=False' in said and f'Splits(labeled: {labels}, ' in said
+    assert sum('image/png' in o.get('data', {}) for o in outputs) >= 3
+
+
 PAGE = '<!doctype html><html><head><link rel="icon" href="data:,"></head><body><main>{}</main></body></html>'
 DARK = """<script>function smalldocsToggleScheme() { document.documentElement.classList.toggle('quarto-dark') }</script>
 <style>.quarto-dark p { width: 1500px }</style>"""
