@@ -31,7 +31,10 @@ class Timing(Clock):
         k: int, # Round that is not done
     ) -> bool:
         "Whether the time is too short for a student; known before its pool is labeled."
-        if self.limit is None or not k or k < self.recipe.head_rounds or self.steps(k): return False
+        if not k or k < self.recipe.head_rounds or self.steps(k): return False
+        was_left_out = self.steps(k) is None and self.learners.dir.plan(k).get('steps') == 0
+        if was_left_out and not rank(): self.note(k, steps=None) # with another limit, or without one
+        if self.limit is None: return False
         if self.steps(k) is None and not rank():
             step = self.measured().step_seconds
             is_labeled = (self.learners.dir.round(k)/'selected.parquet').exists()
