@@ -103,6 +103,6 @@ def write_predictions(
 ) -> None:
     "Write the file, and say so. Raises ValueError for columns that do not fit."
     from noisy_student.predictions import write_submission
-    headers = columns if columns in (None, 'all') else columns.split(',')
-    out = write_submission(table, csv, headers, like=like, fill=fill, stem=not like and names_without_suffix(model))
+    stem = not like and columns != 'all' and names_without_suffix(model)
+    out = write_submission(table, csv, columns, like=like, fill=fill, stem=stem)
     to_stderr(f"{out}: {len(table):,} images")

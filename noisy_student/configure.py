@@ -12,6 +12,8 @@ __all__ = ['native_size', 'default_size', 'channels', 'in_color', 'training_pixe
 import re, time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -211,8 +213,13 @@ def _consequences(made, given, names):
 
 # %% ../nbs/06f_configure.ipynb #b2a96b04
 class Reasons(ShownTable):
-    "A table of sentences that is shown whole, where pandas cuts a text after 50 characters."
-    def _text(self): return self.to_string()
+    "A table of sentences that is shown whole: in the 80 columns of a terminal a reason is below its setting and value."
+    def _text(self):
+        if not len(self) or list(self) != ['setting', 'value', 'why']: return super()._text()
+        wrap = partial(fill, width=80, break_on_hyphens=False)
+        return '\n'.join(f"{wrap(f'{k}: {v}', subsequent_indent='  ')}\n"
+                         f"{wrap(str(why), initial_indent='    ', subsequent_indent='    ')}"
+                         for k, v, why in self.itertuples(index=False))
 
     def _html(self):
         with pd.option_context('display.max_colwidth', None): return super()._html()

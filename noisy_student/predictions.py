@@ -198,13 +198,13 @@ def write_submission(
     table: pd.DataFrame, # Of `predict_table`
     file: str | Path, # Target, .csv
     columns: str | Sequence[str] | Mapping[str, str] | None = None, # Headers, image first; {header: column}; or 'all'
-    stem: bool = False, # Image names without suffix
+    stem: bool = False, # Image names without suffix; not with 'all'
     like: str | Path | pd.DataFrame | None = None, # A sample submission: its headers, its ids, its order of rows
     fill: str | None = None, # Class of images that could not be read; None leaves their cells empty, with a warning
 ) -> Path: # The file, whole or as it was before
-    """Write predictions as a competition wants them: file names without folders, then labels or probabilities; with
-    columns='all' everything as it is. Raises ValueError for columns or ids that do not fit, OSError, naming the file,
-    if it cannot be written."""
+    """Write predictions as a competition wants them: file names without folders, then labels or probabilities, under
+    the headers ('id', 'label') or, as a command has them, 'id,label'; with columns='all' everything as it is. Raises
+    ValueError for columns or ids that do not fit, OSError, naming the file, if it cannot be written."""
     if not isinstance(table, pd.DataFrame):
         raise ValueError(f"table must be what predict has returned, got {in_short(table)}: "
                          "write_submission(table, 'mine.csv')")
@@ -213,6 +213,10 @@ def write_submission(
     sample = None if like is None else read_table(like) if is_table(like) else as_frame(like, 'like')
     default = ['image', 'label'] if sample is None else [str(o) for o in sample.columns]
     whole = isinstance(columns, str) and columns == 'all' # with folders: it is no submission
+    if whole and stem:
+        raise ValueError("stem must be False with columns='all', which keeps the names as they are, got True: leave it "
+                         "out, or give columns as 'image,label,confidence'")
+    if isinstance(columns, str): columns = [o.strip() for o in columns.split(',')]
     headers = default if columns is None else dict(zip(table, table)) if whole else columns
     meaning = dict(headers) if isinstance(headers, Mapping) else _meaning(list(headers), table)
     if odd := [o for o in meaning.values() if o not in table]:

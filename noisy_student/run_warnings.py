@@ -135,8 +135,10 @@ def left_out(run: RunRecord # From `read_run`
             ) -> str: # A sentence; '' if there is time for all rounds
     "Which round has no time: that is no fault of the run."
     done, wanted = _done(run)
+    def has_no_time(o): # what was left out may have begun since, without a limit
+        return o.plan(done).get('steps') == 0 and not (o.round(done)/'checkpoint'/'state.safetensors').exists()
     folders = (RunDir(o) for o in (run.path, *sorted(run.path.glob('fold_*'))))
-    if done >= wanted or not any(o.plan(done).get('steps') == 0 for o in folders): return ''
+    if done >= wanted or not any(map(has_no_time, folders)): return ''
     return (f"{done} of {wanted} rounds are done: the time limit leaves too little time for round {done}. With a "
             "longer one the run goes on.")
 

@@ -9,7 +9,7 @@ __all__ = ['ShownTable', 'Summary']
 
 # %% ../nbs/00j_shown_tables.ipynb #00j00003
 from html import escape
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pandas as pd
 
@@ -18,12 +18,17 @@ _T = TypeVar('_T', bound='ShownTable')
 
 class ShownTable(pd.DataFrame):
     "A DataFrame with words where it is shown; what is computed from it is an ordinary one."
-    says = '' # Below the rows, or in place of them where there are none
+    _words, _rows = '', 0 # and how many rows they are about
+
+    @property
+    def says(self) -> str:
+        "Below the rows, or in place of them where there are none; '' once it has other rows than when it was said."
+        return self._words if len(self) == self._rows else ''
 
     def saying(self: _T, words: str # What the table means, or why it has no rows
               ) -> _T: # Itself
         "The same with these words."
-        self.says = words
+        self._words, self._rows = words, len(self)
         return self
 
     def _text(self): # of its rows, for a terminal: columns that have no room are below the others
@@ -42,9 +47,15 @@ class ShownTable(pd.DataFrame):
 # %% ../nbs/00j_shown_tables.ipynb #00j0000a
 class Summary(ShownTable):
     "A row per finished round, shown in the 80 columns of a terminal; all of its columns are there."
-    def _text(self):
-        s = self[['round', 'role', 'arch', 'valid_accuracy', 'test_accuracy', 'seconds']].dropna(axis=1, how='all')
-        return s.to_string(index=False, na_rep='', max_colwidth=24, formatters=dict(seconds='{:,.1f}'.format),
-                           float_format='{:.3f}'.format)
+    def __init__(self, *args: Any, # As a DataFrame takes them
+                 **kwargs: Any # Likewise
+                ):
+        super().__init__(*args, **kwargs)
+        if not len(self): self.saying('no round is finished yet')
 
-    def __repr__(self) -> str: return super().__repr__() if len(self) else 'no round is finished yet'
+    def _text(self):
+        first = ['round', 'role', 'arch', 'valid_accuracy', 'test_accuracy', 'seconds']
+        if not (known := [o for o in first if o in self]) or not len(self): return super()._text()
+        return self[known].dropna(axis=1, how='all').to_string(
+            index=False, na_rep='', max_colwidth=24, formatters=dict(seconds='{:,.1f}'.format),
+            float_format='{:.3f}'.format)

@@ -26,12 +26,13 @@ from .shown_tables import ShownTable
 # %% ../nbs/08f_time_limit.ipynb #af000010
 class Timing(Clock):
     "The time of a run: what its rounds get of it."
-    def is_left_out(
-        self,
-        k: int, # Round that is not done
-    ) -> bool:
+    def is_left_out(self, k: int # Round that is not done
+                    ) -> bool:
         "Whether the time is too short for a student; known before its pool is labeled."
-        if self.limit is None or not k or k < self.recipe.head_rounds or self.steps(k): return False
+        if not k or k < self.recipe.head_rounds or self.steps(k): return False
+        was_left_out = self.steps(k) is None and self.learners.dir.plan(k).get('steps') == 0
+        if was_left_out and not rank(): self.note(k, steps=None) # with another limit, or without one
+        if self.limit is None: return False
         if self.steps(k) is None and not rank():
             step = self.measured().step_seconds
             is_labeled = (self.learners.dir.round(k)/'selected.parquet').exists()
@@ -73,10 +74,8 @@ class Timing(Clock):
         barrier()
         return self.learners.recipe_of(k)
 
-    def keep(
-        self,
-        k: int, # Round that trains now
-    ) -> list[Callback]:
+    def keep(self, k: int # Round that trains now
+             ) -> list[Callback]:
         "What shortens its epochs if the machine becomes slower; without a limit what was shortened stays so."
         weights, plan, r = round_weights(self.recipe), self.learners.dir.plan(k), self.learners.recipe_of(k)
         epochs = {int(e): n for e, n in plan.get('epochs', {}).items()}

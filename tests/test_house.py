@@ -4,7 +4,8 @@ another.
 
 A module at the top of a file is loaded with it; one inside a function is needed all the same, only later, so it counts
 too."""
-import ast, json
+import ast, html, json, re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,29 @@ def exported(cells):
     sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
     return [[o for o in c.split("\n") if o.strip() and not o.startswith(("#|", "import ", "from "))]
             for c in sources if c.startswith("#| export")]
+
+
+def words(text): return Counter(re.findall(r"[^\W\d]{2,}", text))
+
+
+def disagreeing(cells):
+    "Where a table that a notebook shows has other words in a terminal than on a page: something replaced them in one."
+    for data in (o.get("data", {}) for c in cells for o in c.get("outputs", [])):
+        page, text = ("".join(data.get(o, "")) for o in ("text/html", "text/plain"))
+        is_whole = 'class="dataframe"' in page and "..." not in page + text and not text.startswith("ReportTable(")
+        if not is_whole: continue
+        shown, heads = (words(html.unescape(" ".join(re.findall(f"<(?:{o})[^>]*>(.*?)</", page, re.S))))
+                        for o in ("td|p", "th"))
+        if missing := shown - words(text): yield missing
+        if more := set(words(text) - shown) - set(heads): yield more
+
+
+def test_committed_tables_say_the_same_in_a_terminal_and_on_a_page():
+    found = {f.name: list(disagreeing(json.loads(f.read_text())["cells"])) for f in (ROOT/"nbs").rglob("*.ipynb")}
+    assert len(found) > 100 and not {k: v for k, v in found.items() if v}
+    table = {"text/html": '<table class="dataframe"><td>of the pool</td></table>', "text/plain": "of the pool"}
+    for other, n in ((table, 0), ({**table, "text/plain": "of the pool, of the pool"}, 1)):
+        assert len(list(disagreeing([dict(outputs=[dict(data=other)])]))) == n
 
 
 def test_a_module_needs_only_what_stands_before_it():

@@ -184,8 +184,13 @@ def test_submission(folder):
     some = written(table, out, ("id", "label", "confidence", "dog"))
     assert list(some) == ["id", "label", "confidence", "dog"] and some.label.tolist() == table.label.tolist()
     np.testing.assert_allclose(some.confidence.astype(float), table.confidence, rtol=1e-5)
+    # as a command has them
+    for one, several in (("id,label", ("id", "label")), ("id, emu,cat", ("id", "emu", "cat")), ("id,p", ("id", "p"))):
+        assert written(table, out, one).equals(written(table, out, several))
     assert not [o for o in os.listdir(out.parent) if o != "s.csv"]
-    for kwargs, text in ((dict(columns=("id",)), "columns must be"), (dict(columns=("id", "cat", "fox")), "'fox'"),
+    for kwargs, text in ((dict(columns="id"), r"columns must be .* got 'id';"), (dict(columns="id,cat,fox"), "'fox'"),
+                         (dict(columns="all", stem=True), "stem must be False .* got True: leave it out"),
+                         (dict(columns=("id",)), "columns must be"), (dict(columns=("id", "cat", "fox")), "'fox'"),
                          (dict(columns={"id": "name"}), "no column 'name'"),
                          (dict(fill="fox"), "fill must be a class")):
         with pytest.raises(ValueError, match=text): write_submission(table, out, **kwargs)
@@ -269,3 +274,15 @@ def test_figures_are_written_alike_with_and_without_a_filled_row(tmp_path):
     one, two = (write_submission(t, tmp_path/"o.csv", ["id", "x", "y"], **more).read_text().splitlines()
                 for t, more in ((table, {}), (lost, dict(fill="y"))))
     assert one == two[:2] and two[2] == "b,0,1"
+
+
+def test_a_command_writes_what_the_function_writes(folder, monkeypatch):
+    "Of a run whose table has names without suffix, too: a competition gets such names, 'all' keeps the whole ones."
+    from noisy_student import command_predictions
+    table = predict_table(network(), folder)
+    for is_short in (False, True):
+        monkeypatch.setattr(command_predictions, "names_without_suffix", lambda _, is_short=is_short: is_short)
+        for columns, stem in ((None, is_short), ("id,label", is_short), ("id,cat,dog", is_short), ("all", False)):
+            command_predictions.write_predictions(table, "model", str(folder/"a.csv"), columns)
+            write_submission(table, folder/"b.csv", columns, stem=stem)
+            assert (folder/"a.csv").read_text() == (folder/"b.csv").read_text()

@@ -182,6 +182,12 @@ def test_a_run_that_was_cut_short_does_not_look_fine(tmp_path):
     assert run_warnings(cut) == [] and left_out(cut).startswith("2 of 3 rounds are done: the time limit leaves")
     page = report_html(cut)
     assert "Nothing looks wrong" in page and left_out(cut) in page
+    (tmp_path/"round_2"/"checkpoint").mkdir()
+    (tmp_path/"round_2"/"checkpoint"/"state.safetensors").touch()  # it was gone on with without a limit
+    assert not left_out(cut) and run_warnings(cut)[0].startswith("2 of 3 rounds are done: fit(), or the same command")
+    (tmp_path/"fold_0"/"round_2").mkdir(parents=True)  # a fold that has not begun is left out still
+    (tmp_path/"fold_0"/"round_2"/"plan.json").write_text(sealed(dict(steps=0, limit=60.)))
+    assert left_out(cut) and run_warnings(cut) == []
     assert not left_out(record(tmp_path, [.9] * 3, [.9] * 3, dict(valid=1000), rounds=2))
     assert "Nothing looks wrong" in report_html(record(tmp_path, [.9, .9], [.9, .9], dict(valid=1000)))
 

@@ -149,6 +149,27 @@ def test_where_one_fold_has_no_time_none_trains_in_vain(tmp_path, monkeypatch):
     assert "no time for round 1: there would be with time_limit='" in str(ns.plan())
 
 
+@pytest.mark.parametrize("stage, longer", [("round 1: labeling", {}), ("round 1: training", {}),
+                                           ("round 1: labeling", dict(time_limit="1h"))])
+def test_what_was_left_out_and_goes_on_is_left_out_no_more(tmp_path, checkpoints_everywhere, stage, longer):
+    "Without a limit or with a longer one, also where it is interrupted again, before its training or in it."
+    from noisy_student.run_record import read_run
+    from noisy_student.run_warnings import left_out, run_warnings
+    ns = run(tmp_path/"a", time_limit=20)
+    ns.task.timing.measured = lambda: Rates({0: .01, 1: 1.}, {0: 1e3, 1: 1e3})
+    with pytest.warns(UserWarning, match="round 1 is left out"): ns.fit()
+    assert "With a longer one" in left_out(read_run(tmp_path/"a"))
+    def tell(what, done, total):
+        if what.startswith(stage): raise Interrupted
+    again = run(tmp_path/"a", **longer)
+    again.task.tell = again.labeling.tell = tell
+    with pytest.raises(Interrupted): again.fit()
+    made = read_run(tmp_path/"a")
+    assert left_out(made) == "" and "1 of 2 rounds are done: fit(), or the same command" in run_warnings(made)[0]
+    whole = run(tmp_path/"a", **longer).fit()
+    assert list(whole["round"]) == [0, 1] and not left_out(read_run(tmp_path/"a"))
+
+
 def test_memory_that_does_not_suffice_is_noticed_while_measuring(tmp_path):
     "Batches are halved there, as in training, if that is allowed."
     def too_large(module, args):
