@@ -40,7 +40,7 @@ OUT = ROOT/"benchmarks"/"results"/"mutations.csv"
 SELECT = "tests/test_pseudo_labels.py -k 'select or binned or keras or copies or stay or threshold or empty"
 DEPTH = "tests/test_stochastic_depth.py -k 'not (fastai or efficientnet or regnetz or convnext or maxvit)'"
 LAWS = {  # module: where its laws are, a notebook or what pytest takes
-    "losses": ["03h_losses", "tests/test_losses.py", "tests/test_one_label.py -k 'warned_of_once'"],
+    "losses": ["03h_losses", "tests/test_losses.py", "tests/test_target_checks.py -k 'warned_of_once'"],
     "stochastic_depth": ["03f_stochastic_depth", "tests/test_stochastic_depth.py -k block_law", DEPTH],
     "survival": ["03e_survival", "03f_stochastic_depth", DEPTH],
     "dropout": ["03c_dropout", DEPTH],

@@ -25,7 +25,7 @@ from torch import nn
 from .batches import ArrayDL
 from .losses import HardTargets, SoftLabelCrossEntropy
 from .models import create_model, fine_tuning_groups, n_parameters
-from .one_label import check_loss, check_targets
+from .target_checks import check_loss, check_targets
 from .quick_learner import QuickLearner
 from .randaugment import BatchRandAugment
 

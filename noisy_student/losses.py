@@ -17,7 +17,7 @@ from fastai.learner import Recorder
 from fastai.torch_core import TensorCategory
 from torch import Tensor, nn
 
-from .one_label import odd_scores
+from .target_checks import odd_scores
 
 # %% auto #0
 __all__ = ['SoftLabelCrossEntropy', 'class_weights', 'temperature_softmax', 'temperature_probs', 'HardTargets']

@@ -22,7 +22,7 @@ from .architectures import ResidualPair, ResNet9, own_network, small_image
 from .published_weights import Choice, default_arch, find_weights, hub_cache_if_unreachable
 from .efficientnets import EFFICIENTNETS, EfficientNetSize
 from .files import did_you_mean
-from .one_label import check_ending
+from .target_checks import check_ending
 from .arch_names import SOURCES, arch_name, current_name, resolved
 from .network_parts import fine_tuning_groups, head, last_layers, n_parameters, split_head, start_head, unwrapped
 from .transfer import load_body, load_pretrained, read_checkpoint

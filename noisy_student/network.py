@@ -23,7 +23,7 @@ from torch import nn
 
 from .inputs import class_names
 from .models import create_model, load_tensors, load_weights, save_weights, unwrapped
-from .one_label import check_ending, check_loss, check_targets
+from .target_checks import check_ending, check_loss, check_targets
 from .published_weights import offline
 from .reading import parse_json
 

@@ -24,7 +24,7 @@ from .clean_views import view_of
 from .label_table import PseudoLabelError
 from .losses import temperature_softmax
 from .models import model_hash
-from .one_label import check_ending, check_loss, check_targets, odd_scores
+from .target_checks import check_ending, check_loss, check_targets, odd_scores
 from .inputs import class_names
 from .network import Network, evaluating
 from .precision import half_of
