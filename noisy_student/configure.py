@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from .archives import ArchiveError, open_item
-from .auto import Facts, auto_recipe, check_settings
+from .auto import Facts, auto_recipe, check_settings, size_in_time
 from .checkpoints import seeded
 from .image_files import MAX_PIXELS, open_image
 from .learner import Noise
@@ -116,12 +116,10 @@ def _size(data, names, pretrained, given, device, seconds, pixels_per_second):
     else: why = f"the pictures are {native} px; the weights were trained on about 224"
     if limited and pretrained:
         n = len(data.labeled) + min(len(data.unlabeled), 20_000) + len(data.valid) + len(data.test or ())
-        looks = 3 * pixels_per_second # without a backward pass: three times as fast
-        def fits(side): return n * side**2 / looks <= .3 * seconds
-        best = next((o for o in (size, 192, 160, 128) if o <= size and fits(o)), 96)
+        best, part = size_in_time(size, n, pixels_per_second, seconds)
         if best < size:
             return because(f"the pictures are {native} px, but one look at {n:,} of them at {size} px would take more "
-                           "than a third of the time; more time allows more", best)
+                           f"than {part} of the time; more time allows more", best)
     return because(why)
 
 def training_pixels_per_second(
