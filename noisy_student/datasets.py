@@ -16,12 +16,12 @@ from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from .columns import as_frame, check_files, image_files, pick_column
 from .files import file_sha256
 from .folders import from_folder, labeled_folder
 from .dataframes import from_df
+from .image_files import open_image
 from .images import BadImage, Decoded, ImageFileError, MAX_PIXELS, load_image, load_images, square
 from .listing import list_files, list_images
 from .reading import may_fetch
@@ -62,7 +62,7 @@ def cifar10_sample(
     with tarfile.open(str(files('noisy_student')/'cifar10_sample.tar.gz')) as t:
         for o in t:
             names.append(o.name.partition('/')[0])
-            with Image.open(t.extractfile(o)) as im: images.append(np.asarray(im)) # type: ignore[arg-type]
+            with open_image(t.extractfile(o)) as im: images.append(np.asarray(im)) # type: ignore[arg-type]
     classes, labels = np.unique(names, return_inverse=True)
     rng = np.random.default_rng(seed)
     test, train = hold_out(Split(np.stack(images), labels), 150, rng)
