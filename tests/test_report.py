@@ -225,8 +225,8 @@ def test_a_gain_within_chance_is_no_praise(tmp_path):
     "The tile of the gain is green only where its interval is above zero."
     def tile(gain, n):
         html = report_html(record(tmp_path, [.7, .9], [.7, .7 + gain], dict(valid=1000, test=n)))
-        return re.search(r'<div class="tile"><b><span class="(\w*)">([^<]*)</span></b><span>(points (?:above|below)[^<]*)',
-                         html).groups()
+        tile = r'<div class="tile"><b><span class="(\w*)">([^<]*)</span></b><span>(points (?:above|below)[^<]*)'
+        return re.search(tile, html).groups()
     assert tile(.02, 100) == ("even", "2.0", "points above the teacher, test, within chance")
     assert tile(.02, 100_000) == ("good", "2.0", "points above the teacher, test")
     assert tile(-.02, 100_000) == ("bad", "2.0", "points below the teacher, test")
