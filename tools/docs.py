@@ -160,7 +160,7 @@ def build(
     out: Path,  # Folder to write, empty or an earlier site
 ) -> list[str]:  # What smalldocs warned of, broken links among it
     "Process the notebooks as nbdev does and build the site from the result."
-    site = Site(load(proc_nbs(force=True, n_workers=0)), quiet=True)  # two workers took five times as long
+    site = Site(load(proc_nbs(force=True, n_workers=0)), quiet=True)  # see `main`: workers end as slowly
     site.out = out
     site.build()
     for page in out.rglob("*.llms.md"):  # where nbdev's line in the docstring of a module leads
@@ -348,8 +348,8 @@ def main() -> None:
         (ROOT / "README.md").write_text(readme(), encoding="utf-8")
         return
     problems = build(ROOT / "_docs") if command == "site" else check()
-    print("\n".join(problems) or f"{command}: nothing to report")
-    sys.exit(bool(problems))
+    print("\n".join(problems) or f"{command}: nothing to report", flush=True)
+    os._exit(bool(problems))  # else each of nbdev's hundred and more shells collects all garbage first: minutes
 
 
 if __name__ == "__main__":
