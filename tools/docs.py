@@ -282,8 +282,9 @@ def look(
         Thread(target=server.serve_forever, daemon=True).start()
         flags = ("--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --disable-background-networking "
                  "--enable-logging=stderr")
+        # The themes ask for fonts of other servers: without a network each page would wait for them for seconds.
         command = [browser, *flags.split(), "--no-proxy-server", f"--user-data-dir={home}/profile",
-                   "--remote-debugging-port=0"]
+                   "--remote-debugging-port=0", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
         with open(f"{home}/log", "w+", encoding="utf-8", errors="replace") as log:
             url = f"http://127.0.0.1:{server.server_port}/look.html#{quote(pages)}"
             process = subprocess.Popen([*command, url], stdout=subprocess.DEVNULL, stderr=log)
