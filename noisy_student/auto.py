@@ -84,7 +84,7 @@ def _length(f, bs, ratio):
     why = f"{LEAST_STEPS} to {_most_steps(f.device):,} steps, more for more images: "
     return dict(
         steps=(student // 10, f"{why}two passes over the pool for a student, in ten parts that end in a validation"),
-        epochs=(10, "the ten parts"),
+        epochs=(10, "parts of a student's training, each of which ends in a validation"),
         teacher_epochs=(max(1, round(teacher / (student // 10))),
                         f"{why}thirty passes over the labels for the teacher"))
 

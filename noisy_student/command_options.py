@@ -22,7 +22,7 @@ import typer
 from .training_time import seconds
 from .docstrings import comments
 from .files import did_you_mean
-from .noise import Noise
+from .noise import NAMED_NOISES, Noise
 from .recipes import Recipe, setting_hint
 
 # %% ../nbs/12c_command_options.ipynb #0c0a0001
@@ -126,15 +126,14 @@ def noise_named(
     base: Noise | None, # Whose other numbers a magnitude keeps; None: not known yet
 ) -> Noise | dict: # Fields of the noise to be, for a magnitude without a base
     "The noise of `--noise`. Raises ValueError for an invalid noise."
-    named = dict(none=Noise.none(), mild=Noise(2, 10, .2, .9), paper=Noise())
-    if text in named: return named[text]
+    if text in NAMED_NOISES: return NAMED_NOISES[text]
     try: m = float(text)
     except ValueError: m = -1.
     if 0 <= m <= 30:
         if base is None: return dict(randaugment_m=m)
         return replace(base, randaugment_m=m, randaugment_n=base.randaugment_n or 2)
-    raise ValueError(f"--noise must be {', '.join(named)} or a magnitude from 0 to 30, got {text!r}"
-                     f"{did_you_mean(text, named)}")
+    raise ValueError(f"--noise must be {', '.join(NAMED_NOISES)} or a magnitude from 0 to 30, got {text!r}"
+                     f"{did_you_mean(text, NAMED_NOISES)}")
 
 _WORDS = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text', type(None): 'none',
           tuple: 'values with commas between', Noise: 'none, mild, paper or a magnitude'}

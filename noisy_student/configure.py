@@ -152,7 +152,7 @@ def configure(
     data: Splits, # The images
     archs: Any = None, # Architectures, teacher first, as `create_model` takes them; None: the recipe's, or what fits
     recipe: str | Recipe = 'auto', # A name in `RECIPES`, a recipe, or 'auto'
-    noise: Noise | dict | None = None, # Of the students; None: the recipe's; 'auto' also takes fields of it to change
+    noise: Noise | str | dict | None = None, # Of the students; None: the recipe's; 'auto' also takes fields of it
     device: torch.device = torch.device('cpu'), # Where it trains
     seconds: float | None = None, # Time limit of the run; with folds, of one of them
     folds: int = 1, # Networks per round
@@ -161,6 +161,7 @@ def configure(
 ) -> Configured:
     "Architectures and recipe. Raises ValueError for a setting that does not exist or is out of range."
     given = dict(settings, **({} if noise is None else dict(noise=noise)))
+    given |= {k: Noise.named(v) for k, v in given.items() if k in ('noise', 'teacher_noise') and isinstance(v, str)}
     if recipe != 'auto':
         made = get_recipe(recipe, **given)
         return Configured(_as_list(archs or made.archs), made, {})

@@ -174,7 +174,7 @@ def _normalization(model, dls, n_in):
 def noisy_student_learner(
     dls: DataLoaders, # Any fastai vision DataLoaders
     arch: str | nn.Module | Callable[..., nn.Module], # A timm name, `resnet9_24`, a network (B, K), or what makes one
-    noise: Noise | None = None, # Noise.none() for a plain learner; None: of `default_noise` what can act on the network
+    noise: Noise | str | None = None, # 'none': a plain learner; None: of `default_noise` what can act on the network
     pretrained: bool | str = False, # Start from published weights (True), a file, or 'package:NAME'
     n_out: int | None = None, # Number of classes; None: as many as `dls` have
     n_in: int | None = None, # Image channels; None: as the images have
@@ -204,6 +204,7 @@ def noisy_student_learner(
     if noise is None:
         size = getattr(dls, 'size', None if image is None else image.shape[-1])
         noise = default_noise(model, size or 224, pretrained).acting_on(model)
+    noise = Noise.named(noise)
     train_tfms, norm = noise.transforms(), _normalization(model, dls, n_in) if pretrained else []
     if train_tfms: _check_augmentable(dls.train, image, "RandAugment", "pass noise=Noise(randaugment_n=0)")
     if norm: _check_augmentable(dls.train, image, "the normalization of published weights", "normalize them yourself")

@@ -28,6 +28,7 @@ from .files import did_you_mean, in_short, listed, write_text
 from .image_files import as_rgb
 from .network import Network, evaluating
 from .precision import half_of
+from .shown_tables import Predictions
 from .tables import data_beside
 
 # %% ../nbs/05l_predictions.ipynb #f8565925
@@ -139,7 +140,7 @@ def predict_table(
     bs: int = 64, # Images per forward pass, at least 1; halved where a GPU's memory does not suffice
     device: str | torch.device | None = None, # Where to compute; None: where each network is
     progress: Callable[[int, int], None] | None = None, # Called with (done, total) after every part
-) -> pd.DataFrame: # Columns image, label, confidence, and one per class; a row per item, in order
+) -> Predictions: # Columns image, label, confidence, and one per class; a row per item, in order
     """The label of every image and the probability of every class. An image that cannot be read has no label, and a
     warning names it. Raises ValueError or FileNotFoundError for items or networks that cannot be used."""
     nets: list = [networks] if hasattr(networks, 'predict') else list(networks)
@@ -155,8 +156,9 @@ def predict_table(
     read, classes = np.isfinite(probs).all(1), np.array(nets[0].classes, dtype=object)
     label = np.full(len(probs), None, dtype=object)
     label[read] = classes[probs[read].argmax(1)]
-    return pd.DataFrame({'image': names, 'label': pd.Series(label, dtype=object), 'confidence': probs.max(1),
-                         **dict(zip(class_columns(nets[0].classes), probs.T))})
+    columns = dict(zip(class_columns(nets[0].classes), probs.T))
+    table = Predictions(dict(image=names, label=pd.Series(label, dtype=object), confidence=probs.max(1)) | columns)
+    return table.saying(f"{len(probs):,} images; the probability of every class is a column, too: {listed(columns, 5)}")
 
 # %% ../nbs/05l_predictions.ipynb #dcff6c6d
 def _meaning(headers, table): # header -> column of `table`: first the image, then the label or probabilities
@@ -213,9 +215,9 @@ def write_submission(
     sample = None if like is None else read_table(like) if is_table(like) else as_frame(like, 'like')
     default = ['image', 'label'] if sample is None else [str(o) for o in sample.columns]
     whole = isinstance(columns, str) and columns == 'all' # with folders: it is no submission
-    if whole and stem:
-        raise ValueError("stem must be False with columns='all', which keeps the names as they are, got True: leave it "
-                         "out, or give columns as 'image,label,confidence'")
+    if stem and (whole or like is not None):
+        why = "like, whose ids say" if like is not None else "columns='all', which leaves"
+        raise ValueError(f"stem must be False with {why} how images are named, got True: leave it out")
     if isinstance(columns, str): columns = [o.strip() for o in columns.split(',')]
     headers = default if columns is None else dict(zip(table, table)) if whole else columns
     meaning = dict(headers) if isinstance(headers, Mapping) else _meaning(list(headers), table)

@@ -111,8 +111,8 @@ class Recipe:
 # %% ../nbs/06d_recipes.ipynb #3cf08c72
 def _as_kept(r):
     "The recipe, with its values in their one form."
-    words = {'hub': True, 'none': False} # those of the command line
-    new = dict(archs=tuple(r.archs), pretrained=words.get(r.pretrained, r.pretrained))
+    new = {k: Noise.named(v) for k in ('noise', 'teacher_noise') if isinstance(v := getattr(r, k), str)}
+    new |= dict(archs=tuple(r.archs), pretrained={'hub': True, 'none': False}.get(r.pretrained, r.pretrained))
     if isinstance(r.share, list): new['share'] = tuple(r.share)
     if isinstance(r.ratio, float) and r.ratio.is_integer(): new['ratio'] = int(r.ratio)
     for k, v in new.items(): object.__setattr__(r, k, v) # which is frozen

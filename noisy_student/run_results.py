@@ -11,13 +11,13 @@ __all__ = ['Results']
 import warnings
 from typing import Any
 
-import pandas as pd
 from fastai.learner import Learner
 from matplotlib.figure import Figure
 
 from .report_charts import plot_run
 from .run_record import read_run
 from .report import write_report
+from .shown_tables import Summary
 from .splits import Splits
 
 # %% ../nbs/07j_run_results.ipynb #aa000006
@@ -34,9 +34,12 @@ class Results:
         return self.task.config
 
     @property
-    def summary(self) -> pd.DataFrame:
-        "A row per finished round, the teacher first; accuracies in 0..1, empty where there is no test set."
-        return self.dir.summary
+    def summary(self) -> Summary:
+        """A row per finished round, the teacher first; accuracies in 0..1, empty where there is no test set. Shown, it
+        says which round is used and where the page is."""
+        s, page = self.dir.summary, self.path/'report.html'
+        if not len(s): return s
+        return s.saying(f"round {self.best} is used{f'; {page} shows the run' if page.is_file() else ''}")
 
     @property
     def best(self) -> int:

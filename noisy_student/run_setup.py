@@ -159,7 +159,7 @@ def settle(
     data: Splits, # The images
     archs: str | Callable | list | tuple | None = None, # As `NoisyStudent` takes them
     recipe: str | Recipe = 'auto', # Likewise
-    noise: Noise | None = None, # Likewise
+    noise: Noise | str | dict | None = None, # Likewise
     *,
     seed: int = 0, # Decides initial weights, order, noise
     device: str | torch.device | None = None, # None: a GPU if there is one
