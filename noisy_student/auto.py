@@ -120,6 +120,8 @@ def _from_weights(f): # fine-tuning
         share=((.3, .6, .9), "of the pool, the most confident labels first, more in each round"),
         lr=(1e-3, "of the classifier"),
         body_lr=(.3, "pretrained weights change less than the classifier"),
+        student_lr=(None, "a quarter to all of it, four times the validation error of the teacher: where a classifier "
+                          "is nearly always right, all of the network is changed little"),
         freeze_norm=(True, "the statistics of pretraining stay: those of small batches are worse"),
         wd=(.01, "little, near pretrained weights"),
         ema=(.99, "averaged weights, from which noise and the last batches have gone"),

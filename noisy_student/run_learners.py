@@ -23,7 +23,7 @@ from .training_time import with_steps
 from .checkpoints import seeded
 from .dataloaders import mixed_dataloaders
 from .distributed import rank, world
-from .fitting import splitter, student_view
+from .fitting import splitter, student_rate, student_view
 from .learner import Noise, noisy_student_learner
 from .losses import SoftLabelCrossEntropy, class_weights
 from .models import create_model, load_weights
@@ -32,7 +32,7 @@ from .on_the_fly import KeptShare, TeacherTargets
 from .opened_images import Opened
 from .pseudo_labels import PseudoLabels
 from .recipes import Recipe
-from .rundir import of_round
+from .rundir import of_round, read_metrics
 from .training import optimizer
 
 # %% ../nbs/08b_run_learners.ipynb #ac000006
@@ -63,9 +63,12 @@ class RoundSettings:
                  ) -> Recipe:
         "With the steps that were planned for it, the rate of a student, and the parts that a batch is computed in."
         recipe = with_steps(self.recipe, steps) if (steps := self.dir.plan(k).get('steps')) else self.recipe
-        if k: recipe = replace(recipe, lr=recipe.lr * recipe.student_lr)
+        if k: recipe = replace(recipe, lr=recipe.lr * (recipe.student_lr or self._rate_after(k - 1)))
         parts = max([1, *(int(o.name.rpartition('_')[2]) for o in self.dir.round(k).glob('auto_batch_*'))])
         return recipe if parts == 1 else replace(recipe, accumulate=recipe.accumulate * parts)
+
+    def _rate_after(self, k): # 1 as long as the teacher is not there
+        return student_rate(read_metrics(self.dir.round(k))['valid_accuracy']) if self.dir.is_done(k) else 1.
 
     def epoch_steps(self, recipe: Recipe, # Of a round
                     pseudo: int # Pseudo-labeled images that it learns from, copies counted

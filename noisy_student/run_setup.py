@@ -10,7 +10,7 @@ __all__ = ['Setup', 'settle']
 # %% ../nbs/08g_run_setup.ipynb #a5000003
 import json, warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -92,29 +92,6 @@ def _check_given(given, data): # labels made elsewhere
                          f"{', '.join(data.classes)}: they must be the same")
     given.check_pool(data.unlabeled.images)
 
-# What another time limit would have made of a run that has begun
-def _tell_kept(kept, other, first, limit):
-    def said(o): return 'no time_limit' if o is None else f'time_limit={duration(o)}'
-    a, b = kept.to_json(), other.to_json()
-    if names := [k for k in a if a[k] != b[k]]:
-        warnings.warn(f"the run goes on with the settings that were chosen for {said(first)} when it began; those for "
-                      f"{said(limit)} would be others ({', '.join(names)}): name another run directory to have them "
-                      "(path=, --out)")
-
-# What was chosen when a run began, of network and weights that would be others now
-def _as_begun(found, chosen):
-    now = _chosen(found)
-    kept = {k: chosen[k] for k in now if k in chosen}
-    if all(now[k] == v for k, v in kept.items()): return {}
-    def said(o): return ', '.join(f'{k}={o[k]!r}' for k in kept)
-    warnings.warn(f"the run goes on with {said(kept)}, as was chosen when it began; {said(now)} would be chosen now: "
-                  "name another run directory to have that (path=, --out)")
-    return kept
-
-def _chosen(found): # network and weights, where nobody has named them
-    r, names = found.recipe, [arch_name(o) for o in found.archs]
-    return {k: v for k, v in dict(archs=names, pretrained=r.pretrained).items() if k in found.reasons}
-
 # Whether there are images for all that the recipe wants
 def _check_images(s):
     if s.reasons and not len(s.data.unlabeled):
@@ -154,6 +131,39 @@ def _check_networks(s):
             raise ValueError(f"{arch} cannot take images of {s.size} px ({str(e).splitlines()[0]}): choose "
                              "another size") from None
 
+# %% ../nbs/08g_run_setup.ipynb #a5000015
+# What another time limit would have made of a run that has begun
+def _tell_kept(kept, other, first, limit):
+    def said(o): return 'no time_limit' if o is None else f'time_limit={duration(o)}'
+    a, b = kept.to_json(), other.to_json()
+    if names := [k for k in a if a[k] != b[k]]:
+        warnings.warn(f"the run goes on with the settings that were chosen for {said(first)} when it began; those for "
+                      f"{said(limit)} would be others ({', '.join(names)}): name another run directory to have them "
+                      "(path=, --out)")
+
+# What was chosen when a run began, of network and weights that would be others now
+def _as_begun(found, chosen):
+    now = _chosen(found)
+    kept = {k: chosen[k] for k in now if k in chosen}
+    if all(now[k] == v for k, v in kept.items()): return {}
+    def said(o): return ', '.join(f'{k}={o[k]!r}' for k in kept)
+    warnings.warn(f"the run goes on with {said(kept)}, as was chosen when it began; {said(now)} would be chosen now: "
+                  "name another run directory to have that (path=, --out)")
+    return kept
+
+# What was decided when a run began, by whatever version, of settings that nobody has named
+def _as_decided(found, config):
+    try:
+        then = {**Recipe().to_json(), **config['recipe'], 'size': config['size']}
+        new = {k: then[k] for k in found.reasons if k not in ('archs', 'pretrained')}
+        if 'noise' in new: new['noise'] = Noise(**new['noise'])
+        return found._replace(recipe=replace(found.recipe, **new))
+    except (KeyError, TypeError, ValueError): return found # what is damaged is told of where all settings are compared
+
+def _chosen(found): # network and weights, where nobody has named them
+    r, names = found.recipe, [arch_name(o) for o in found.archs]
+    return {k: v for k, v in dict(archs=names, pretrained=r.pretrained).items() if k in found.reasons}
+
 # %% ../nbs/08g_run_setup.ipynb #a5000009
 def settle(
     data: Splits, # The images
@@ -187,7 +197,7 @@ def settle(
             raise ValueError(f"run.json says that the run began with {named}, which cannot be had: {e}; name another "
                              "run directory (path=, --out)") from None
         configured.reasons.update(dict.fromkeys(chosen, "as when the run began"))
-    found, made, reasons, pixels_per_second = configured
+    found, made, reasons, pixels_per_second = _as_decided(configured, before.get('config', {}))
     if reasons and first != limit: _tell_kept(made, decide(limit, **chosen).recipe, first, limit)
     if not before and NO_WEIGHTS in reasons.get('pretrained', ''):
         warnings.warn(f"training starts from scratch, as {NO_WEIGHTS}: with pretrained weights a few labels do for "
