@@ -184,9 +184,10 @@ def size_in_time(
     seconds: float, # Time limit
 ) -> tuple[int, str]: # Side, at least 96 px or `largest`; the part of the time in which one look fits
     "The largest side for networks with pretrained weights in this time."
+    def look(side): return images * side**2 / (3 * pixels_per_second) # in seconds
     def largest_in(part):
-        def fits(side): return images * side**2 / (3 * pixels_per_second) <= part * seconds
-        return next((o for o in (largest, 192, 160, 128) if o <= largest and fits(o)), min(largest, 96))
-    side = largest_in(.3)
+        fitting = (o for o in (largest, 192, 160, 128) if o <= largest and look(o) <= part * seconds)
+        return next(fitting, min(largest, 96))
+    side = largest_in(.5)
     least = LEAST_TUNED * 2 * 8 * side**2 / pixels_per_second # steps of the smallest batches, half pseudo-labeled
-    return (side, 'a third') if least <= .6 * seconds else (largest_in(.6), 'two thirds')
+    return (side, 'half') if look(side) + least <= .9 * seconds else (largest_in(.6), 'two thirds')
