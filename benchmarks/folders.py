@@ -127,7 +127,7 @@ def _listed(root):  # files by class, in the order of the classes' names
     return [sorted(o for o in d.iterdir() if o.is_file()) for d in sorted(root.iterdir()) if d.is_dir()]
 
 
-def _source(case) -> tuple[list[list], list[list] | None, list[str]]:
+def items_of(case) -> tuple[list[list], list[list] | None, list[str]]:
     "Training items by class; test items, or None where the test is drawn from them; names of the classes."
     if case.source == "digits":
         from sklearn.datasets import load_digits
@@ -160,7 +160,7 @@ def make_folder(
     "Write the case's train/, unlabeled/ and test/. The images are the same with and without `all_labels`."
     case, rng = CASES[name], np.random.default_rng(seed)
     if folder.exists() and any(folder.iterdir()): raise SystemExit(f"{folder} is not empty: name a new folder")
-    train, test, names = _source(case)
+    train, test, names = items_of(case)
     every = [[fs[i] for i in rng.permutation(len(fs))] for fs in train]
     held = test and [[fs[i] for i in rng.permutation(len(fs))] for fs in test]
     share = N_TEST // len(case.classes) if case.source != "digits" else 30

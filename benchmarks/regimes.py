@@ -2,6 +2,8 @@
 
     python benchmarks/regimes.py --cases cifar10_4000 --seeds 0 1 2 --seconds 3600 --threads 2
     python benchmarks/regimes.py --cases cifar10_4000_some --variants teacher share mixup --seconds 480 --threads 1
+    python benchmarks/regimes.py --cases photographs turned small --variants default px_96 full_rate --seeds 100 \
+        --seconds 240 --threads 1
     python benchmarks/regimes.py table                                                           # Markdown
 
 **Cases** are data sets of fastai's folder, their labels cut by the seed. Those named `_some` have fewer unlabeled,
@@ -13,7 +15,9 @@ pool, too: what the pool could give at most. The share of the gap that a variant
 labels - teacher).
 
 A clock that is shared with other work gives every run less, and not equally: compare `cpu_seconds` and `steps`, too.
-Settings are to be chosen by the validation column. Rows are added to results/regimes.csv as they come; rows that are
+Settings are to be chosen by the validation column. The cases `photographs`, `turned`, `small` and `small_400` are for
+development alone, so that settings may be chosen by their test column, too: folders of images that folders.py does not
+report on. Rows are added to results/regimes.csv as they come; rows that are
 there are not measured again, except those with an error: an interrupted search can be called again.
 """
 import argparse, itertools, json, os, tempfile, time
@@ -22,7 +26,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from folders import WEIGHTS, add_row, in_process
+from folders import CASES as FOLDERS, WEIGHTS, add_row, in_process, items_of, make_folder
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 KEYS = ["case", "seed", "variant", "budget", "threads"]
@@ -52,12 +57,55 @@ def _imagenette(n):
 def _some(make, pool=15_000, valid=2000, test=4000): return lambda seed: _cut(make(seed), seed, pool, valid, test)
 
 
+def _photographs(turned=False):
+    """Imagenette's classes 5 to 9, which ImageNet's weights know: 20 labels each, 1,500 unlabeled, 1,000 test images.
+    Turned: the same photographs, and the question is by how many quarters; no weights know that."""
+    def make(seed):
+        rng, parts = np.random.default_rng(seed), items_of(FOLDERS["dev_imbalanced"])[:2]
+        folder, left = _folder(), dict(unlabeled=1500, test=1000)
+        for part, items in zip(("unlabeled", "test"), parts):
+            mine, labels = [(k, f) for k in range(5, 10) for f in items[k]], {}
+            for i in rng.permutation(len(mine)):
+                k, turns = mine[i][0], int(rng.integers(4))
+                k, image = (turns if turned else k), Image.open(mine[i][1]).convert("RGB")
+                where = f"train/{k}" if part == "unlabeled" and labels.get(k, 0) < 20 else part
+                if where == part and not left[part]: continue
+                if where == part: left[part] -= 1
+                else: labels[k] = labels.get(k, 0) + 1
+                file = folder / (f"test/{k}" if where == "test" else where) / f"{part}{i:05d}.jpg"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                (image.rotate(90 * turns, expand=True) if turned else image).save(file, quality=92)
+        return _opened(folder, seed)
+    return make
+
+
+def _of_folders(case): return lambda seed: _opened(make_folder(case, seed, _folder()), seed)
+
+
+_KEPT = []  # as long as this process runs
+
+
+def _folder():
+    _KEPT.append(tempfile.TemporaryDirectory())
+    return Path(_KEPT[-1].name) / "images"
+
+
+def _opened(folder, seed):
+    from noisy_student.datasets import from_folder
+    return from_folder(folder, seed=seed)
+
+
+PRETRAINED = dict(pretrained=WEIGHTS)
 CASES = {  # name: images by seed, what a user would say of them
     "cifar10_4000": (_cifar10(4000), dict(pretrained=False)),
     "cifar10_4000_some": (_some(_cifar10(4000)), dict(pretrained=False, archs="resnet9_16")),
-    "cifar10_400_lite0": (_cifar10(400), dict(pretrained=WEIGHTS, size=96)),
-    "cifar10_400_lite0_some": (_some(_cifar10(400), 6000, 1000, 2000), dict(pretrained=WEIGHTS, size=96)),
+    "cifar10_400_lite0": (_cifar10(400), PRETRAINED | dict(size=96)),
+    "cifar10_400_lite0_some": (_some(_cifar10(400), 6000, 1000, 2000), PRETRAINED | dict(size=96)),
     "imagenette_10": (_imagenette(847), dict(pretrained=False, size=64)),  # a tenth of what is not held out
+    "photographs": (_photographs(), PRETRAINED),
+    "turned": (_photographs(turned=True), PRETRAINED | dict(flip=False)),
+    "small": (_of_folders("dev_cifar10_lite0_10"), PRETRAINED),  # 32 px
+    "small_400": (_of_folders("dev_cifar10_scratch_400"), PRETRAINED),
 }
 
 FLY = dict(teacher="average")
@@ -81,6 +129,11 @@ VARIANTS: dict[str, dict] = {  # changes
     "average_mixup": FLY | dict(mix="mixup"),
     "average_hard_1": FLY | dict(soft=False, threshold=.95, label_smoothing=0., ratio=1),  # half the cost of a step
     "teacher_mixup": dict(rounds=0, mix="mixup"),
+    "default": {},
+    "px_96": dict(size=96),
+    "full_rate": dict(student_lr=1.),  # whatever the teacher's error
+    "px_96_full_rate": dict(size=96, student_lr=1.),
+    "from_scratch": dict(pretrained=False),
 }
 
 
@@ -98,7 +151,7 @@ def one(case: str, seed: int, variant: str, seconds: float, threads: int) -> dic
         data = replace(data, labeled=both, unlabeled=data.unlabeled[:0])
     with tempfile.TemporaryDirectory() as tmp:
         begun, cpu = time.perf_counter(), time.process_time()
-        ns = NoisyStudent(data, path=Path(tmp) / "run", seed=seed, time_limit=seconds, **said, **VARIANTS[variant])
+        ns = NoisyStudent(data, path=Path(tmp) / "run", seed=seed, time_limit=seconds, **(said | VARIANTS[variant]))
         t = ns.fit()
         spent, used = time.perf_counter() - begun, time.process_time() - cpu
         steps = [str(ns.dir.plan(k).get("steps")) for k in range(len(t))]
@@ -107,7 +160,8 @@ def one(case: str, seed: int, variant: str, seconds: float, threads: int) -> dic
         return dict(n_labeled=n_labeled, n_unlabeled=n_unlabeled, n_valid=len(data.valid), n_test=len(data.test),
                     accuracy=best.test_accuracy, valid_accuracy=best.valid_accuracy, valid_log_loss=best.valid_log_loss,
                     rounds=words("test_accuracy"), valid_rounds=words("valid_accuracy"), archs=" ".join(ns.archs),
-                    parameters=int(t.parameters.max()), steps=" ".join(steps), seconds=spent, cpu_seconds=used)
+                    size=ns.size, parameters=int(t.parameters.max()), steps=" ".join(steps), seconds=spent,
+                    cpu_seconds=used)
 
 
 def run(a: argparse.Namespace):
