@@ -122,11 +122,12 @@ def _size(data, names, pretrained, given, device, seconds, pixels_per_second):
     elif native < size: why = f"the pictures are {native} px, and the weights know larger ones"
     else: why = f"the pictures are {native} px; the weights were trained on about 224"
     if limited and pretrained:
-        n = len(data.labeled) + min(len(data.unlabeled), 20_000) + len(data.valid) + len(data.test or ())
+        judged = len(data.valid) + len(data.test or ()) # by the classifier, and by all of the network
+        n = len(data.labeled) + min(len(data.unlabeled), 20_000) + 2 * judged
         best, part = size_in_time(size, n, pixels_per_second, seconds)
         if best < size:
-            return because(f"the pictures are {native} px, but one look at {n:,} of them at {size} px would take more "
-                           f"than {part} of the time; more time allows more", best)
+            return because(f"the pictures are {native} px, but looking at all of them at {size} px would take more than "
+                           f"{part} of the time; more time allows more", best)
     return because(why)
 
 def training_pixels_per_second(
