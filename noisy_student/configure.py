@@ -126,8 +126,8 @@ def _size(data, names, pretrained, given, device, seconds, pixels_per_second):
         n = len(data.labeled) + min(len(data.unlabeled), 20_000) + 2 * judged
         best, part = size_in_time(size, n, pixels_per_second, seconds)
         if best < size:
-            return because(f"the pictures are {native} px, but looking at all of them at {size} px would take more than "
-                           f"{part} of the time; more time allows more", best)
+            return because(f"the pictures are {native} px, but looking at all of them at {size} px would take more "
+                           f"than {part} of the time; more time allows more", best)
     return because(why)
 
 def training_pixels_per_second(
