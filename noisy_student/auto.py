@@ -189,5 +189,5 @@ def size_in_time(
         fitting = (o for o in (largest, 192, 160, 128) if o <= largest and look(o) <= part * seconds)
         return next(fitting, min(largest, 96))
     side = largest_in(.5)
-    least = LEAST_TUNED * 2 * 8 * side**2 / pixels_per_second # steps of the smallest batches, half pseudo-labeled
-    return (side, 'half') if look(side) + least <= .9 * seconds else (largest_in(.6), 'two thirds')
+    step = 1.5 * 2 * 8 * side**2 / pixels_per_second # of the smallest batch, half of it pseudo-labeled, and its noise
+    return (side, 'half') if look(side) + LEAST_TUNED * step <= .9 * seconds else (largest_in(.6), 'two thirds')
