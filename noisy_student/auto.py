@@ -174,6 +174,7 @@ def auto_recipe(
         found.pop('share')
     if facts.pretrained and not found['rounds'][0]:
         found['head_rounds'] = (0, "all of the network: there is no student to do it")
+        found.pop('student_lr')
     return Auto(Recipe(**{k: v for k, (v, _) in found.items()}), {k: why for k, (_, why) in found.items()})
 
 # %% ../nbs/06e_auto.ipynb #08e00011
@@ -182,12 +183,12 @@ def size_in_time(
     images: int, # That are looked at once
     pixels_per_second: float, # In training; without a backward pass it is three times as fast
     seconds: float, # Time limit
-) -> tuple[int, str]: # Side, at least 96 px or `largest`; the part of the time in which one look fits
+) -> tuple[int, str]: # Side, at least 64 px or `largest`; the part of the time in which one look fits
     "The largest side for networks with pretrained weights in this time."
     def look(side): return images * side**2 / (3 * pixels_per_second) # in seconds
     def largest_in(part):
-        fitting = (o for o in (largest, 192, 160, 128) if o <= largest and look(o) <= part * seconds)
-        return next(fitting, min(largest, 96))
+        fitting = (o for o in (largest, 192, 160, 128, 96) if o <= largest and look(o) <= part * seconds)
+        return next(fitting, min(largest, 64))
     side = largest_in(.5)
     step = 1.5 * 2 * 8 * side**2 / pixels_per_second # of the smallest batch, half of it pseudo-labeled, and its noise
-    return (side, 'half') if look(side) + LEAST_TUNED * step <= .9 * seconds else (largest_in(.6), 'two thirds')
+    return (side, 'half') if look(side) + LEAST_TUNED * step <= .9 * seconds else (largest_in(2 / 3), 'two thirds')

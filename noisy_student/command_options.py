@@ -73,7 +73,7 @@ ModelArg = Annotated[str, typer.Argument(metavar='MODEL', help=(
 LabelsOpt = Annotated[Optional[int], option('folders.from_folder.n_labeled', 'N', min=1, default=(
     "digits 100, cifar10 4000, imagenette 1000; all for svhn, a folder, and cifar10 with a published recipe"))]
 SizeOpt = Annotated[Optional[int], option('recipes.Recipe.size', 'PX', min=1, default=(
-    f"{_RECIPES}, else the data's; from scratch at most 128, with pretrained weights at most 224"))]
+    f"{_RECIPES}, else the data's; from scratch at most 128, with pretrained weights 160 to 224"))]
 PretrainedOpt = Annotated[Optional[str], _text(
     "Start from these weights: a .safetensors or .pth file, package:NAME of an installed package, hub, which downloads "
     f"published ones, or none. Default: {_RECIPES}.", 'WEIGHTS')]

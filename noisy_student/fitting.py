@@ -64,10 +64,10 @@ def splitter(
     return groups
 
 def student_rate(
-    accuracy: float, # Of its teacher on validation images, in 0..1
+    teacher: dict, # Its figures on validation images: `valid_accuracy` and, if known, `valid_balanced_accuracy`
 ) -> float: # 0.25..1
     "Share of the learning rate: four times the teacher's error. One that is nearly always right is changed little."
-    return min(1., max(.25, 4 * (1 - accuracy)))
+    return min(1., max(.25, 4 * (1 - min(teacher['valid_accuracy'], teacher.get('valid_balanced_accuracy') or 1.))))
 
 # %% ../nbs/06g_fitting.ipynb #d1000009
 def student_view(

@@ -67,7 +67,7 @@ class ImageRounds(Task):
         return learn
 
     def train(self, k, learn, role):
-        r, stage = self.learners.recipe_of(k), f'round {k}: training the {role}'
+        r, stage = self.learners.rated(k), f'round {k}: training the {role}'
         if k < r.head_rounds:
             return self.heads.history(k, learn, f'{stage} (the classifier alone, on frozen features)'), 0.
         progress = StageProgress(self.tell, f'{stage} {self.arch(k)} (batches)')
@@ -82,7 +82,8 @@ class ImageRounds(Task):
         elif isinstance(labels, Learner): n, right = len(self.opened.pool()), None
         else: n, right = len(labels), self.opened.share_right(labels)
         with self.heads.knowing(k, learn, 'valid', 'test'):
-            return dict(pseudo_labeled=n, **self.figures(k, self.learners.scores(learn, 'valid')),
+            rate = {} if k < self.recipe.head_rounds else dict(lr=self.learners.rated(k).rate)
+            return dict(pseudo_labeled=n, **rate, **self.figures(k, self.learners.scores(learn, 'valid')),
                         test_accuracy=self.learners.accuracy(learn, 'test'), pseudo_label_accuracy=right)
 
     def figures(self, k: int, # Round

@@ -55,12 +55,13 @@ class Noise:
         return cls(randaugment_n=0, dropout=0., survival=1.)
 
     @classmethod
-    def named(cls, noise: 'Noise | str' # A noise, or 'none', 'mild' (of small networks) or 'paper'
+    def named(cls, noise: 'Noise | str', # A noise, or 'none', 'mild' (of small networks) or 'paper'
+              setting: str = 'noise' # Whose value it is
              ) -> 'Noise':
         "The noise that is meant. Raises ValueError for any other word, and for what is no noise."
         if isinstance(noise, cls): return noise
         if isinstance(noise, str) and noise in NAMED_NOISES: return NAMED_NOISES[noise]
-        raise ValueError(f"noise must be {', '.join(map(repr, NAMED_NOISES))} or a Noise(...), got {noise!r}"
+        raise ValueError(f"{setting} must be {', '.join(map(repr, NAMED_NOISES))} or a Noise(...), got {noise!r}"
                          f"{did_you_mean(noise, NAMED_NOISES) if isinstance(noise, str) else ''}")
 
     def callbacks(

@@ -111,7 +111,7 @@ _WITH_WEIGHTS = [ # device, architecture, reason; in the order of preference
 ]
 
 def default_arch(
-    size: int, # Side of the images as they are, in pixels; a network with weights likes them enlarged to 96 or more
+    size: int, # Side of the images as they are, in pixels; a network with weights likes them enlarged to 160 or more
     n_train_hint: int | None = None, # Labeled images, if known
     device: str | torch.device = 'cpu', # Where it trains
     photographs: bool = True, # Whether the images are photographs

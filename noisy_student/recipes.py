@@ -59,7 +59,7 @@ class Recipe:
     noised_teacher: bool = False # The teacher labels under the students' noise; the paper says it must not: an ablation
     relabel: str = 'all' # From round 2 on, the new teacher labels 'all' of the pool, or only what was 'selected' before
     unlabeled: str | None = None # Pool, as the data set takes it, if the caller names none
-    size: int | None = None # Side of the images in pixels; None: the data's, at most 128, or 224 if pretrained
+    size: int | None = None # Side of the images in pixels; None: the data's, at most 128; if pretrained, 160 to 224
     pad: int = 0 # Student's view: shift by up to this many pixels
     min_scale: float = 1. # Student's view: smallest share of the area in a random resized crop; 1 switches it off
     rotate: float = 0. # Student's view: rotate by up to this many degrees
@@ -69,7 +69,7 @@ class Recipe:
     mix: str | None = None # Two images of a batch in one, and their labels: 'mixup' or 'cutmix'; None: one
     pretrained: bool | str = False # Weights to start from: 'hub' or True, a file, 'package:NAME'; 'none' or False: none
     head_rounds: int = 0 # First rounds that train the classifier alone, on frozen features; others start from one
-    student_lr: float | None = 1. # Learning rate of the students, as a share of `lr`, in (0, 1]; None: `student_rate`
+    student_lr: float | None = 1. # Learning rate from round 1 on, as a share of `lr`, in (0, 1]; None: `student_rate`
     body_lr: float = 1. # Learning rate of all but the classifier, as a share of `lr`, in (0, 1]
     freeze_norm: bool = False # Batch normalization keeps the statistics it was pretrained with
     class_weights: str | None = None # Of a label in the loss: 'balanced', N / (K n_k), 'sqrt', its square root; None: 1
@@ -111,7 +111,7 @@ class Recipe:
 # %% ../nbs/06d_recipes.ipynb #3cf08c72
 def _as_kept(r):
     "The recipe, with its values in their one form."
-    new = {k: Noise.named(v) for k in ('noise', 'teacher_noise') if isinstance(v := getattr(r, k), str)}
+    new = {k: Noise.named(v, k) for k in ('noise', 'teacher_noise') if isinstance(v := getattr(r, k), str)}
     new |= dict(archs=tuple(r.archs), pretrained={'hub': True, 'none': False}.get(r.pretrained, r.pretrained))
     if isinstance(r.share, list): new['share'] = tuple(r.share)
     if isinstance(r.ratio, float) and r.ratio.is_integer(): new['ratio'] = int(r.ratio)

@@ -213,7 +213,7 @@ class NoisyStudent(ImageLoop):
         data: Splits | str | Path | pd.DataFrame, # Also a folder, a .csv file or a DataFrame, as `open_data` takes them
         archs: str | Callable[..., nn.Module] | list | tuple | None = None, # None: the recipe's, or what fits the data
         path: str | Path | None = None, # An existing run is resumed; None: `runs/` and the name of the folder or table
-        noise: Noise | str | dict | None = None, # Of the students; also 'none', 'mild', 'paper'; None: the recipe's
+        noise: Noise | str | dict | None = None, # Of the students; 'none', 'mild', 'paper'; fields of it with 'auto'
         seed: int = 0, # Decides initial weights, order, noise
         recipe: str | Recipe = 'auto', # A name in `RECIPES`, a recipe, or 'auto', which fits settings to the data
         device: str | torch.device | None = None, # 'cpu', 'cuda', ...; None: a GPU if there is one

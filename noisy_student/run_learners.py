@@ -61,14 +61,17 @@ class RoundSettings:
 
     def recipe_of(self, k: int # Round
                  ) -> Recipe:
-        "With the steps that were planned for it, the rate of a student, and the parts that a batch is computed in."
+        "With the steps that were planned for it, and the parts that a batch is computed in."
         recipe = with_steps(self.recipe, steps) if (steps := self.dir.plan(k).get('steps')) else self.recipe
-        if k: recipe = replace(recipe, lr=recipe.lr * (recipe.student_lr or self._rate_after(k - 1)))
         parts = max([1, *(int(o.name.rpartition('_')[2]) for o in self.dir.round(k).glob('auto_batch_*'))])
         return recipe if parts == 1 else replace(recipe, accumulate=recipe.accumulate * parts)
 
-    def _rate_after(self, k): # 1 as long as the teacher is not there
-        return student_rate(read_metrics(self.dir.round(k))['valid_accuracy']) if self.dir.is_done(k) else 1.
+    def rated(self, k: int # Round
+             ) -> Recipe: # For its training
+        "`recipe_of`, from round 1 on with the rate of a student. Raises ValueError for damaged figures of its teacher."
+        r = self.recipe_of(k)
+        if not k: return r
+        return replace(r, lr=r.lr * (r.student_lr or student_rate(read_metrics(self.dir.round(k - 1)))))
 
     def epoch_steps(self, recipe: Recipe, # Of a round
                     pseudo: int # Pseudo-labeled images that it learns from, copies counted

@@ -10,7 +10,7 @@ __all__ = ['Setup', 'settle']
 # %% ../nbs/08g_run_setup.ipynb #a5000003
 import json, warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -135,7 +135,7 @@ def _check_networks(s):
 # What another time limit would have made of a run that has begun
 def _tell_kept(kept, other, first, limit):
     def said(o): return 'no time_limit' if o is None else f'time_limit={duration(o)}'
-    a, b = kept.to_json(), other.to_json()
+    a, b = kept.recipe.to_json(), other.recipe.to_json()
     if names := [k for k in a if a[k] != b[k]]:
         warnings.warn(f"the run goes on with the settings that were chosen for {said(first)} when it began; those for "
                       f"{said(limit)} would be others ({', '.join(names)}): name another run directory to have them "
@@ -151,14 +151,20 @@ def _as_begun(found, chosen):
                   "name another run directory to have that (path=, --out)")
     return kept
 
+# What older runs, which do not say what they decided, are believed to have: trainings that were named may differ
+_ALWAYS_DECIDED = ({f.name for f in fields(Recipe)}
+                   - {'archs', 'pretrained', 'epochs', 'steps', 'teacher_epochs', 'rounds'})
+
 # What was decided when a run began, by whatever version, of settings that nobody has named
-def _as_decided(found, config):
+def _as_decided(found, before):
     try:
-        then = {**Recipe().to_json(), **config['recipe'], 'size': config['size']}
-        new = {k: then[k] for k in found.reasons if k not in ('archs', 'pretrained')}
+        then = {**Recipe().to_json(), **before['config']['recipe'], 'size': before['config']['size']}
+        new = {k: then[k] for k in found.reasons if k in before.get('decided', _ALWAYS_DECIDED)}
         if 'noise' in new: new['noise'] = Noise(**new['noise'])
-        return found._replace(recipe=replace(found.recipe, **new))
+        made = replace(found.recipe, **new)
     except (KeyError, TypeError, ValueError): return found # what is damaged is told of where all settings are compared
+    others = {k: "as when the run began" for k in new if getattr(made, k) != getattr(found.recipe, k)}
+    return found._replace(recipe=made, reasons=found.reasons | others)
 
 def _chosen(found): # network and weights, where nobody has named them
     r, names = found.recipe, [arch_name(o) for o in found.archs]
@@ -197,8 +203,8 @@ def settle(
             raise ValueError(f"run.json says that the run began with {named}, which cannot be had: {e}; name another "
                              "run directory (path=, --out)") from None
         configured.reasons.update(dict.fromkeys(chosen, "as when the run began"))
-    found, made, reasons, pixels_per_second = _as_decided(configured, before.get('config', {}))
-    if reasons and first != limit: _tell_kept(made, decide(limit, **chosen).recipe, first, limit)
+    if first != limit: _tell_kept(configured, decide(limit, **chosen), first, limit)
+    found, made, reasons, pixels_per_second = _as_decided(configured, before)
     if not before and NO_WEIGHTS in reasons.get('pretrained', ''):
         warnings.warn(f"training starts from scratch, as {NO_WEIGHTS}: with pretrained weights a few labels do for "
                       "what takes hundreds without")
@@ -206,10 +212,11 @@ def settle(
     _check_recipe(made, names)
     if device.type == 'cuda' and not torch.cuda.is_available():
         raise ValueError("device='cuda', but torch sees no GPU here: use 'cpu'")
-    size, given = made.size or default_size(data, made.pretrained), None
+    size, given = made.size or before.get('config', {}).get('size') or default_size(data, made.pretrained), None
     metrics = _metrics(metrics)
     if pseudo_labels is not None: _check_given(given := read_selection(pseudo_labels), data)
-    settled = dict(speed=pixels_per_second, settled_for=first, chosen=_chosen(configured)) if reasons else {}
+    settled = dict(speed=pixels_per_second, settled_for=first, chosen=_chosen(configured),
+                   decided=sorted({*reasons} - {'archs', 'pretrained'})) if reasons else {}
     s = Setup(data, made, size, dict(zip(names, found)), names, seed, device, metrics, given, limit, reasons, settled,
               auto_batch, cbs or (lambda k, folder: []))
     _check_images(s)

@@ -25,12 +25,13 @@ from .weights import load_tensors
 # %% ../nbs/07b_rundir.ipynb #e1000006
 def _is_share(o): return type(o) in (int, float) and 0 <= o <= 1
 def _is_finite(o): return type(o) in (int, float) and abs(o) < 1e300
+def _is_few(o): return type(o) is int and abs(o) <= 10_000
 def _is_speed(o): return _is_finite(o) and o >= 1 # pixels per second
 def _is_arch(o): return isinstance(o, str) and re.fullmatch(r'[\w.]{1,100}', o) is not None # nothing to be fetched
 def _is_package(o): return isinstance(o, str) and re.fullmatch(r'package:[\w.-]{1,100}', o) is not None
 
 _SCORES = ('score', 'score_error', 'valid_balanced_accuracy', 'valid_f1', 'valid_log_loss', 'seconds',
-           'labeling_seconds')
+           'labeling_seconds', 'lr')
 _METRICS = {
     'round': int, 'valid_accuracy': _is_share, **{f'{o}?': (float, None) for o in _SCORES},
     **{f'{o}?': (_is_share, None) for o in ('test_accuracy', 'pseudo_label_accuracy')},
@@ -40,12 +41,12 @@ _SOURCE = {'name': str, 'labels?': (int, None), 'unlabeled?': (str, [str], None)
            'recipe?': (str, None), 'table?': ({str: (str, None)}, None)}
 _RUN = {
     'config': {
-        'classes': [str], 'archs?': [str], 'seed?': int, 'size?': int, 'folds?': (int, None), 'y_name?': str,
-        'recipe': {'rounds?': int, 'choose_by?': str, 'pretrained?': (bool, str, None), 'threshold?': (float, None),
+        'classes': [str], 'archs?': [str], 'seed?': int, 'size?': _is_few, 'folds?': (int, None), 'y_name?': str,
+        'recipe': {'rounds?': _is_few, 'choose_by?': str, 'pretrained?': (bool, str, None), 'threshold?': (float, None),
                    'head_rounds?': int, 'noise?': ({}, None), 'teacher_noise?': ({}, None)}},
     'sizes?': ({'labeled?': int, 'unlabeled?': int, 'valid?': int, 'test?': int}, None), 'threads?': int,
     'device?': str, 'source?': (_SOURCE, None), 'speed?': (_is_speed, None), 'settled_for?': (_is_finite, None),
-    'chosen?': {'archs?': [_is_arch], 'pretrained?': (bool, _is_package)}, 'versions?': {str: str},
+    'chosen?': {'archs?': [_is_arch], 'pretrained?': (bool, _is_package)}, 'decided?': [str], 'versions?': {str: str},
     'python?': str} # Of run.json
 _PLAN = {**{f'{o}?': (_is_finite, None) for o in ('step_seconds', 'limit', 'left', 'enough')}, 'steps?': (int, None),
          'begun?': _is_finite, 'epochs?': lambda o: not misfit(o, {str: int}) and all(map(str.isdecimal, o))}
@@ -147,8 +148,7 @@ class Rounds:
             (folder/name).unlink(missing_ok=True)
         if bad: self.reopen(k)
 
-    # Results of a round without checksums that are not there or not whole: a crash of the machine may leave any of them
-    def _holes(self, folder, known):
+    def _holes(self, folder, known): # results without checksums that a crash of the machine has left out, or in part
         def is_whole(name):
             try: _WHOLE[name](folder/name); return True
             except (ValueError, OSError): return False

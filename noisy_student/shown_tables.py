@@ -66,4 +66,5 @@ class Predictions(ShownTable):
         first = ['image', 'label', 'confidence']
         if not {*first} <= {*self}: return super()._text()
         def end(name): return text if len(text := str(name)) <= 44 else f'...{text[-41:]}'
-        return self[first].to_string(max_rows=12, formatters=dict(image=end, confidence='{:.3f}'.format))
+        def begin(name): return text if len(text := str(name)) <= 20 else f'{text[:17]}...'
+        return self[first].to_string(max_rows=12, float_format='{:.3f}'.format, formatters=dict(image=end, label=begin))
