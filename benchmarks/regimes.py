@@ -108,6 +108,7 @@ CASES = {  # name: images by seed, what a user would say of them
     "small_400": (_of_folders("dev_cifar10_scratch_400"), PRETRAINED),
 }
 
+FOR_DEVELOPMENT = ("photographs", "turned", "small", "small_400")
 FLY = dict(teacher="average")
 VARIANTS: dict[str, dict] = {  # changes
     "teacher": dict(rounds=0),
@@ -146,6 +147,7 @@ def one(case: str, seed: int, variant: str, seconds: float, threads: int) -> dic
     data = make(seed)
     n_labeled, n_unlabeled = len(data.labeled), len(data.unlabeled)
     if variant == "all_labels":
+        if data.unlabeled.hidden is None: raise SystemExit(f"{case}: nobody knows the labels of its pool")
         labels = np.concatenate([data.labeled.labels, data.unlabeled.hidden])
         both = type(data.labeled)([*data.labeled.images, *data.unlabeled.images], labels)
         data = replace(data, labeled=both, unlabeled=data.unlabeled[:0])
@@ -168,6 +170,8 @@ def run(a: argparse.Namespace):
     "Measure what is missing in the CSV, a row at a time: all variants of a seed before the next seed."
     from runs import machine
     about = {k: v for k, v in machine().items() if k != "threads"}
+    if wrong := [c for c in a.cases if c in FOR_DEVELOPMENT and min(a.seeds) < 100]:
+        raise SystemExit(f"{wrong[0]} is for development: --seeds from 100 on")
     for c, s, v in itertools.product(a.cases, a.seeds, a.variants):
         new = dict(case=c, seed=s, variant=v, budget=a.seconds, threads=a.threads)
         old = pd.read_csv(a.out) if a.out.exists() else pd.DataFrame(columns=[*KEYS, "error"])

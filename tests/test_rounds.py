@@ -516,6 +516,29 @@ def test_a_time_limit_leaves_out_what_does_not_fit(tmp_path, monkeypatch):
     assert not len(run(40).plan()) and list(run(40).plan().columns) == ["round", "stage", "amount", "seconds"]
 
 
+def test_a_run_goes_on_as_it_was_decided(tmp_path, monkeypatch):
+    "Also in a version that would decide otherwise: nothing is made again. What is named counts as always."
+    from dataclasses import replace
+    from noisy_student import configure
+    from noisy_student.rounds import NoisyStudent
+    def run(where="a", **more):
+        named = dict(epochs=1, teacher_epochs=1, steps=3, rounds=1, bf16=False, size=8, pretrained=False)
+        return NoisyStudent(miniature(), "resnet9_4", tmp_path/where, force=True, **{**named, **more})
+    begun = run()
+    begun.fit_to(0)
+    weights = (tmp_path/"a"/"round_0"/"model.safetensors").read_bytes()
+    real = configure.auto_recipe
+    def newer(facts, **given):
+        a = real(facts, **given)
+        return a._replace(recipe=replace(a.recipe, lr=a.recipe.lr/2, share=.1))
+    monkeypatch.setattr(configure, "auto_recipe", newer)
+    assert run("b").config != begun.config == run().config
+    assert run().why.set_index("setting").why["lr"] == "as when the run began"
+    with pytest.raises(ValueError, match="lr: .* there, 0.1 here"): run(lr=.1).fit()
+    assert list(run().fit()["round"]) == [0, 1]
+    assert (tmp_path/"a"/"round_0"/"model.safetensors").read_bytes() == weights
+
+
 def test_a_time_limit_is_kept(tmp_path):
     from noisy_student.rounds import NoisyStudent
     import torch
