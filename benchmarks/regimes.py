@@ -131,9 +131,10 @@ VARIANTS: dict[str, dict] = {  # changes
     "average_hard_1": FLY | dict(soft=False, threshold=.95, label_smoothing=0., ratio=1),  # half the cost of a step
     "teacher_mixup": dict(rounds=0, mix="mixup"),
     "default": {},
-    "px_96": dict(size=96),
+    **{f"px_{o}": dict(size=o) for o in (96, 192)},
     "full_rate": dict(student_lr=1.),  # whatever the teacher's error
-    "px_96_full_rate": dict(size=96, student_lr=1.),
+    **{f"px_{o}_full_rate": dict(size=o, student_lr=1.) for o in (96, 192)},
+    "px_96_quarter": dict(size=96, student_lr=.25),
     "from_scratch": dict(pretrained=False),
 }
 
