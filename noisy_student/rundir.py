@@ -68,13 +68,14 @@ def best_round(rounds: list[dict] # Their metrics, at least one; figures of test
               ) -> int: # Its number
     """The round to use: the latest whose `score` on validation images is within one standard error (`score_error`; of
     accuracies three images at least) of the highest one, unless it is worse on the same images beyond chance
-    (`worse_than`). Few images cannot tell rounds apart, and a later round has learned from more (the one-standard-error
-    rule: Hastie, Tibshirani, Friedman, Elements of Statistical Learning, 7.10)."""
+    (`worse_than`), or its log loss is a tenth higher, too. Few images cannot tell rounds apart, and a later round has
+    learned from more (the one-standard-error rule: Hastie et al., Elements of Statistical Learning, 7.10)."""
     def number(r, name, otherwise): return o if isinstance(o := r.get(name), (int, float)) and o == o else otherwise
     def score(r): return number(r, 'score', r['valid_accuracy']) # of runs of older versions
     top = max(rounds, key=lambda r: (score(r), r['round']))
-    least = score(top) - number(top, 'score_error', 0.)
-    return max(r['round'] for r in rounds if score(r) >= least and (r is top or number(r, 'worse_than', -1) < 0))
+    least, loss = score(top) - number(top, 'score_error', 0.), number(top, 'valid_log_loss', float('inf'))
+    return max(r['round'] for r in rounds if r is top or score(r) >= least and number(r, 'worse_than', -1) < 0
+               and (score(r) == score(top) or score(top) <= 0 or number(r, 'valid_log_loss', 0.) <= 1.1 * loss))
 
 # %% ../nbs/07b_rundir.ipynb #e1000009
 RESULTS = ('model.safetensors', 'history.csv', 'selected.parquet', 'answers.safetensors', 'oof.csv',
@@ -114,8 +115,7 @@ class Rounds:
         return sorted(k for k in (int(m[1]) for m in found if m) if (self.round(k)/name).exists())
 
     def is_done(self, k: int # Round
-               ) -> bool:
-        "Whether it is finished."
+               ) -> bool: # Whether it is finished
         return (self.round(k)/'metrics.json').exists()
 
     def finish(self, metrics: dict # Figures of a round, with its number
