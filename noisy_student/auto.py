@@ -83,7 +83,7 @@ def _length(f, bs, ratio):
     teacher = _steps(30 * f.labeled, bs, f.device)
     why = f"{LEAST_STEPS} to {_most_steps(f.device):,} steps, more for more images: "
     return dict(
-        steps=(student // 10, f"{why}two passes over the pool for a student, in ten parts that end in a validation"),
+        steps=(student // 10, f"of each of ten parts, and {why}two passes over the pool for a student"),
         epochs=(10, "parts of a student's training, each of which ends in a validation"),
         teacher_epochs=(max(1, round(teacher / (student // 10))),
                         f"{why}thirty passes over the labels for the teacher"))
@@ -97,7 +97,8 @@ def _noise(f):
                "hundred million and more"),
         min_scale=((.5 if f.pretrained else .35) if f.size > 40 else 1.,
                    "crops of photographs; small pictures are shifted instead"),
-        pad=(0 if f.size > 40 else max(1, f.size // 8), "an eighth of a small picture"),
+        pad=(0, "large pictures are cropped instead") if f.size > 40 else (max(1, f.size // 8),
+                                                                           "an eighth of a small picture"),
         flip=(f.color, "photographs have no left and right; gray pictures may be text"),
         **({} if f.color else dict(
             rotate=(15., "gray pictures may be text: turned a little instead of mirrored"),
@@ -120,8 +121,8 @@ def _from_weights(f): # fine-tuning
         share=((.3, .6, .9), "of the pool, the most confident labels first, more in each round"),
         lr=(1e-3, "of the classifier"),
         body_lr=(.3, "pretrained weights change less than the classifier"),
-        student_lr=(None, "a quarter to all of it, four times the validation error of the teacher: where a classifier "
-                          "is nearly always right, all of the network is changed little"),
+        student_lr=(None, "by the teacher: four times its validation error, a quarter of the rate to all; where a "
+                          "classifier is nearly always right, all of the network is changed little"),
         freeze_norm=(True, "the statistics of pretraining stay: those of small batches are worse"),
         wd=(.01, "little, near pretrained weights"),
         ema=(.99, "averaged weights, from which noise and the last batches have gone"),

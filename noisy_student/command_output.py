@@ -134,7 +134,8 @@ def records(
 
 # %% ../nbs/12b_command_output.ipynb #12b00002
 # of a run's table; in JSON they are there
-_HIDDEN = {'valid_balanced_accuracy', 'valid_f1', 'valid_log_loss', 'score', 'score_error', 'worse_than'}
+_HIDDEN = {'valid_balanced_accuracy', 'valid_f1', 'valid_log_loss', 'score', 'score_error', 'worse_than', 'parameters',
+           'labeled'} # --json has them; a terminal has 80 columns
 
 def print_run(
     path: str | Path, # Run directory

@@ -61,8 +61,8 @@ class Noise:
         "The noise that is meant. Raises ValueError for any other word, and for what is no noise."
         if isinstance(noise, cls): return noise
         if isinstance(noise, str) and noise in NAMED_NOISES: return NAMED_NOISES[noise]
-        raise ValueError(f"{setting} must be {', '.join(map(repr, NAMED_NOISES))} or a Noise(...), got {noise!r}"
-                         f"{did_you_mean(noise, NAMED_NOISES) if isinstance(noise, str) else ''}")
+        raise ValueError(f"{setting} must be {', '.join(map(repr, NAMED_NOISES))} or such as Noise(randaugment_m=9), "
+                         f"got {noise!r}{did_you_mean(noise, NAMED_NOISES) if isinstance(noise, str) else ''}")
 
     def callbacks(
         self,

@@ -107,8 +107,8 @@ def _parts(networks, images, bs): # (positions of images that could be read, the
     yield from ahead(read, range(0, len(images), part))
 
 def _mean_probabilities(networks, images, bs, progress): # float32 (N, K), NaN for what is in the list of BadImage
-    probs = np.full((len(images), len(networks[0].classes)), np.nan, np.float32)
-    bad = []
+    probs, bad = np.full((len(images), len(networks[0].classes)), np.nan, np.float32), []
+    if progress: progress(0, len(images)) # from where on it takes time
     for rows, pixels, lost in _parts(networks, images, bs):
         bad += lost
         if len(rows): probs[rows] = np.mean([_softmax(t, pixels[t.size], bs) for t in networks], axis=0)
@@ -139,7 +139,7 @@ def predict_table(
     suffix: str = '', # Put behind every file name of a table, such as '.jpg'; '': none, or what makes all files
     bs: int = 64, # Images per forward pass, at least 1; halved where a GPU's memory does not suffice
     device: str | torch.device | None = None, # Where to compute; None: where each network is
-    progress: Callable[[int, int], None] | None = None, # Called with (done, total) after every part
+    progress: Callable[[int, int], None] | None = None, # Called with (done, total) at first and after every part
 ) -> Predictions: # Columns image, label, confidence, and one per class; a row per item, in order
     """The label of every image and the probability of every class. An image that cannot be read has no label, and a
     warning names it. Raises ValueError or FileNotFoundError for items or networks that cannot be used."""
@@ -158,7 +158,7 @@ def predict_table(
     label[read] = classes[probs[read].argmax(1)]
     columns = dict(zip(class_columns(nets[0].classes), probs.T))
     table = Predictions(dict(image=names, label=pd.Series(label, dtype=object), confidence=probs.max(1)) | columns)
-    return table.saying(f"{len(probs):,} images; the probability of every class is a column, too: {listed(columns, 5)}")
+    return table.saying(f"{len(probs):,} in all; the probability of every class is a column, too: {listed(columns, 5)}")
 
 # %% ../nbs/05l_predictions.ipynb #dcff6c6d
 def _meaning(headers, table): # header -> column of `table`: first the image, then the label or probabilities

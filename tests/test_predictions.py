@@ -130,7 +130,7 @@ def test_memory_is_flat(folder, monkeypatch):
     monkeypatch.setattr(predictions, "load_images", lambda items,
                         size: (sizes.append(len(items)), load(items, size))[1])
     whole = predict_table(network(), files(folder) * 3, bs=2, progress=lambda *a: steps.append(a))
-    assert max(sizes) == 4 and sum(sizes) == 3 * N and steps[-1] == (27, 27) and len(steps) == 7
+    assert max(sizes) == 4 and sum(sizes) == 3 * N and steps[0] == (0, 27) and steps[-1] == (27, 27) and len(steps) == 8
     monkeypatch.undo()
     np.testing.assert_allclose(whole.iloc[:, 3:], predict_table(network(), files(folder) * 3).iloc[:, 3:], atol=1e-5)
 
