@@ -39,7 +39,7 @@ class Results:
         says which round is used and where the page is."""
         s, page = self.dir.summary, self.path/'report.html'
         if not len(s): return s
-        return s.saying(f"round {self.best} is used{f'; {page} shows the run' if page.is_file() else ''}")
+        return s.saying(f"round {self.best} is used{f'; the run as a page:{chr(10)}{page}' if page.is_file() else ''}")
 
     @property
     def best(self) -> int:
