@@ -79,18 +79,19 @@ def in_color(
 
 def weights_may_help(
     data: Splits, # Whose labeled images are looked at
+    named: bool = False, # Whether somebody has named the network, which may be one for small pictures
 ) -> bool:
-    "Of files above 64 px, gray ones too, and of smaller ones from 24 px on in color; arrays may be anything."
+    "Files above 64 px, gray ones too, and unless `named` smaller ones from 24 px on in color; arrays may be anything."
     if isinstance(data.labeled.images, np.ndarray): return False
-    return (side := native_size(data)) > 64 or side >= 24 and in_color(data)
+    return (side := native_size(data)) > 64 or not named and side >= 24 and in_color(data)
 
 # %% ../nbs/06f_configure.ipynb #08a00002
 def _network(data, names, pretrained, size, device):
     "Architectures, weights, reasons."
     native = size or native_size(data)
-    if names: # small pictures stay as small as the network that was named may be made for
+    if names:
         if pretrained is not None: return names, pretrained, {}
-        photographs = not isinstance(data.labeled.images, np.ndarray) and native_size(data) > 64
+        photographs = weights_may_help(data, named=True)
         found = {find_weights(o) for o in names} if photographs else {None}
         weights = found.pop() if len(found) == 1 else None
         why = ("ImageNet weights can be had" if weights else NO_WEIGHTS if photographs
@@ -207,7 +208,8 @@ def _consequences(made, given, names):
     new: dict[str, Any] = dict(head_rounds=min(made.head_rounds, 2 if rounds > 1 else rounds))
     if is_average: new |= dict(rounds=1, init='teacher', student_lr=.3)
     if len(set(names)) > 1 or given.get('init') == 'scratch':
-        new |= dict(init='scratch', **(dict(student_lr=1.) if made.student_lr is not None else {}))
+        new['init'] = 'scratch'
+        if made.student_lr: new['student_lr'] = 1.
     if 'epochs' in given: new |= dict(steps=None, teacher_epochs=None)
     if {'threshold', 'strict', 'binned'} & set(given) or fly or not rounds: new['share'] = None
     if fly: new |= dict(on_the_fly=True, threshold=0., per_class=None)
