@@ -42,7 +42,7 @@ DEPTH = "tests/test_stochastic_depth.py -k 'not (fastai or efficientnet or regne
 LAWS = {  # module: where its laws are, a notebook or what pytest takes
     "losses": ["03h_losses", "tests/test_losses.py", "tests/test_target_checks.py -k 'warned_of_once'"],
     "stochastic_depth": ["03f_stochastic_depth", "tests/test_stochastic_depth.py -k block_law", DEPTH],
-    "survival": ["03e_survival", "03f_stochastic_depth", DEPTH],
+    "survival_probability": ["03e_survival_probability", "03f_stochastic_depth", DEPTH],
     "dropout": ["03c_dropout", DEPTH],
     "training_noise": ["03b_training_noise", "03c_dropout", "03f_stochastic_depth", DEPTH],
     "image_ops": ["02a_image_ops", "02e_randaugment", "tests/test_randaugment.py -k 'not worker'"],

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import pyarrow as pa
 from PIL import Image
 
-from .reading import check_regular, open_parquet, open_regular
+from .untrusted_files import check_regular, open_parquet, open_regular
 
 # %% ../nbs/00e_archives.ipynb #693ed3bf
 ARCHIVES = ('.tar', '.parquet')

@@ -24,7 +24,7 @@ from .distributed import rank, world
 from .files import into_place
 from .models import load_tensors, save_tensors
 from .locks_and_signals import Stopped
-from .reading import check_regular, parse_json
+from .untrusted_files import check_regular, parse_json
 from .training_state import pack, random_state, seeded, set_random_state, unpack
 
 _all_ = ['seeded', 'unpack'] # public here too

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from .archives import open_item, split_item
 from .datasets import MAX_PIXELS, BadImage, ImageFileError, load_image, load_images
-from .image_files import open_image
+from .image_decoding import open_image
 from .label_table import PseudoLabelError
 from .network import check_stats
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from .files import did_you_mean, folders_beside
 from .command_output import error_text, flag_of, to_stderr
-from .reading import local_only
+from .untrusted_files import local_only
 from .recipes import get_recipe
 from .splits import Splits
 

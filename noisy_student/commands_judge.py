@@ -34,7 +34,7 @@ def _accuracy(t, split, name, progress):
 
 def _trained_by_all(path, splits):
     "Whether a run with folds knows the validation images, all of which trained."
-    from noisy_student.reading import read_csv
+    from noisy_student.untrusted_files import read_csv
     from noisy_student.rundir import RunDir, read_about
     from noisy_student.same_data import is_same
     try: config = read_about(path)['config']

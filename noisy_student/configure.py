@@ -24,7 +24,7 @@ from PIL import Image
 from .archives import ArchiveError, open_item
 from .auto import Facts, auto_recipe, check_settings, size_in_time
 from .checkpoints import seeded
-from .image_files import MAX_PIXELS, open_image
+from .image_decoding import MAX_PIXELS, open_image
 from .learner import Noise
 from .published_weights import NO_WEIGHTS
 from .models import arch_name, create_model, default_arch, find_weights, n_parameters

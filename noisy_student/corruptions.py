@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from .files import replacing
-from .reading import open_array
+from .untrusted_files import open_array
 
 # %% ../nbs/10a_corruptions.ipynb #0e6a072f
 CORRUPTIONS = ('gaussian_noise', 'shot_noise', 'impulse_noise', 'defocus_blur', 'glass_blur', 'motion_blur',

@@ -20,7 +20,7 @@ from fastai.torch_core import TensorImage
 
 from .arrays import ArrayDataset, ArrayItem
 from .batches import ArrayDL, MixedDL
-from .image_files import as_rgb
+from .image_decoding import as_rgb
 from .images import load_images
 from .network import images_at_once
 from .student_views import PadCropFlip, ResizedCropFlip

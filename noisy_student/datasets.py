@@ -21,10 +21,10 @@ from .columns import as_frame, check_files, image_files, pick_column
 from .files import file_sha256
 from .folders import from_folder, labeled_folder
 from .dataframes import from_df
-from .image_files import open_image
+from .image_decoding import open_image
 from .images import BadImage, Decoded, ImageFileError, MAX_PIXELS, load_image, load_images, square
 from .listing import list_files, list_images
-from .reading import may_fetch
+from .untrusted_files import may_fetch
 from .unlabeled import find_pool, join_pools, without_labeled
 from .splits import Split, Splits, hold_out, labeled_subset, stratified
 from .svhn import SVHN_STATS, svhn

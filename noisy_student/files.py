@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 
 from .locks_and_signals import InUseError, Stopped, is_alive, locked, stoppable
-from .reading import open_regular, read_json
+from .untrusted_files import open_regular, read_json
 
 _all_ = ['InUseError', 'Stopped', 'locked', 'stoppable'] # public here too
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from .files import file_sha256, read_sums
 from .label_table import PseudoLabelError, read_metadata
 from .label_shards import parts_in, what_differs
-from .reading import read_json
+from .untrusted_files import read_json
 
 # %% ../nbs/05f_finished_labels.ipynb #fee90211
 class Sources(NamedTuple):

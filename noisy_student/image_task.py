@@ -24,7 +24,7 @@ from .labeling import Labeling
 from .run_learners import Learners, check_metrics, check_weights, halve_batch
 from .metrics import softmax
 from .models import load_weights
-from .opened_images import Opened
+from .run_images import Opened
 from .progress import StageProgress
 from .rundir import RunDir
 from .run_setup import Setup

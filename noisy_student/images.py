@@ -20,8 +20,8 @@ from PIL import Image, ImageOps
 
 from .archives import split_item
 from .files import InUseError, file_sha256, into_place, locked, sealed, unsealed, write_text
-from .image_files import MAX_PIXELS, BadImage, ImageFileError, load_image
-from .reading import open_array, read_json
+from .image_decoding import MAX_PIXELS, BadImage, ImageFileError, load_image
+from .untrusted_files import open_array, read_json
 
 _all_ = ['MAX_PIXELS', 'ImageFileError', 'BadImage', 'load_image'] # public here too
 

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .files import replacing
-from .reading import open_parquet, parse_json
+from .untrusted_files import open_parquet, parse_json
 
 # %% ../nbs/05a_label_table.ipynb #5d56ca19
 _LONGEST = 1 << 14 # Bytes of a name; the longest path of Linux has 4,096

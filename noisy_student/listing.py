@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from .archives import is_archive, list_archive
-from .reading import open_parquet, open_regular
+from .untrusted_files import open_parquet, open_regular
 
 # %% ../nbs/01b_listing.ipynb #b0a10006
 _NO_PICTURES = ('PDF', 'MPEG', 'HDF5', 'GRIB', 'BUFR', 'EPS') # formats that Pillow knows

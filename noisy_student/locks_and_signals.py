@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .reading import open_regular
+from .untrusted_files import open_regular
 
 # %% ../nbs/00f_locks_and_signals.ipynb #c7f9d499
 class InUseError(OSError):

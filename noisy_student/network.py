@@ -25,7 +25,7 @@ from .inputs import class_names
 from .models import create_model, load_tensors, load_weights, save_weights, unwrapped
 from .target_checks import check_ending, check_loss, check_targets
 from .published_weights import offline
-from .reading import parse_json
+from .untrusted_files import parse_json
 
 # %% ../nbs/03p_network.ipynb #b1000006
 @contextmanager

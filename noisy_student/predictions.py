@@ -25,7 +25,7 @@ from .columns import found_columns, found_suffix
 from .datasets import as_frame, check_files, image_files, is_table, pick_column, read_table
 from .datasets import Split, list_images, load_images
 from .files import did_you_mean, in_short, listed, write_text
-from .image_files import as_rgb
+from .image_decoding import as_rgb
 from .network import Network, evaluating
 from .precision import half_of
 from .shown_tables import Predictions

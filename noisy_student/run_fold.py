@@ -19,7 +19,7 @@ from .head_rounds import Heads
 from .images import Decoded
 from .image_task import ImageTask
 from .run_learners import Learners
-from .opened_images import Opened
+from .run_images import Opened
 from .progress import Within
 from .run_warnings import label_warnings
 from .run_record import read_run

@@ -29,7 +29,7 @@ from .losses import SoftLabelCrossEntropy, class_weights
 from .models import create_model, load_weights
 from .network import Network, images_at_once
 from .on_the_fly import KeptShare, TeacherTargets
-from .opened_images import Opened
+from .run_images import Opened
 from .pseudo_labels import PseudoLabels
 from .recipes import Recipe
 from .rundir import of_round, read_metrics

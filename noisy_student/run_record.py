@@ -21,7 +21,7 @@ from .files import altered, unsealed
 from .label_shards import parts_in
 from .label_table import batches
 from .pseudo_labels import selected_by, share_cuts
-from .reading import read_csv
+from .untrusted_files import read_csv
 from .rundir import RunDir, Rounds, read_about
 
 # %% ../nbs/07d_run_record.ipynb #b1000006

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from .distributed import first_rank_first, rank, write_once
 from .files import altered, locked, unsealed, write_sums
-from .reading import misfit, open_parquet, read_csv, read_json
+from .untrusted_files import misfit, open_parquet, read_csv, read_json
 from .round_scores import accuracy_error
 from .shown_tables import Summary
 from .weights import load_tensors

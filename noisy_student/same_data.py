@@ -17,7 +17,7 @@ import numpy as np
 
 from .archives import split_item
 from .inputs import whole_name
-from .reading import open_regular
+from .untrusted_files import open_regular
 from .splits import Splits
 
 # %% ../nbs/01l_same_data.ipynb #7c200006

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .survival import DropBranch, drop_branch, survival_probs
+from .survival_probability import DropBranch, drop_branch, survival_probs
 from .dropout import ClassifierDropout
 from .residual import ResidualBlock, branch_entries, is_placeholder, last_norm, residual_blocks
 from .training_noise import TrainingNoise

@@ -15,7 +15,7 @@ import numpy as np
 
 from .files import into_place, replacing, write_text
 from .images import new_array
-from .reading import check_regular, may_fetch, open_array, read_json
+from .untrusted_files import check_regular, may_fetch, open_array, read_json
 from .unlabeled import find_pool
 from .splits import Split, Splits, labeled_subset
 

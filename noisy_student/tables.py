@@ -19,7 +19,7 @@ from .files import did_you_mean, folders_beside
 from .folders import from_folder
 from .columns import found_columns
 from .dataframes import from_df # public here too
-from .reading import check_cells
+from .untrusted_files import check_cells
 from .splits import Splits
 
 _all_ = ['from_df']

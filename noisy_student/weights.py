@@ -16,7 +16,7 @@ from torch import nn
 
 from .files import replacing
 from .network_parts import own_name, unwrapped
-from .reading import check_regular
+from .untrusted_files import check_regular
 
 # %% ../nbs/03l_weights.ipynb #7793d85b
 _CHECKSUM = 'noisy_student_sha256' # in the header; files made elsewhere have none

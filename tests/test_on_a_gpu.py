@@ -25,7 +25,7 @@ from noisy_student.pseudo_labels import predict_pseudo_labels, read_selection, s
 from noisy_student.randaugment import OPS, BatchRandAugment
 from noisy_student.recipes import get_recipe
 from noisy_student.rounds import NoisyStudent, load_model
-from noisy_student.survival import DropBranch
+from noisy_student.survival_probability import DropBranch
 from noisy_student.training_state import random_state, set_random_state
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]

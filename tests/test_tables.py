@@ -347,9 +347,9 @@ def test_open_data_is_helpful(home):
 
 def test_lines_within_a_cell_are_no_rows(tmp_path, monkeypatch):
     "A table with long texts in it is read; one whose header promises far more cells than there are bytes is not."
-    from noisy_student import reading
+    from noisy_student import untrusted_files
     from noisy_student.tables import read_table
-    monkeypatch.setattr(reading, "_CELLS", 1000)
+    monkeypatch.setattr(untrusted_files, "_CELLS", 1000)
     wide = ",".join(["image", "label", *(f"f{i}" for i in range(30))])
     report = '"' + "\n".join(["a line"] * 40) + '"'
     (file := tmp_path/"t.csv").write_text("\n".join([wide, *(f"{i}.png,a,{report}" for i in range(20))]) + "\n")

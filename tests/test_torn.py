@@ -266,7 +266,7 @@ def test_a_folder_that_cannot_be_written_is_not_locked(tmp_path):
 
 # Signals in every phase
 
-PHASES = dict(opened_images=["load_images", "leaks_of"], run_learners=["noisy_student_learner"],
+PHASES = dict(run_images=["load_images", "leaks_of"], run_learners=["noisy_student_learner"],
               labeling=["predict_pseudo_labels", "select_pseudo_labels", "read_selection"],
               pseudo_labels=["save_part", "finish_shard", "find_labels"], round_task=["write_once"],
               rundir=["write_sums", "write_once"], rounds=["write_run", "read_metrics"], run_results=["write_report"])

@@ -14,10 +14,10 @@ from PIL import Image, ImageFile
 from safetensors.torch import save_file
 
 from faults import make_pictures, noisy_student
-from noisy_student import image_files
+from noisy_student import image_decoding
 from noisy_student.archives import ArchiveError, list_archive, open_item
 from noisy_student.files import sealed
-from noisy_student.image_files import FORMATS, load_image, open_image
+from noisy_student.image_decoding import FORMATS, load_image, open_image
 from noisy_student.images import load_images
 from noisy_student.models import load_tensors, read_checkpoint
 from noisy_student.pseudo_labels import PseudoLabelError, read_selection, select_pseudo_labels
@@ -80,7 +80,7 @@ def growth(code):
 def test_images_are_opened_in_one_place():
     found = {f.name for f in PACKAGE.glob("*.py") for o in ast.walk(ast.parse(f.read_text()))
              if isinstance(o, ast.Attribute) and o.attr == "open" and getattr(o.value, "id", "") == "Image"}
-    assert found <= {"image_files.py", "bench.py"}  # the latter a file of its own
+    assert found <= {"image_decoding.py", "bench.py"}  # the latter a file of its own
     assert not {"EPS", "PDF", "WMF", "FITS", "ICNS", "ICO", "GRIB", "HDF5", "BUFR", "MPEG"} & {*FORMATS}
 
 
@@ -228,7 +228,7 @@ def test_photographs_of_a_phone(tmp_path, monkeypatch):
     found = np.asarray(load_image(file)).astype(int)
     assert found.shape == pixels.shape and abs(found - pixels)[:, [0, 40, 60, 95]].max() < 12
     monkeypatch.delitem(Image.OPEN, "HEIF")  # as without the package
-    with pytest.raises(image_files.ImageFileError, match="a.HEIC: .*pip install pillow-heif"): load_image(file)
+    with pytest.raises(image_decoding.ImageFileError, match="a.HEIC: .*pip install pillow-heif"): load_image(file)
 
 
 @posix
@@ -239,15 +239,15 @@ def test_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
                         f"assert len(load_images([f'{tmp_path}/{{i}}.png' for i in range({n})], 8).images) == {n}")
                  for n in (1, 4))
     assert one < 300 and four < 400, (one, four)  # 25 million pixels as RGB take 100 MB
-    inside, most, convert = [], [], image_files._to_rgb
+    inside, most, convert = [], [], image_decoding._to_rgb
     def counted(*args):
         inside.append(1); most.append(len(inside)); time.sleep(.05)
         try: return convert(*args)
         finally: inside.pop()
-    monkeypatch.setattr(image_files, "_to_rgb", counted)
+    monkeypatch.setattr(image_decoding, "_to_rgb", counted)
     assert len(load_images([f"{tmp_path}/{i}.png" for i in range(4)], 8).images) == len(most) == 4 and max(most) == 1
     assert load_image(tmp_path/"0.png", 8).size < (32, 32)  # what leaves the lock is small
-    monkeypatch.setattr(image_files, "_LARGE", 1 << 30)
+    monkeypatch.setattr(image_decoding, "_LARGE", 1 << 30)
     load_images([f"{tmp_path}/{i}.png" for i in range(4)], 8)
     assert max(most) > 1
 
@@ -353,7 +353,7 @@ def test_no_bit_of_a_table_of_contents_ends_the_process(tmp_path):
     pq.write_table(labels().select(["item", "confidence"]), f := tmp_path/"s.parquet")
     done = subprocess.run([sys.executable, "-c", f"""if 1:
         from pathlib import Path
-        from noisy_student.reading import open_parquet
+        from noisy_student.untrusted_files import open_parquet
         f = Path({str(f)!r}); whole = f.read_bytes()
         for i in range(len(whole) - 8 - int.from_bytes(whole[-8:-4], "little"), len(whole)):
             for bit in range(8):
@@ -550,7 +550,7 @@ def test_the_summary_is_that_of_the_rounds(run):
 
 
 def test_a_header_that_is_no_python_is_no_array(tmp_path):
-    from noisy_student.reading import open_array
+    from noisy_student.untrusted_files import open_array
     for text in (b"(" * 40, b"{'descr': (", b"1+" * 3000 + b"1", b"None"):
         (f := tmp_path/"x.npy").write_bytes(b"\x93NUMPY\x01\0" + struct.pack("<H", len(text) + 1) + text + b"\n")
         with pytest.raises(ValueError, match="x.npy is not a whole array"): open_array(f)
@@ -581,7 +581,7 @@ def test_a_run_that_does_not_say_its_rounds_is_another(tmp_path):
 
 
 def test_a_table_takes_no_more_memory_than_its_bytes_say(tmp_path):
-    from noisy_student.reading import read_csv
+    from noisy_student.untrusted_files import read_csv
     from noisy_student.tables import read_table
     for sep, end in (",\n", ";\r", "\t\n"):
         (f := tmp_path/"x.csv").write_text("image" + sep * 100_000 + end + ("a" + end) * 100_000)
