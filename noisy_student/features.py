@@ -10,6 +10,7 @@ __all__ = ['STRENGTHS', 'frozen_features', 'LinearHead', 'choose_strength', 'fit
 # %% ../nbs/03q_features.ipynb #902f4623
 import hashlib
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,14 @@ from .models import head
 from .network import evaluating
 
 # %% ../nbs/03q_features.ipynb #4039676e
+@contextmanager
+def _catching(model):
+    "Inside, a list that gets what goes into the classifier of every batch: float32 (B, F)"
+    caught = []
+    hook = head(model).register_forward_pre_hook(lambda _, args: caught.append(args[0].flatten(1).float()))
+    try: yield caught
+    finally: hook.remove()
+
 @torch.inference_mode()
 def frozen_features(
     model: nn.Module, # A classifier; its mode is left as it was
@@ -35,15 +44,12 @@ def frozen_features(
     progress: Callable[[int, int], None] | None = None, # Called with (done, total) images
 ) -> np.ndarray: # float32 (N, F)
     "What goes into the classifier for every image, in evaluation mode. Raises ValueError if there is no classifier."
-    caught, out = [], []
-    hook = head(model).register_forward_pre_hook(lambda _, args: caught.append(args[0].flatten(1).float().cpu()))
-    try:
-        with evaluating(model):
-            for i in range(0, len(images), bs):
-                model(view(images[i:i + bs]))
-                out.append(caught.pop().numpy())
-                if progress: progress(min(i + bs, len(images)), len(images))
-    finally: hook.remove()
+    out = []
+    with evaluating(model), _catching(model) as caught:
+        for i in range(0, len(images), bs):
+            model(view(images[i:i + bs]))
+            out.append(caught.pop().cpu().numpy())
+            if progress: progress(min(i + bs, len(images)), len(images))
     return np.concatenate(out)
 
 # %% ../nbs/03q_features.ipynb #54fb3ce6
@@ -164,9 +170,10 @@ class KnownFeatures(nn.Module):
         features: np.ndarray, # float32 (N, F), of these images by this network
         mean: list[float], # Per channel, as the network's input is normalized
         std: list[float], # Per channel
+        clusters: nn.Module | None = None, # `Clusters` of features, which answer together with the classifier
     ):
         super().__init__()
-        self.model, self.features = model, features
+        self.model, self.features, self.clusters = model, features, clusters
         self.row = {_key(o): i for i, o in enumerate(images)}
         self.mean, self.std = (np.array(o, np.float32)[:, None, None] for o in (mean, std))
         self.layer = _layer(model)
@@ -179,9 +186,13 @@ class KnownFeatures(nn.Module):
         rows = [self.row.get(_key(o)) for o in pixels.transpose(0, 2, 3, 1)]
         new = [i for i, r in enumerate(rows) if r is None]
         known = torch.from_numpy(self.features[[r or 0 for r in rows]]).to(x.device)
+        if new:
+            with _catching(self.model) as caught: self.model(x[new])
+            known[new] = caught[0]
         weight = self.layer.weight.flatten(1)
         out = nn.functional.linear(known.to(weight.dtype), weight, self.layer.bias)
-        if new: out[new] = self.model(x[new]).to(out.dtype)
-        return out
+        return out if self.clusters is None else out.float().log_softmax(1) + self.clusters(known)
 
-    def state_dict(self, *args, **kwargs): return self.model.state_dict(*args, **kwargs) # whose labels these are
+    def state_dict(self, *args, **kwargs): # whose labels these are
+        more = {} if self.clusters is None else self.clusters.state_dict(prefix='clusters.')
+        return {**self.model.state_dict(*args, **kwargs), **more}

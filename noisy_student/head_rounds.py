@@ -19,6 +19,7 @@ from torch import nn
 
 from .checkpoints import named_figures
 from .distributed import first_rank_first
+from .feature_clusters import find_clusters
 from .features import KnownFeatures, fit_head, frozen_features, put_head
 from .run_learners import Learners
 from .models import load_tensors, save_tensors
@@ -148,9 +149,25 @@ class Heads(_Features):
     ) -> nn.Module: # Answers as `learn.model`, in evaluation mode
         "A network that uses the features of these splits, if only its classifier was trained; else it is as it was."
         if k >= self.learners.recipe.head_rounds: return learn.model
+        return self._known(k, learn, names)
+
+    def _known(self, k, learn, names, clusters=None):
         known = {o: v for o, v in self.features(learn).items() if o in names}
         images = itertools.chain.from_iterable(map(self.images, known))
-        return KnownFeatures(learn.model, images, np.concatenate([*known.values()]), *self.learners.stats(k))
+        features = np.concatenate([*known.values()])
+        return KnownFeatures(learn.model, images, features, *self.learners.stats(k), clusters)
+
+    def labeler(
+        self,
+        k: int, # Round, which is finished
+        learn: Learner, # Its learner
+    ) -> nn.Module: # Answers for the pool, in evaluation mode
+        "What labels the pool: the network; where only its classifier was trained, in agreement with clusters."
+        a = self.learners
+        if k >= a.recipe.head_rounds or not a.recipe.clusters: return self.knows(k, learn, 'unlabeled')
+        known = self.features(learn)
+        found = find_clusters(known['labeled'], a.labels('labeled'), known['unlabeled'], len(a.data.classes))
+        return self._known(k, learn, ['unlabeled'], found)
 
     @contextmanager
     def knowing(

@@ -73,7 +73,7 @@ class Labeling:
         a = self.learners
         if not a.recipe.noised_teacher:
             learn = a.trained(k)
-            learn.model = self.heads.knows(k, learn, 'unlabeled')
+            learn.model = self.heads.labeler(k, learn)
             if a.recipe.mirror and k >= a.recipe.head_rounds: learn.model = Mirrored(learn.model)
             return learn
         with seeded(0): learn = a.new(k, None, a.recipe.noise)

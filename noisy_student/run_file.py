@@ -18,7 +18,8 @@ from .rundir import RunDir, read_about
 
 # %% ../nbs/07c_run_file.ipynb #f1000006
 # Settings that older runs do not know
-_SINCE = ('share', 'share_of', 'head_rounds', 'body_lr', 'freeze_norm', 'class_weights', 'choose_by', 'student_lr')
+_SINCE = ('share', 'share_of', 'head_rounds', 'body_lr', 'freeze_norm', 'class_weights', 'choose_by', 'student_lr',
+          'clusters')
 # Packages whose versions are written down, with the module of each
 _VERSIONS = dict(noisy_student='noisy_student', torch='torch', fastai='fastai', timm='timm', numpy='numpy',
                  pillow='PIL')

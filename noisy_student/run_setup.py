@@ -159,7 +159,8 @@ _ALWAYS_DECIDED = ({f.name for f in fields(Recipe)}
 def _as_decided(found, before):
     try:
         then = {**Recipe().to_json(), **before['config']['recipe'], 'size': before['config']['size']}
-        new = {k: then[k] for k in found.reasons if k in before.get('decided', _ALWAYS_DECIDED)}
+        new = {k: then[k] for k in found.reasons if k in before.get('decided', _ALWAYS_DECIDED)
+               or k in then and k not in before['config']['recipe']} # which that version did not know
         if 'noise' in new: new['noise'] = Noise(**new['noise'])
         made = replace(found.recipe, **new)
     except (KeyError, TypeError, ValueError): return found # what is damaged is told of where all settings are compared
