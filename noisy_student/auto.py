@@ -176,7 +176,7 @@ def auto_recipe(
         found.pop('share')
     if facts.pretrained and not found['rounds'][0]:
         found['head_rounds'] = (0, "all of the network: there is no student to do it")
-        found.pop('student_lr')
+        for o in ('student_lr', 'clusters'): found.pop(o)
     return Auto(Recipe(**{k: v for k, (v, _) in found.items()}), {k: why for k, (_, why) in found.items()})
 
 # %% ../nbs/06e_auto.ipynb #08e00011
