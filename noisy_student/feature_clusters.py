@@ -67,9 +67,11 @@ class Clusters(nn.Module):
         features: Tensor # float (B, F)
     ) -> Tensor: # float32 (B, K)
         "The sum of the log probabilities of the classes, over the views."
-        x, own = _on_sphere(features.float()), dict(self.named_buffers())
+        own = dict(self.named_buffers())
         views = [View(own[f'middle_{i}'], own.get(f'axes_{i}'), own[f'centers_{i}']) for i in range(self.n_views)]
-        return torch.stack([log_softmax(SHARPNESS * _seen(x, o) @ o.centers.T, 1) for o in views]).sum(0)
+        with torch.autocast(features.device.type, enabled=False): # its half precision is for layers
+            x = _on_sphere(features.float())
+            return torch.stack([log_softmax(SHARPNESS * _seen(x, o) @ o.centers.T, 1) for o in views]).sum(0)
 
 def find_clusters(
     features: np.ndarray, # float32 (N, F), of labeled images

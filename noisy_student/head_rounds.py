@@ -19,7 +19,7 @@ from torch import nn
 
 from .checkpoints import named_figures
 from .distributed import first_rank_first
-from .feature_clusters import find_clusters
+from .feature_clusters import Clusters, find_clusters
 from .features import KnownFeatures, fit_head, frozen_features, put_head
 from .run_learners import Learners
 from .models import load_tensors, save_tensors
@@ -100,6 +100,9 @@ class _Features:
 # %% ../nbs/08c_head_rounds.ipynb #ad000009
 class Heads(_Features):
     "Classifiers on frozen features."
+    _of: np.ndarray | None = None # Features of the pool that `_clusters` are of
+    _clusters: Clusters
+
     def start(
         self,
         k: int, # Round
@@ -166,8 +169,10 @@ class Heads(_Features):
         a = self.learners
         if k >= a.recipe.head_rounds or not a.recipe.clusters: return self.knows(k, learn, 'unlabeled')
         known = self.features(learn)
-        found = find_clusters(known['labeled'], a.labels('labeled'), known['unlabeled'], len(a.data.classes))
-        return self._known(k, learn, ['unlabeled'], found)
+        if self._of is not known['unlabeled']: # of other features; else they are the same in every round
+            self._of, labels = known['unlabeled'], a.labels('labeled')
+            self._clusters = find_clusters(known['labeled'], labels, self._of, len(a.data.classes))
+        return self._known(k, learn, ['unlabeled'], self._clusters)
 
     @contextmanager
     def knowing(

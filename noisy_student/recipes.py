@@ -193,6 +193,10 @@ def _noise_words(n):
     ra = f"N={n.randaugment_n}, M={n.randaugment_m:g}{drawn}" if n.randaugment_n else 'no RandAugment'
     return f"{ra}; dropout {n.dropout:g}; last survival {n.survival:g}"
 
+def _student_words(r): # its learning rate
+    if r.student_lr is None: return ', of students by the error of the teacher'
+    return f', of students x{r.student_lr:g}' if r.student_lr != 1 else ''
+
 def _training_words(r):
     stairs = r.stairs(r.epochs)
     schedule = {'one-cycle': 'one cycle',
@@ -204,7 +208,8 @@ def _training_words(r):
     teacher = f", teacher {r.teacher_epochs}" if r.teacher_epochs else ''
     return {'batch / ratio': f"{r.bs} / {r.ratio:g}x" if r.ratio else f"{r.bs}, concatenated and shuffled",
             'epochs': f"{r.epochs}{teacher}{f', of {r.steps} steps' if r.steps else ''}",
-            'optimizer': f"{optimizer}; lr {r.lr:g}{f' per {r.lr_per}' if r.lr_per else ''}", 'schedule': schedule}
+            'optimizer': f"{optimizer}; lr {r.lr:g}{f' per {r.lr_per}' if r.lr_per else ''}{_student_words(r)}",
+            'schedule': schedule}
 
 def _view_words(r):
     view = [(f'shift {r.pad} px', r.pad), (f'crop {r.min_scale:g} to 1', r.min_scale < 1),
@@ -222,7 +227,8 @@ def _label_words(r):
                f'{r.per_class:,} per class' if isinstance(r.per_class, int) else named[r.per_class])
     targets = ['soft' if r.soft else 'hard', *([f'T={r.temperature:g}'] if r.temperature != 1 else []),
                *(['on the fly'] if r.on_the_fly else []), *(['by its own average'] if r.teacher == 'average' else []),
-               *(['by a noised teacher'] if r.noised_teacher else []), *(['mirrored'] if r.mirror else [])]
+               *(['by a noised teacher'] if r.noised_teacher else []), *(['mirrored'] if r.mirror else []),
+               *(['in agreement with clusters'] if r.clusters else [])]
     return {'filter': kept, 'balance': balance + ' by bins' * r.binned, 'targets': ', '.join(targets)}
 
 def describe(r: Recipe # Any
