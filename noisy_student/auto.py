@@ -118,7 +118,7 @@ def _from_weights(f): # fine-tuning
         rounds=(2 if _short(f) else 3, "a classifier on frozen features learns from its own labels first; then "
                 + ("one student trains" if _short(f) else "two students train") + " all of the network" + _because(f)),
         head_rounds=(2, "pretrained weights: teacher and first student train the classifier alone, on frozen features"),
-        clusters=(True, "a few labels say less of a class than where the pool lies: both label it together"),
+        clusters=(True, "the labels say which class is which, the pool where each lies: both label it together"),
         share=((.3, .6, .9), "of the pool, the most confident labels first, more in each round"),
         lr=(1e-3, "of the classifier"),
         body_lr=(.3, "pretrained weights change less than the classifier"),

@@ -204,7 +204,7 @@ def _on_paper(name, data): # without memory for its weights
 def _consequences(made, given, names):
     "What settings that were named change in others."
     is_average = given.get('teacher') == 'average' # a round per step, from the teacher on
-    is_sure = {'threshold', 'strict', 'binned'} & set(given)
+    by_threshold = {'threshold', 'strict', 'binned'} & set(given)
     fly, rounds = given.get('on_the_fly') or is_average, given.get('rounds', 1 if is_average else made.rounds)
     new: dict[str, Any] = dict(head_rounds=min(made.head_rounds, 2 if rounds > 1 else rounds))
     if is_average: new |= dict(rounds=1, init='teacher', student_lr=.3)
@@ -212,12 +212,13 @@ def _consequences(made, given, names):
         new['init'] = 'scratch'
         if made.student_lr: new['student_lr'] = 1.
     if 'epochs' in given: new |= dict(steps=None, teacher_epochs=None)
-    if is_sure or fly or not rounds: new['share'] = None
+    if by_threshold or fly or not rounds: new['share'] = None
     if fly: new |= dict(on_the_fly=True, threshold=0., per_class=None)
     if fly or given.get('ratio', 1) is None:
         new |= dict(head_rounds=0, label_smoothing=0. if given.get('ratio', 1) is None else made.label_smoothing)
     heads = given.get('head_rounds', new['head_rounds'])
-    if not heads or is_sure or given.get('noised_teacher'): new['clusters'] = False # whose labels are too sure
+    has_share = given.get('share', new.get('share', made.share)) is not None
+    if not heads or not has_share or given.get('noised_teacher'): new['clusters'] = False
     if given.get('mix'): new['label_smoothing'] = 0.
     if made.student_lr is None and not heads and not is_average:
         new['student_lr'] = 1. # of a classifier that begins anew

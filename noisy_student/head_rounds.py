@@ -21,6 +21,7 @@ from .checkpoints import named_figures
 from .distributed import first_rank_first
 from .feature_clusters import Clusters, find_clusters
 from .features import KnownFeatures, fit_head, frozen_features, put_head
+from .run_images import Rows
 from .run_learners import Learners
 from .models import load_tensors, save_tensors
 from .network import normalization
@@ -45,7 +46,7 @@ class _Features:
     def features(
         self,
         learn: Learner, # Of a round
-    ) -> dict[str, np.ndarray]: # float32 (n, F) by split; of the pool, the first `MAX_FEATURES`
+    ) -> dict[str, np.ndarray]: # float32 (n, F) by split; of the pool, those of `rows`
         "What goes into its classifier, computed once for all networks that differ in that alone."
         key, splits = self._key(learn), self._splits()
         if key not in self.known:
@@ -73,7 +74,8 @@ class _Features:
         images = [a.opened.images(o) for o in self._splits()]
         pixels = ' '.join(str(getattr(o, 'digest', None)) for o in images)
         self.data_key = self.data_key or content_digest(a.data) # which looks at files
-        more = f"{normalization(learn.dls)} {a.opened.size} {self.data_key} {pixels}"
+        spread = ' evenly' * (len(self.rows()) < len(a.opened.images('unlabeled').images))
+        more = f"{normalization(learn.dls)} {a.opened.size} {self.data_key} {pixels}{spread}"
         return tensors_sha256(body_state(learn.model), more)[:16]
 
     def _splits(self): # whose features are needed
@@ -81,12 +83,18 @@ class _Features:
         names = ['labeled', 'unlabeled', *(['valid'] if d.valid is not d.labeled else []), 'test']
         return [o for o in names if len(getattr(d, o) or ())]
 
+    def rows(self) -> np.ndarray: # int64 (n,)
+        "Of the decoded pool, those whose features are kept: all, or `MAX_FEATURES` evenly spread."
+        n = len(self.learners.opened.images('unlabeled').images)
+        return np.linspace(0, n - 1, min(n, MAX_FEATURES)).astype(np.int64)
+
     def images(
         self,
         name: str, # Of a split
-    ) -> np.ndarray: # uint8 (n, H, W, C)
+    ) -> np.ndarray | Rows: # uint8 (n, H, W, C)
         "Those whose features are kept."
-        return self.learners.opened.images(name).images[:MAX_FEATURES if name == 'unlabeled' else None]
+        images = self.learners.opened.images(name).images
+        return Rows(images, self.rows()) if name == 'unlabeled' and len(images) > MAX_FEATURES else images
 
     def _compute(self, learn, names):
         tensors = {}
@@ -100,8 +108,7 @@ class _Features:
 # %% ../nbs/08c_head_rounds.ipynb #ad000009
 class Heads(_Features):
     "Classifiers on frozen features."
-    _of: np.ndarray | None = None # Features of the pool that `_clusters` are of
-    _clusters: Clusters
+    _clusters: tuple[np.ndarray, Clusters] | None = None # Features of the pool, and the clusters in them
 
     def start(
         self,
@@ -112,19 +119,21 @@ class Heads(_Features):
         "The classifier that the labels of round k give on frozen features."
         a, known = self.learners, self.features(learn)
         labeled, pool = known['labeled'], known.get('unlabeled')
-        pseudo = None if selection is None or pool is None else self._targets(selection, len(pool))
+        pseudo = None if selection is None or pool is None else self._targets(k, selection)
         weights = a.class_weights()
         put_head(learn.model, fit_head(labeled, a.labels('labeled'), pool, pseudo, seed=a.seed,
                                        class_weight=None if weights is None else weights.numpy()))
 
-    def _targets(self, selection, n):
-        "float32 (n, K) of the first n images of the pool: pseudo labels times their weight"
-        a, rows = self.learners, self.learners.opened.rows(selection.items)
-        known = rows < n # those whose features are kept
+    def _targets(self, k, selection):
+        "float32 (n, K) of the images of the pool whose features are kept: pseudo labels times their weight"
+        a, kept = self.learners, self.rows()
+        rows = a.opened.rows(selection.items)
+        at = np.searchsorted(kept, rows).clip(max=len(kept) - 1)
+        known = kept[at] == rows
         weight = selection.copies[known].astype(np.float32)
         if a.recipe.ratio is not None: weight *= min(1., a.recipe.ratio * len(a.data.labeled) / max(1, weight.sum()))
-        out = np.zeros((n, len(a.data.classes)), np.float32)
-        out[rows[known]] = a.targets(selection)[known] * weight[:, None]
+        out = np.zeros((len(kept), len(a.data.classes)), np.float32)
+        out[at[known]] = a.targets(selection, k)[known] * weight[:, None]
         return out
 
     def history(
@@ -154,11 +163,11 @@ class Heads(_Features):
         if k >= self.learners.recipe.head_rounds: return learn.model
         return self._known(k, learn, names)
 
-    def _known(self, k, learn, names, clusters=None):
+    def _known(self, k, learn, names, second=None):
         known = {o: v for o, v in self.features(learn).items() if o in names}
         images = itertools.chain.from_iterable(map(self.images, known))
         features = np.concatenate([*known.values()])
-        return KnownFeatures(learn.model, images, features, *self.learners.stats(k), clusters)
+        return KnownFeatures(learn.model, images, features, *self.learners.stats(k), second)
 
     def labeler(
         self,
@@ -166,13 +175,36 @@ class Heads(_Features):
         learn: Learner, # Its learner
     ) -> nn.Module: # Answers for the pool, in evaluation mode
         "What labels the pool: the network; where only its classifier was trained, in agreement with clusters."
+        if not self.learners.recipe.agrees(k + 1): return self.knows(k, learn, 'unlabeled')
+        return self._known(k, learn, ['unlabeled'], self.clusters(learn))
+
+    def clusters(
+        self,
+        learn: Learner, # Of a round whose classifier alone is trained
+    ) -> Clusters: # On its device
+        "Those of the pool in its features, found once, and kept: on another machine they would not be the same bits."
+        a, known = self.learners, self.features(learn)
+        if self._clusters is None or self._clusters[0] is not known['unlabeled']:
+            labels = torch.from_numpy(a.labels('labeled'))
+            key = tensors_sha256(dict(labels=labels), f"{self._key(learn)} {sorted(a.opened.left_out())}")[:16]
+            file = a.dir.path/'cache'/f'clusters-{key}.safetensors'
+            with first_rank_first(): found = self._read_clusters(file, known) or self._find_clusters(file, known)
+            self._clusters = known['unlabeled'], found.to(a.device)
+        return self._clusters[1]
+
+    def _read_clusters(self, file, known):
+        try: found = Clusters(load_tensors(file)[0])
+        except FileNotFoundError: return None
+        except (ValueError, KeyError) as e: warnings.warn(f"{e}; it is made again now"); return None
+        return found if found.shape == (known['unlabeled'].shape[1], len(self.learners.data.classes)) else None
+
+    def _find_clusters(self, file, known):
         a = self.learners
-        if k >= a.recipe.head_rounds or not a.recipe.clusters: return self.knows(k, learn, 'unlabeled')
-        known = self.features(learn)
-        if self._of is not known['unlabeled']: # of other features; else they are the same in every round
-            self._of, labels = known['unlabeled'], a.labels('labeled')
-            self._clusters = find_clusters(known['labeled'], labels, self._of, len(a.data.classes))
-        return self._known(k, learn, ['unlabeled'], self._clusters)
+        stay = ~np.isin(self.rows(), list(a.opened.left_out()))
+        found = find_clusters(known['labeled'], a.labels('labeled'), known['unlabeled'][stay], len(a.data.classes),
+                              StageProgress(self.tell, 'clusters of the pool (views)'))
+        save_tensors(found.state_dict(), file)
+        return found
 
     @contextmanager
     def knowing(

@@ -69,7 +69,7 @@ class Recipe:
     mix: str | None = None # Two images of a batch in one, and their labels: 'mixup' or 'cutmix'; None: one
     pretrained: bool | str = False # Weights to start from: 'hub' or True, a file, 'package:NAME'; 'none' or False: none
     head_rounds: int = 0 # First rounds that train the classifier alone, on frozen features; others start from one
-    clusters: bool = False # In these rounds the pool is labeled in agreement with the clusters of its features
+    clusters: bool = False # Their labels are one-hot, of what they and clusters of the pool's features agree on
     student_lr: float | None = 1. # Learning rate from round 1 on, as a share of `lr`, in (0, 1]; None: `student_rate`
     body_lr: float = 1. # Learning rate of all but the classifier, as a share of `lr`, in (0, 1]
     freeze_norm: bool = False # Batch normalization keeps the statistics it was pretrained with
@@ -88,6 +88,11 @@ class Recipe:
                 ) -> float | None: # In (0, 1]; None: the threshold decides
         "The share of the pool that the student of round k learns from."
         return (shares := shares_of(self.share))[min(k, len(shares)) - 1]
+
+    def agrees(self, k: int # Round
+              ) -> bool:
+        "Whether its student learns the classes that a classifier and clusters agree on."
+        return self.clusters and 1 <= k <= self.head_rounds
 
     def epochs_of(self, role: str # 'teacher', the first one, or 'student'
                  ) -> int:

@@ -107,11 +107,12 @@ class RoundSettings:
         how = self.recipe.class_weights
         return class_weights(torch.from_numpy(self.labels('labeled')), len(self.data.classes), how) if how else None
 
-    def targets(self, selection: PseudoLabels # Their probabilities or classes
+    def targets(self, selection: PseudoLabels, # Their probabilities or classes
+                k: int # Round of the student
                ) -> np.ndarray: # float32 (n, K)
         "Soft, or one-hot and smoothed."
         r, K = self.recipe, len(self.data.classes)
-        if r.soft: return selection.probs
+        if r.soft and not r.agrees(k): return selection.probs
         return np.eye(K, dtype=np.float32)[selection.labels] * (1 - r.label_smoothing) + r.label_smoothing / K
 
 # %% ../nbs/08b_run_learners.ipynb #ac000010
@@ -160,7 +161,7 @@ class Learners(RoundSettings):
             how = bs, r.temperature, r.threshold, r.share_in(k), None if r.soft else r.label_smoothing
             augment = [TeacherTargets(teacher.model, teacher.dls.clean_view, *how), *augment]
         elif selection is not None:
-            pseudo, copies = (self.opened.selected(selection), self.targets(selection)), selection.copies
+            pseudo, copies = (self.opened.selected(selection), self.targets(selection, k)), selection.copies
         dls = mixed_dataloaders(
             labeled, valid, self.data.classes, pseudo=pseudo, copies=copies, bs=bs, ratio=r.ratio, rank=rank(),
             num_ranks=world(), steps=self.epoch_steps(r, 0 if copies is None else int(copies.sum())) * parts,

@@ -35,6 +35,8 @@ from .same_data import identity
 from .splits import unseen_classes
 
 # %% ../nbs/08g_run_setup.ipynb #a5000006
+_NOT_COMPARED = ('archs', 'unlabeled', 'size', 'source') # of a recipe: defaults and remarks; size stands for itself
+
 @dataclass(frozen=True)
 class Setup:
     "What a run on images is made of, after validation."
@@ -61,9 +63,7 @@ class Setup:
     @cached_property
     def config(self) -> dict:
         "Settings that must match to resume a run, as JSON types."
-        # defaults and remarks; size stands for itself
-        left_out = ('archs', 'unlabeled', 'size', 'source')
-        recipe = {k: v for k, v in self.recipe.to_json().items() if k not in left_out}
+        recipe = {k: v for k, v in self.recipe.to_json().items() if k not in _NOT_COMPARED}
         config = dict(archs=self.archs, size=self.size, seed=self.seed, recipe=recipe, classes=self.data.classes,
                       **identity(self.data),
                       pseudo_labels=self.given and self.given.digest)
@@ -159,8 +159,9 @@ _ALWAYS_DECIDED = ({f.name for f in fields(Recipe)}
 def _as_decided(found, before):
     try:
         then = {**Recipe().to_json(), **before['config']['recipe'], 'size': before['config']['size']}
+        unknown = {f.name for f in fields(Recipe)} - {*before['config']['recipe'], *_NOT_COMPARED} # to that version
         new = {k: then[k] for k in found.reasons if k in before.get('decided', _ALWAYS_DECIDED)
-               or k in then and k not in before['config']['recipe']} # which that version did not know
+               or k in unknown}
         if 'noise' in new: new['noise'] = Noise(**new['noise'])
         made = replace(found.recipe, **new)
     except (KeyError, TypeError, ValueError): return found # what is damaged is told of where all settings are compared

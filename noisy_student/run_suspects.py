@@ -40,7 +40,7 @@ def unseen_probs(task: ImageTask, # Of a run
     progress = StageProgress(tell, 'suspects: labeling (images)')
     sel = read_selection(selected) if selected.exists() else task.labeling.label_pool(k, folder, progress)
     if k < made.recipe.head_rounds: return _by_classifiers(task, k)
-    pseudo: Any = task.opened.selected(sel), made.targets(sel) # the images are as good as an array
+    pseudo: Any = task.opened.selected(sel), made.targets(sel, k + 1) # the images are as good as an array
     valid: Any = task.opened.images('valid').images, made.labels('valid')
     # as many steps as a student
     n = len(task.data.labeled) + (int(sel.copies.sum()) if r.ratio is None else 0)

@@ -89,9 +89,9 @@ def _check_together(r):
     if r.head_rounds and (r.on_the_fly or r.ratio is None):
         raise ValueError("head_rounds trains a classifier on a table of pseudo labels beside the labels: set "
                          "on_the_fly=False and a ratio")
-    if r.clusters and (not r.head_rounds or r.noised_teacher):
-        raise ValueError("clusters=True is for the labels of classifiers on frozen features, without noise: set "
-                         "head_rounds, and noised_teacher=False")
+    if r.clusters and (not r.head_rounds or r.share is None or r.noised_teacher):
+        raise ValueError("clusters=True is for the labels of classifiers on frozen features, without noise, of which "
+                         "the most confident are kept: set head_rounds, share, and noised_teacher=False")
     if r.strict and (r.share is not None or r.on_the_fly):
         raise ValueError("strict=True is a way of comparing with the threshold of a table: set share=None and "
                          "on_the_fly=False, or strict=False")
