@@ -17,7 +17,7 @@ from .training_time import LEAST_TUNED, in_minutes
 # %% ../nbs/06e_auto.ipynb #960485c5
 # settings that are right or wrong only beside others
 _TOGETHER = ('pad', 'min_scale', 'on_the_fly', 'ratio', 'warmup', 'decay_every', 'accumulate', 'body_lr',
-             'teacher', 'mix')
+             'teacher', 'mix', 'clusters')
 
 def check_settings(
     settings: dict, # Fields of `Recipe` that are to be changed in a recipe that is not known yet
