@@ -1,10 +1,13 @@
 "Folds: every label trains and judges, from the shell as from Python, on files and tables, resumable, without leaks."
 import json, shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+from noisy_student.datasets import digits
 from noisy_student.folds import fold_of
+from noisy_student.models import create_model, save_weights
 from noisy_student.rounds import NoisyStudent, load_model
 from PIL import Image
 
@@ -54,6 +57,20 @@ def test_a_table_with_groups_from_the_shell(photos, tmp_path, capsys):
     capsys.readouterr()
     assert main(["export", str(tmp_path/"run"), "--out", str(tmp_path/"x.safetensors")]) == 2
     assert "fold_0" in capsys.readouterr().err
+
+
+def test_each_fold_has_clusters_of_its_own_labels(tmp_path):
+    weights = save_weights(create_model("resnet9_4", 10, 1), tmp_path/"weights.safetensors")
+    data = digits(40)
+    data = replace(data, unlabeled=data.unlabeled[:80])
+    settings = dict(pretrained=str(weights), size=8, rounds=1, head_rounds=2, clusters=True, share=.5)
+    def fit(): return NoisyStudent(data, "resnet9_4", tmp_path/"run", folds=2, progress=lambda *_: None,
+                                   **settings).fit()
+    first = fit().drop(columns="seconds")
+    files = [o.relative_to(tmp_path/"run") for o in (tmp_path/"run").rglob("clusters-*")]
+    assert sorted(o.parts[0] for o in files) == ["fold_0", "fold_1"] and len({o.name for o in files}) == 2
+    for o in (tmp_path/"run").glob("fold_*/round_1"): shutil.rmtree(o)
+    assert fit().drop(columns="seconds").equals(first)
 
 
 def test_groups_stay_together_and_all_labels_judge(photos, tmp_path):
