@@ -63,10 +63,10 @@ class Clusters(nn.Module):
         self.n_views = sum(o.startswith('centers_') for o in tensors)
 
     @property
-    def shape(self) -> tuple[int, int]: # (F, K)
+    def shape(self) -> tuple[int, int] | None: # (F, K); None: these are no clusters
         "Of features and classes."
         own = dict(self.named_buffers())
-        return len(own['middle_0']), len(own['centers_0'])
+        return (len(own['middle_0']), len(own['centers_0'])) if {'middle_0', 'centers_0'} <= own.keys() else None
 
     def log_probs(
         self,

@@ -193,10 +193,11 @@ class Heads(_Features):
         return self._clusters[1]
 
     def _read_clusters(self, file, known):
+        want = known['unlabeled'].shape[1], len(self.learners.data.classes)
         try: found = Clusters(load_tensors(file)[0])
         except FileNotFoundError: return None
-        except (ValueError, KeyError) as e: warnings.warn(f"{e}; it is made again now"); return None
-        return found if found.shape == (known['unlabeled'].shape[1], len(self.learners.data.classes)) else None
+        except ValueError as e: warnings.warn(f"{e}; it is made again now"); return None
+        return found if found.shape == want else None # else whole, but of something else
 
     def _find_clusters(self, file, known):
         a = self.learners
