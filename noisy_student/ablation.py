@@ -21,7 +21,8 @@ from .datasets import Splits
 from .distributed import first_rank_first, rank, write_once
 from .files import did_you_mean, into_place, replacing
 from .progress import Within, default_progress
-from .recipes import Recipe, describe, get_recipe
+from .recipe_words import describe
+from .recipes import Recipe, get_recipe
 from .rounds import NoisyStudent
 from .run_record import read_history
 

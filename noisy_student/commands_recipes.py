@@ -16,7 +16,8 @@ import typer
 
 from .command_options import (DataArg, DeviceOpt, EpochsOpt, JsonOpt, LabelsOpt, RecipeOpt, SizeOpt, given, option)
 from .command_output import print_table, records, show_progress
-from .recipes import RECIPES, get_recipe, recipe_table
+from .recipe_words import recipe_table
+from .recipes import RECIPES, get_recipe
 from .command_inputs import DATA, DEFAULT_ARCHS, FOLDER, load_data
 
 # %% ../nbs/12j_commands_recipes.ipynb #12j00006

@@ -105,11 +105,68 @@ class _Features:
             tensors[name] = torch.from_numpy(found)
         return tensors
 
-# %% ../nbs/08c_head_rounds.ipynb #ad000009
-class Heads(_Features):
-    "Classifiers on frozen features."
+# %% ../nbs/08c_head_rounds.ipynb #ad000021
+class _Labelers(_Features):
+    "What labels by features that are known"
     _clusters: tuple[np.ndarray, Clusters] | None = None # Features of the pool, and the clusters in them
 
+    def clusters(
+        self,
+        learn: Learner, # Of a round whose classifier alone is trained
+    ) -> Clusters: # On its device
+        "Those of the pool in its features, found once, and kept: on another machine they would not be the same bits."
+        a, known = self.learners, self.features(learn)
+        if self._clusters is None or self._clusters[0] is not known['unlabeled']:
+            labels = torch.from_numpy(a.labels('labeled'))
+            key = tensors_sha256(dict(labels=labels), f"{self._key(learn)} {sorted(a.opened.left_out())}")[:16]
+            file = a.dir.path/'cache'/f'clusters-{key}.safetensors'
+            with first_rank_first(): found = self._read_clusters(file, known) or self._find_clusters(file, known)
+            self._clusters = known['unlabeled'], found.to(a.device)
+        return self._clusters[1]
+
+    def _read_clusters(self, file, known):
+        want = known['unlabeled'].shape[1], len(self.learners.data.classes)
+        try: found = Clusters(load_tensors(file)[0])
+        except FileNotFoundError: return None
+        except ValueError as e: warnings.warn(f"{e}; it is made again now"); return None
+        return found if found.shape == want else None # else whole, but of something else
+
+    def _find_clusters(self, file, known):
+        a = self.learners
+        stay = ~np.isin(self.rows(), list(a.opened.left_out()))
+        found = find_clusters(known['labeled'], a.labels('labeled'), known['unlabeled'][stay], len(a.data.classes),
+                              StageProgress(self.tell, 'clusters of the pool (views)'))
+        save_tensors(found.state_dict(), file)
+        return found
+
+    def knows(
+        self,
+        k: int, # Round
+        learn: Learner, # Its learner
+        *names: str, # Splits
+    ) -> nn.Module: # Answers as `learn.model`, in evaluation mode
+        "A network that uses the features of these splits, if only its classifier was trained; else it is as it was."
+        if k >= self.learners.recipe.head_rounds: return learn.model
+        return self._known(k, learn, names)
+
+    def _known(self, k, learn, names, second=None):
+        known = {o: v for o, v in self.features(learn).items() if o in names}
+        images = itertools.chain.from_iterable(map(self.images, known))
+        features = np.concatenate([*known.values()])
+        return KnownFeatures(learn.model, images, features, *self.learners.stats(k), second)
+
+    def labeler(
+        self,
+        k: int, # Round, which is finished
+        learn: Learner, # Its learner
+    ) -> nn.Module: # Answers for the pool, in evaluation mode
+        "What labels the pool: the network; where only its classifier was trained, in agreement with clusters."
+        if not self.learners.agrees(k + 1): return self.knows(k, learn, 'unlabeled')
+        return self._known(k, learn, ['unlabeled'], self.clusters(learn))
+
+# %% ../nbs/08c_head_rounds.ipynb #ad000009
+class Heads(_Labelers):
+    "Classifiers on frozen features."
     def start(
         self,
         k: int, # Round
@@ -152,60 +209,6 @@ class Heads(_Features):
                        **named_figures(learn.metrics[1:], more))
         StageProgress(self.tell, stage).epoch(1, 1, figures)
         return [dict(epoch=0, **figures)]
-
-    def knows(
-        self,
-        k: int, # Round
-        learn: Learner, # Its learner
-        *names: str, # Splits
-    ) -> nn.Module: # Answers as `learn.model`, in evaluation mode
-        "A network that uses the features of these splits, if only its classifier was trained; else it is as it was."
-        if k >= self.learners.recipe.head_rounds: return learn.model
-        return self._known(k, learn, names)
-
-    def _known(self, k, learn, names, second=None):
-        known = {o: v for o, v in self.features(learn).items() if o in names}
-        images = itertools.chain.from_iterable(map(self.images, known))
-        features = np.concatenate([*known.values()])
-        return KnownFeatures(learn.model, images, features, *self.learners.stats(k), second)
-
-    def labeler(
-        self,
-        k: int, # Round, which is finished
-        learn: Learner, # Its learner
-    ) -> nn.Module: # Answers for the pool, in evaluation mode
-        "What labels the pool: the network; where only its classifier was trained, in agreement with clusters."
-        if not self.learners.recipe.agrees(k + 1): return self.knows(k, learn, 'unlabeled')
-        return self._known(k, learn, ['unlabeled'], self.clusters(learn))
-
-    def clusters(
-        self,
-        learn: Learner, # Of a round whose classifier alone is trained
-    ) -> Clusters: # On its device
-        "Those of the pool in its features, found once, and kept: on another machine they would not be the same bits."
-        a, known = self.learners, self.features(learn)
-        if self._clusters is None or self._clusters[0] is not known['unlabeled']:
-            labels = torch.from_numpy(a.labels('labeled'))
-            key = tensors_sha256(dict(labels=labels), f"{self._key(learn)} {sorted(a.opened.left_out())}")[:16]
-            file = a.dir.path/'cache'/f'clusters-{key}.safetensors'
-            with first_rank_first(): found = self._read_clusters(file, known) or self._find_clusters(file, known)
-            self._clusters = known['unlabeled'], found.to(a.device)
-        return self._clusters[1]
-
-    def _read_clusters(self, file, known):
-        want = known['unlabeled'].shape[1], len(self.learners.data.classes)
-        try: found = Clusters(load_tensors(file)[0])
-        except FileNotFoundError: return None
-        except ValueError as e: warnings.warn(f"{e}; it is made again now"); return None
-        return found if found.shape == want else None # else whole, but of something else
-
-    def _find_clusters(self, file, known):
-        a = self.learners
-        stay = ~np.isin(self.rows(), list(a.opened.left_out()))
-        found = find_clusters(known['labeled'], a.labels('labeled'), known['unlabeled'][stay], len(a.data.classes),
-                              StageProgress(self.tell, 'clusters of the pool (views)'))
-        save_tensors(found.state_dict(), file)
-        return found
 
     @contextmanager
     def knowing(

@@ -152,7 +152,7 @@ class Clock(Elapsed):
         if self.recipe.on_the_fly: return 0.
         known = min(self.pool, MAX_FEATURES) if k <= self.recipe.head_rounds else 0
         views = 2 if self.recipe.mirror and k > self.recipe.head_rounds else 1
-        found = known / CLUSTER_RATE if k == 1 and self.recipe.agrees(k) else 0.
+        found = known / CLUSTER_RATE if k == 1 and self.learners.agrees(k) else 0.
         return views * (self.pool - known) / self.measured().images_per_second[k - 1] + known / KNOWN_RATE + found
 
     def evaluation(

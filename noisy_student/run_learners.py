@@ -107,12 +107,17 @@ class RoundSettings:
         how = self.recipe.class_weights
         return class_weights(torch.from_numpy(self.labels('labeled')), len(self.data.classes), how) if how else None
 
+    def agrees(self, k: int # Round
+              ) -> bool:
+        "Whether its student learns the classes that a classifier and clusters agree on."
+        return self.recipe.clusters and 1 <= k <= self.recipe.head_rounds
+
     def targets(self, selection: PseudoLabels, # Their probabilities or classes
                 k: int # Round of the student
                ) -> np.ndarray: # float32 (n, K)
         "Soft, or one-hot and smoothed."
         r, K = self.recipe, len(self.data.classes)
-        if r.soft and not r.agrees(k): return selection.probs
+        if r.soft and not self.agrees(k): return selection.probs
         return np.eye(K, dtype=np.float32)[selection.labels] * (1 - r.label_smoothing) + r.label_smoothing / K
 
 # %% ../nbs/08b_run_learners.ipynb #ac000010
