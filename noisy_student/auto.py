@@ -120,9 +120,10 @@ def _from_weights(f): # fine-tuning
         rounds=(2 if _short(f) else 3, "a classifier on frozen features learns from its own labels first; then "
                 + ("one student trains" if _short(f) else "two students train") + " all of the network" + _because(f)),
         head_rounds=(2, "pretrained weights: teacher and first student train the classifier alone, on frozen features"),
-        clusters=(f.labeled <= FEW_LABELS * f.classes,
-                  f"up to {FEW_LABELS} labels a class say less of where it lies than the pool does, in whose clusters it "
-                  "is looked for; more of them need no such help"),
+        clusters=(True, f"at most {FEW_LABELS} labels a class: the pool is labeled by the classifier and by clusters of "
+                        "its features, one per class, which have to agree")
+                 if f.labeled <= FEW_LABELS * f.classes else
+                 (False, f"more than {FEW_LABELS} labels a class: the classifier alone labels the pool"),
         share=((.3, .6, .9), "of the pool, the most confident labels first, more in each round"),
         lr=(1e-3, "of the classifier"),
         body_lr=(.3, "pretrained weights change less than the classifier"),

@@ -89,9 +89,13 @@ def _check_together(r):
     if r.head_rounds and (r.on_the_fly or r.ratio is None):
         raise ValueError("head_rounds trains a classifier on a table of pseudo labels beside the labels: set "
                          "on_the_fly=False and a ratio")
-    if r.clusters and (not r.head_rounds or r.share is None or r.noised_teacher):
-        raise ValueError("clusters=True is for the labels of classifiers on frozen features, without noise, of which "
-                         "the most confident are kept: set head_rounds, share, and noised_teacher=False")
+    if r.clusters and not r.head_rounds:
+        raise ValueError("clusters=True is for classifiers on frozen features of pretrained weights, and head_rounds is "
+                         "0: set pretrained and head_rounds, or leave clusters out")
+    if r.clusters and (r.share is None or r.noised_teacher):
+        other = 'a threshold, strict or binned' if r.share is None else 'noised_teacher=True'
+        raise ValueError(f"clusters=True does not go with {other}, as its confidences are an order: leave one of them "
+                         "out" + ", and set share" * (r.share is None))
     if r.strict and (r.share is not None or r.on_the_fly):
         raise ValueError("strict=True is a way of comparing with the threshold of a table: set share=None and "
                          "on_the_fly=False, or strict=False")

@@ -69,6 +69,7 @@ def test_each_fold_has_clusters_of_its_own_labels(tmp_path):
     first = fit().drop(columns="seconds")
     files = [o.relative_to(tmp_path/"run") for o in (tmp_path/"run").rglob("clusters-*")]
     assert sorted(o.parts[0] for o in files) == ["fold_0", "fold_1"] and len({o.name for o in files}) == 2
+    assert "in agreement with clusters" in (tmp_path/"run"/"fold_0"/"report.html").read_text()
     for o in (tmp_path/"run").glob("fold_*/round_1"): shutil.rmtree(o)
     assert fit().drop(columns="seconds").equals(first)
 
