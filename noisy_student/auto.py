@@ -115,15 +115,18 @@ def _is_quick(f):
 
 def _because(f): return ", as two would be too short in this time" if _short(f) else ""
 
+def _clusters(f):
+    if f.labeled > FEW_LABELS * f.classes:
+        return False, f"more than {FEW_LABELS} labels a class: the classifier alone labels the pool"
+    return True, (f"at most {FEW_LABELS} labels a class: the pool is labeled by the classifier and by clusters of its "
+                  "features, one per class, which have to agree")
+
 def _from_weights(f): # fine-tuning
     return dict(
         rounds=(2 if _short(f) else 3, "a classifier on frozen features learns from its own labels first; then "
                 + ("one student trains" if _short(f) else "two students train") + " all of the network" + _because(f)),
         head_rounds=(2, "pretrained weights: teacher and first student train the classifier alone, on frozen features"),
-        clusters=(True, f"at most {FEW_LABELS} labels a class: the pool is labeled by the classifier and by clusters of "
-                        "its features, one per class, which have to agree")
-                 if f.labeled <= FEW_LABELS * f.classes else
-                 (False, f"more than {FEW_LABELS} labels a class: the classifier alone labels the pool"),
+        clusters=_clusters(f),
         share=((.3, .6, .9), "of the pool, the most confident labels first, more in each round"),
         lr=(1e-3, "of the classifier"),
         body_lr=(.3, "pretrained weights change less than the classifier"),
