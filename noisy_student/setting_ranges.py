@@ -90,8 +90,8 @@ def _check_together(r):
         raise ValueError("head_rounds trains a classifier on a table of pseudo labels beside the labels: set "
                          "on_the_fly=False and a ratio")
     if r.clusters and not r.head_rounds:
-        raise ValueError("clusters=True is for classifiers on frozen features of pretrained weights, and head_rounds is "
-                         "0: set pretrained and head_rounds, or leave clusters out")
+        raise ValueError("clusters=True is for classifiers on frozen features of pretrained weights, and head_rounds "
+                         "is 0: set pretrained and head_rounds, or leave clusters out")
     if r.clusters and (r.share is None or r.noised_teacher):
         other = 'a threshold, strict or binned' if r.share is None else 'noised_teacher=True'
         raise ValueError(f"clusters=True does not go with {other}, as its confidences are an order: leave one of them "
