@@ -6,7 +6,7 @@ The pretrained cases of folders.py, images for development; CIFAR-10 with 400 la
 the classifier that all labels give (`fit_head`). The 60 % of the pool that are labeled most confidently are learned by
 a student, a classifier on the same features with the same penalty:
 
-- own, soft and one_hot: labels of the teacher
+- own, soft and own, one-hot: labels of the teacher
 - agreed: one-hot labels that teacher and clusters agree on (`find_clusters`)
 
 A row per case, seed and labels: test accuracy of the student, and the share of the 30 and the 60 % of the pool that are
